@@ -1,0 +1,206 @@
+"""What to train: one frozen, hashable `Experiment`, complete, so that it alone decides the run.
+
+An experiment is usually a baseline and its difference: `baseline.override(model=dict(num_layers=8))`. `grid` makes
+many, `diff` says how two differ. A field that is None is derived from the others; `resolved` writes them out.
+out. What makes an experiment impossible stands in `checks.py`.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gptjax.errors import ConfigError
+from gptjax.schema import leaves, replace_at, unknown, value_at
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of the network and the mechanisms in it."""
+
+    vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer has
+    context_length: int = 256  # tokens in a training window, and rows of a learned position table
+    num_layers: int = 6  # blocks of attention and FFN
+    embed_dim: int = 384  # width of the residual stream
+    num_heads: int = 6  # query heads
+    num_kv_heads: int | None = None  # key and value heads: fewer is GQA, 1 is MQA; None: num_heads (MHA)
+    head_dim: int | None = None  # width of one head; None: embed_dim / num_heads
+    ffn_dim: int | None = None  # hidden width of the FFN; None: 4 embed_dim, or 8/3 embed_dim where it is gated
+    ffn: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu"] = "gelu"  # gelu is the tanh form
+    positions: Literal["learned", "rope", "alibi", "none"] = "learned"  # how the model knows token order
+    rope_base: float = 10_000.0  # theta of RoPE
+    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"  # how RoPE stretches to longer contexts
+    rope_factor: float = 1.0  # how many times longer than rope_original_length the context may be
+    rope_original_length: int | None = None  # context that RoPE was trained on; None: context_length / rope_factor
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm has a scale and never a bias
+    norm_placement: Literal["pre", "post"] = "pre"  # pre: x + f(norm(x)); post: norm(x + f(x)), no final norm
+    norm_epsilon: float = 1e-5  # added to the variance
+    bias: bool = True  # biases in the linear layers and in layernorm
+    causal: bool = True  # False: every token sees the whole text (BERT)
+    window: int | None = None  # a token sees this many tokens, itself included; None: all of them
+    qk_norm: bool = False  # RMS-normalise queries and keys per head (Henry et al. 2020)
+    attention_softcap: float | None = None  # c tanh(score / c) on attention scores (Gemma 2: 50)
+    logit_softcap: float | None = None  # c tanh(logit / c) on the output (Gemma 2: 30)
+    dropout: float = 0.0  # rate on embeddings, attention weights and both residual branches
+    tie_embeddings: bool = True  # the head is the transposed token embedding
+    init_std: float = 0.02  # standard deviation of every matrix at the start (GPT-2)
+    init_depth_scaled: bool = True  # divide it by sqrt(2 num_layers) where a branch joins the residual (GPT-2)
+    layers: Literal["scan", "unrolled"] = "scan"  # unrolled runs faster, scan compiles faster; same checkpoint
+    remat: Literal["none", "dots", "full"] = "none"  # recompute in the backward pass: all but matmuls, or all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; the weights are always float32
+    attention_kernel: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cudnn on a GPU where it can, else xla
+
+    def resolved(self) -> "Model":
+        """The same model with every derived size written out (all but `vocab_size`, which the tokenizer knows)."""
+        gated = self.ffn in ("swiglu", "geglu")
+        ffn_dim = round(self.embed_dim * 8 / 3 / 8) * 8 if gated else 4 * self.embed_dim
+        derived = dict(
+            num_kv_heads=self.num_heads,
+            head_dim=self.embed_dim // self.num_heads,
+            ffn_dim=ffn_dim,
+            rope_original_length=round(self.context_length / self.rope_factor),
+        )
+        missing = {name: value for name, value in derived.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text, how it becomes tokens and how tokens become windows."""
+
+    source: str | tuple[str, ...] = "pydoc"  # pydoc, a file or folder (txt jsonl csv parquet), or hub:NAME
+    weights: tuple[float, ...] = ()  # share of each source in a mixture; (): by their number of tokens
+    column: str = "text"  # the column that holds the text, in jsonl, csv, parquet and hub data
+    hub_config: str | None = None  # configuration of a hub data set
+    hub_split: str = "train"  # split of a hub data set to read
+    streaming: bool = False  # read a hub data set over the network while tokenising, without storing it first
+    max_documents: int | None = None  # read no more documents of each source than this
+    val_source: str | tuple[str, ...] | None = None  # validation text of its own; None: split it off the source
+    val_fraction: float = 0.1  # share of the text that is kept for validation
+    split: Literal["fraction", "document"] = "fraction"  # the last characters, or whole documents by their hash
+    tokenizer: str = "byte"  # byte, char, sentencepiece, a tokenizer.json, or a folder with vocab.json + merges.txt
+    tokenizer_vocab_size: int = 4096  # pieces that sentencepiece may learn
+    document_mask: bool = False  # attention and positions stay inside a document; else windows run across
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the model learns to do with a window."""
+
+    name: Literal["causal"] = "causal"  # predict the next token
+    z_loss: float = 0.0  # weight of (log Z)^2, which keeps logits small (PaLM: 1e-4)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimiser, its schedule and its averages."""
+
+    name: Literal["adamw", "lion", "adafactor", "sgd", "muon", "schedule_free"] = "adamw"  # update rule
+    learning_rate: float = 1e-3  # the peak, reached at the end of the warm-up
+    final_learning_rate: float = 0.0  # where the schedule ends
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd: constant, then 1-sqrt cooldown
+    warmup_steps: int = 100  # linear rise from 0
+    cooldown_fraction: float = 0.2  # share of the steps that wsd spends falling
+    beta1: float = 0.9  # average of the gradient; the momentum of sgd and muon
+    beta2: float = 0.99  # average of its square
+    epsilon: float = 1e-8  # added to the root of beta2's average
+    weight_decay: float = 0.1  # decoupled, times the learning rate, on matrices and embeddings only
+    clip_norm: float | None = 1.0  # global norm above which gradients are scaled down
+    ema_decay: float | None = None  # evaluate and sample an average of the weights with this decay
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long, how much at once, and what is kept."""
+
+    steps: int = 1000  # updates of the weights
+    batch_size: int = 32  # windows an update, over all devices and microbatches
+    microbatches: int = 1  # parts of a batch that are computed one after the other
+    eval_every: int = 250  # steps between full validation passes; 0: only at the end
+    checkpoint_every: int = 500  # steps between checkpoints; 0: only at the end
+    keep_last: int = 2  # newest checkpoints to keep
+    keep_best: int = 1  # checkpoints with the lowest validation loss to keep besides
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    prefetch: int = 2  # batches made ahead of the step that needs them
+    sample_prompt: str = ""  # what the samples at the end begin with; "": the first words of the validation text
+    sample_tokens: int = 200  # length of each of the two samples at the end; 0: no samples
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # views of metrics.jsonl to write besides
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How the devices are laid out: FSDP over `data`, tensor parallelism over `model`."""
+
+    data: int | None = None  # devices that share a batch and the weights; None: all that `model` leaves
+    model: int = 1  # devices that share every matrix
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run, whole: the same value, data and machine give the same bits."""
+
+    name: str = "experiment"  # of the run folder, runs/NAME
+    seed: int = 0  # of weights, data order and dropout; every use folds in its own name and step
+    init: str | None = None  # a run folder whose weights to start from; None: random
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    objective: Objective = field(default_factory=Objective)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    mesh: Mesh = field(default_factory=Mesh)
+
+    def override(self, changes: Mapping[str, Any] | None = None, /, **sections: Any) -> "Experiment":
+        """A copy with other values: `override({"model.num_layers": 8})` or `override(model=dict(num_layers=8))`.
+
+        Raises `ConfigError` naming every field that does not exist, with the nearest one that does.
+        """
+        flat = dict(changes or {})
+        for name, value in sections.items():
+            flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        fields = leaves(Experiment)
+        sections_known = {f.name for f in dataclasses.fields(self)}
+        if problems := [unknown(path, list(fields)) for path in flat if path not in fields.keys() | sections_known]:
+            raise ConfigError(problems)
+        result = self
+        for path, value in flat.items():
+            result = replace_at(result, path, tuple(value) if isinstance(value, list) else value)
+        return result
+
+    def resolved(self, vocab_size: int) -> "Experiment":
+        """The experiment with every derived field written out, as a run folder keeps it."""
+        model = self.model if self.model.vocab_size else dataclasses.replace(self.model, vocab_size=vocab_size)
+        return dataclasses.replace(self, model=model.resolved())
+
+    def to_json(self) -> str:
+        """Text that `from_json` reads back to an equal value."""
+        return json.dumps({"format": FORMAT_VERSION} | dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Experiment":
+        """Raises `ConfigError` for a field or format that this version does not know."""
+        values = json.loads(text)
+        if (version := values.pop("format", None)) != FORMAT_VERSION:
+            raise ConfigError(
+                [f"format is {version}; this gptjax reads {FORMAT_VERSION}: use the release that wrote it"]
+            )
+        return cls().override(**values)
+
+
+def diff(a: Experiment, b: Experiment) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two experiments differ: dotted name -> (value in a, value in b)."""
+    pairs = {path: (value_at(a, path), value_at(b, path)) for path in leaves(Experiment)}
+    return {path: (x, y) for path, (x, y) in pairs.items() if x != y}
+
+
+def grid(base: Experiment, axes: Mapping[str, Iterable[Any]]) -> list[Experiment]:
+    """Every combination of the values given for dotted names, each named after what it sets."""
+    trials = []
+    for values in itertools.product(*axes.values()):
+        changes = dict(zip(axes, values, strict=True))
+        label = "-".join(f"{path.rpartition('.')[2]}={value}" for path, value in changes.items())
+        trials.append(base.override({"name": f"{base.name}-{label}"} | changes))
+    return trials

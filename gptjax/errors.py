@@ -1,0 +1,50 @@
+"""The errors that a user can mend, and the exit code of each.
+
+Every message says what was wrong, where, what was expected and what to do. The command line prints it without
+a traceback; anything that is not a `GptjaxError` is a bug and keeps its traceback.
+"""
+
+EXIT_DONE = 0  # the verb did all it was asked
+EXIT_BUG = 1  # an unexpected exception, with its traceback
+EXIT_BAD_INPUT = 2  # config, data, path or prompt refused
+EXIT_FAILED = 3  # training had to stop: non-finite loss, a checkpoint that could not be written
+EXIT_INTERRUPTED = 75  # Ctrl-C or SIGTERM: state saved, the same command continues (sysexits' EX_TEMPFAIL)
+
+
+class GptjaxError(Exception):
+    """Something that the user can mend."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class ConfigError(GptjaxError):
+    """An experiment that cannot be run; carries every problem that was found, not only the first."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} in the experiment:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class DataError(GptjaxError):
+    """Text that cannot be found, read or represented."""
+
+
+class RunError(GptjaxError):
+    """A run folder that is not one, cannot be written, or belongs to another experiment."""
+
+
+class PromptError(GptjaxError):
+    """A prompt that the model cannot continue."""
+
+
+class TrainingFailed(GptjaxError):
+    """Training that could not go on; everything up to the last checkpoint is kept."""
+
+    exit_code = EXIT_FAILED
+
+
+class Interrupted(GptjaxError):
+    """A signal asked the run to stop; its state is saved and the same command continues."""
+
+    exit_code = EXIT_INTERRUPTED

@@ -1,0 +1,1 @@
+"""The network: pure maths in `ops`, weights declared once in the modules that use them."""

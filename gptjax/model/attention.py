@@ -1,0 +1,125 @@
+"""Self-attention: MHA, GQA and MQA, every kind of position, window and mask; trained whole or decoded with a cache."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from gptjax import config
+from gptjax.model import ops
+from gptjax.model.weights import declare
+from gptjax.sharding import constrain
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far; of one layer [B, K, M, H], or of all with a leading axis."""
+
+    keys: Array
+    values: Array
+
+
+def choose_kernel(model: config.Model, backend: str, decoding: bool = False) -> tuple[str, str]:
+    """The attention kernel that will run, "xla" or "cudnn", and why."""
+    if model.attention_kernel == "xla":
+        return "xla", "asked for"
+    obstacles = [
+        reason
+        for obstacle, reason in [
+            (backend != "gpu", f"on {backend}"),
+            (model.dtype != "bfloat16", "cuDNN needs model.dtype = 'bfloat16'"),
+            (model.attention_softcap is not None, "cuDNN has no soft-cap"),
+            (model.dropout > 0, "attention dropout is drawn outside cuDNN"),
+            ((model.resolved().head_dim or 0) % 8 != 0, "cuDNN needs head_dim to be a multiple of 8"),
+            (decoding, "decoding with a cache"),
+        ]
+        if obstacle
+    ]
+    if obstacles:
+        return "xla", ", ".join(obstacles)
+    return "cudnn", "asked for" if model.attention_kernel == "cudnn" else "fused, on gpu"
+
+
+class Attention(nn.Module):
+    """`out(attention(query(x), key(x), value(x)))` for x [B, Q, embed]."""
+
+    config: config.Model
+
+    def setup(self) -> None:
+        m = self.config
+        matrix = nn.initializers.normal(m.init_std)
+        joins_residual = nn.initializers.normal(
+            m.init_std / (2 * m.num_layers) ** 0.5 if m.init_depth_scaled else m.init_std
+        )
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        self.query = declare(self, "query", ("embed", "heads", "head_dim"), matrix)
+        self.key = declare(self, "key", ("embed", "kv_heads", "head_dim"), matrix)
+        self.value = declare(self, "value", ("embed", "kv_heads", "head_dim"), matrix)
+        self.out = declare(self, "out", ("heads", "head_dim", "embed"), joins_residual)
+        if m.bias:
+            self.query_bias = declare(self, "query_bias", ("heads", "head_dim"), zeros)
+            self.key_bias = declare(self, "key_bias", ("kv_heads", "head_dim"), zeros)
+            self.value_bias = declare(self, "value_bias", ("kv_heads", "head_dim"), zeros)
+            self.out_bias = declare(self, "out_bias", ("embed",), zeros)
+        if m.qk_norm:
+            self.query_scale = declare(self, "query_scale", ("head_dim",), ones)
+            self.key_scale = declare(self, "key_scale", ("head_dim",), ones)
+        self.drop_weights = nn.Dropout(m.dropout, deterministic=False)
+
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array] | None, sight: ops.Sight, cache: KVCache | None = None
+    ) -> tuple[Array, KVCache | None]:
+        """x [B, Q, embed] -> ([B, Q, embed], the cache with these tokens added at `sight.query_places`)."""
+        m = self.config
+        query, key, value = self.project(x)
+        if rope is not None:
+            query, key = ops.rotate(query, rope), ops.rotate(key, rope)
+        query = constrain(query, "batch", "length", "heads", "head_dim")
+        if cache is not None:
+            start = (0, sight.query_places[0], 0, 0)
+            key = jax.lax.dynamic_update_slice(cache.keys, key.astype(cache.keys.dtype), start)
+            value = jax.lax.dynamic_update_slice(cache.values, value.astype(cache.values.dtype), start)
+            cache = KVCache(key, value)
+        mixed = self.attend(query, key.astype(m.dtype), value.astype(m.dtype), sight, decoding=cache is not None)
+        y = jnp.einsum("bqnh,nhe->bqe", mixed, self.out)
+        y = y + self.out_bias if m.bias else y
+        return constrain(y, "batch", "length", "features"), cache
+
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries [B, Q, N, H], keys and values [B, Q, M, H], before any position is worked in."""
+        m = self.config
+        query = jnp.einsum("bqe,enh->bqnh", x, self.query)
+        key = jnp.einsum("bqe,emh->bqmh", x, self.key)
+        value = jnp.einsum("bqe,emh->bqmh", x, self.value)
+        if m.bias:
+            query, key, value = query + self.query_bias, key + self.key_bias, value + self.value_bias
+        if m.qk_norm:
+            query = ops.rms_norm(query, self.query_scale, m.norm_epsilon)
+            key = ops.rms_norm(key, self.key_scale, m.norm_epsilon)
+        return query, key, value
+
+    def attend(self, query: Array, key: Array, value: Array, sight: ops.Sight, decoding: bool) -> Array:
+        """Attention by the kernel that `choose_kernel` names."""
+        m = self.config
+        mask = ops.visible(sight, m.causal, m.window)
+        bias = None
+        if m.positions == "alibi":
+            distance = abs(sight.query_places[:, None] - sight.key_places[None, :])
+            bias = -ops.alibi_slopes(m.num_heads)[:, None, None] * distance
+        if choose_kernel(m, jax.default_backend(), decoding)[0] == "cudnn":
+            plain = m.window is None and sight.query_segments is None
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                bias=None if bias is None else bias[None].astype(query.dtype),
+                mask=None if plain else mask,
+                is_causal=plain and m.causal,
+                implementation="cudnn",
+            )
+        dropout: Callable[[Array], Array] | None = None
+        if m.dropout and self.has_rng("dropout"):
+            dropout = self.drop_weights
+        return ops.attention(query, key, value, mask=mask, bias=bias, cap=m.attention_softcap, dropout=dropout)

@@ -1,0 +1,63 @@
+"""One layer: attention and FFN, each with its norm, joined to the residual stream."""
+
+from flax import linen as nn
+from jax import Array
+
+from gptjax import config
+from gptjax.model import ops
+from gptjax.model.attention import Attention, KVCache
+from gptjax.model.ffn import FFN
+from gptjax.model.weights import declare
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the residual stream."""
+
+    config: config.Model
+
+    def setup(self) -> None:
+        m = self.config
+        self.scale = declare(self, "scale", ("embed",), nn.initializers.ones)
+        if m.norm == "layernorm" and m.bias:
+            self.bias = declare(self, "bias", ("embed",), nn.initializers.zeros)
+
+    def __call__(self, x: Array) -> Array:
+        """x [..., embed] -> the same shape and dtype."""
+        m = self.config
+        if m.norm == "rmsnorm":
+            return ops.rms_norm(x, self.scale, m.norm_epsilon)
+        return ops.layer_norm(x, self.scale, self.bias if m.bias else None, m.norm_epsilon)
+
+
+class Dropout(nn.Module):
+    """Zeroes a share of x where the caller passes a "dropout" key, that is: in training only."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x of any shape -> the same shape."""
+        return nn.Dropout(self.rate, deterministic=not (self.rate and self.has_rng("dropout")))(x)
+
+
+class Block(nn.Module):
+    """pre: x + f(norm(x)); post: norm(x + f(x)); f is attention, then FFN."""
+
+    config: config.Model
+
+    def setup(self) -> None:
+        m = self.config
+        self.attention_norm, self.ffn_norm = Norm(m), Norm(m)
+        self.attention, self.ffn = Attention(m), FFN(m)
+        self.dropout = Dropout(m.dropout)
+
+    def __call__(
+        self, x: Array, cache: KVCache | None, rope: tuple[Array, Array] | None, sight: ops.Sight
+    ) -> tuple[Array, KVCache | None]:
+        """x [B, Q, embed] -> (x after this layer, this layer's cache): the body of the scan over layers."""
+        pre = self.config.norm_placement == "pre"
+        mixed, cache = self.attention(self.attention_norm(x) if pre else x, rope, sight, cache)
+        x = x + self.dropout(mixed)
+        x = x if pre else self.attention_norm(x)
+        x = x + self.dropout(self.ffn(self.ffn_norm(x) if pre else x))
+        return (x if pre else self.ffn_norm(x)), cache

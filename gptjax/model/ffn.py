@@ -1,0 +1,46 @@
+"""The feed-forward half of a block: up, activation (gated or not), down."""
+
+from flax import linen as nn
+from jax import Array
+
+from gptjax import config
+from gptjax.model import ops
+from gptjax.model.weights import declare
+from gptjax.sharding import constrain
+
+
+class FFN(nn.Module):
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` for swiglu and geglu."""
+
+    config: config.Model
+
+    def setup(self) -> None:
+        m = self.config
+        matrix, zeros = nn.initializers.normal(m.init_std), nn.initializers.zeros
+        joins_residual = nn.initializers.normal(
+            m.init_std / (2 * m.num_layers) ** 0.5 if m.init_depth_scaled else m.init_std
+        )
+        self.gated = m.ffn in ("swiglu", "geglu")
+        self.up = declare(self, "up", ("embed", "ffn"), matrix)
+        self.down = declare(self, "down", ("ffn", "embed"), joins_residual)
+        if self.gated:
+            self.gate = declare(self, "gate", ("embed", "ffn"), matrix)
+        if m.bias:
+            self.up_bias = declare(self, "up_bias", ("ffn",), zeros)
+            self.down_bias = declare(self, "down_bias", ("embed",), zeros)
+            if self.gated:
+                self.gate_bias = declare(self, "gate_bias", ("ffn",), zeros)
+
+    def __call__(self, x: Array) -> Array:
+        """x [B, Q, embed] -> [B, Q, embed]."""
+        m = self.config
+        activation = ops.ACTIVATIONS[m.ffn]
+        hidden = x @ self.up
+        hidden = hidden + self.up_bias if m.bias else hidden
+        if self.gated:
+            gate = x @ self.gate
+            hidden = activation(gate + self.gate_bias if m.bias else gate) * hidden
+        else:
+            hidden = activation(hidden)
+        y = constrain(hidden, "batch", "length", "ffn") @ self.down
+        return constrain(y + self.down_bias if m.bias else y, "batch", "length", "features")

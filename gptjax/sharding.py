@@ -1,0 +1,59 @@
+"""The devices as a `data` x `model` mesh, and the one table that says which axis of an array lies along which.
+
+Weights and activations name their axes (`("embed", "heads", "head_dim")`); everything about their layout follows from
+`RULES`. The mesh is in Auto mode: XLA places the collectives, the constraints here say where arrays must lie.
+"""
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from gptjax import config
+
+RULES: dict[str, str | None] = {
+    # weights: "embed" over data is FSDP, the others over model are tensor parallelism
+    "layers": None,
+    "embed": "data",
+    "vocab": "model",
+    "heads": "model",
+    "kv_heads": "model",
+    "head_dim": None,
+    "ffn": "model",
+    "positions": None,
+    # activations
+    "microbatch": None,
+    "batch": "data",
+    "length": None,
+    "features": None,
+}
+
+
+def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
+    """All devices as data x model. `checks.check` has made sure that the numbers fit."""
+    data = mesh.data or jax.device_count() // mesh.model
+    return jax.make_mesh((data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
+    """Where an array with these named axes lies. An axis that its mesh axis does not divide stays whole.
+
+    Raises `ValueError` where two axes of one array claim the same mesh axis.
+    """
+    targets = [RULES[axis] for axis in axes]
+    claimed = [target for target in targets if target]
+    if len(claimed) != len(set(claimed)):
+        raise ValueError(f"axes {axes} claim one mesh axis twice by sharding.RULES: {targets}")
+    fits = [t if t and size % mesh_shape[t] == 0 else None for t, size in zip(targets, shape, strict=True)]
+    return PartitionSpec(*fits)
+
+
+def sharding(axes: tuple[str, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """`partition` on a mesh of devices."""
+    return NamedSharding(mesh, partition(axes, shape, dict(mesh.shape)))
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Says inside jit how an activation lies. Outside `jax.set_mesh` there is one device, nothing to say."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, dict(mesh.shape)))
