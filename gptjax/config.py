@@ -2,7 +2,7 @@
 
 An experiment is usually a baseline and its difference: `baseline.override(model=dict(num_layers=8))`. `grid` makes
 many, `diff` says how two differ. A field that is None is derived from the others; `resolved` writes them out.
-out. What makes an experiment impossible stands in `checks.py`.
+What makes an experiment impossible stands in `checks.py`.
 """
 
 import dataclasses

@@ -1,0 +1,251 @@
+"""Tokens on disk: a corpus is tokenised once into a folder that is read through memory maps ever after.
+
+The folder's name is a hash of the text, the tokenizer and the split, so a second run finds it at once and a changed
+byte finds another. It is built under a temporary name and renamed when it is complete: a store that can be seen is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.config import Data
+from gptjax.data import corpus, tokenizer
+from gptjax.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    bpe_files,
+)
+from gptjax.errors import DataError
+
+FORMAT_VERSION = 1
+CHUNK = 1 << 20  # characters that are encoded at once
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The tokens of one source, one document after the other."""
+
+    name: str
+    ids: np.ndarray  # uint16 or uint32 [tokens], memory-mapped
+    documents: np.ndarray  # int64 [documents]: where each begins
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tokenised corpus: one training stream for each source, and the validation text."""
+
+    folder: Path
+    key: str  # hash of everything that decides the tokens
+    tokenizer: Tokenizer
+    train: tuple[Stream, ...]
+    validation: tuple[Stream, ...]
+
+
+def cache_folder() -> Path:
+    """Where stores and compiled programs are kept: $GPTJAX_CACHE, or ~/.cache/gptjax."""
+    return Path(os.environ.get("GPTJAX_CACHE", "~/.cache/gptjax")).expanduser()
+
+
+def open_store(data: Data) -> Store:
+    """The tokens of a corpus, built now if this is the first time.
+
+    Raises `DataError` for text that cannot be read or represented.
+    """
+    key = _key(data)
+    folder = cache_folder() / "stores" / key
+    if not (folder / "store.json").exists():
+        _build(data, folder)
+    return _load(data, folder)
+
+
+def _key(data: Data) -> str:
+    """Everything that decides the tokens: the bytes of the text, the tokenizer and the split."""
+    parts = {
+        "format": FORMAT_VERSION,
+        "sources": [corpus.fingerprint(source, data) for source in names(data.source)],
+        "validation": [corpus.fingerprint(source, data) for source in names(data.val_source)],
+        "split": [data.split, data.val_fraction] if data.val_source is None else None,
+        "tokenizer": _tokenizer_key(data),
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _tokenizer_key(data: Data) -> list[object]:
+    if data.tokenizer == "sentencepiece":
+        return [data.tokenizer, data.tokenizer_vocab_size]
+    if data.tokenizer in ("byte", "char"):
+        return [data.tokenizer]
+    return ["bpe", *(hashlib.sha256(file.read_bytes()).hexdigest() for file in bpe_files(_path(data.tokenizer)))]
+
+
+def _path(name: str) -> Path:
+    return Path(os.path.expandvars(name)).expanduser()
+
+
+def names(source: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """One source or several, always as a tuple."""
+    return () if source is None else (source,) if isinstance(source, str) else source
+
+
+def _build(data: Data, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-", ignore_cleanup_errors=True) as building:
+        scratch = Path(building) / folder.name
+        scratch.mkdir()
+        tokens = _make_tokenizer(data)
+        if tokens.caveat:
+            print(f"tokenizer: {tokens.caveat}", file=sys.stderr)
+        (scratch / "tokenizer").mkdir()
+        tokens.save(scratch / "tokenizer")
+        parts = [_parts(source, data) for source in names(data.source)]
+        parts += [((False, text, True) for text in corpus.read(source, data)) for source in names(data.val_source)]
+        lengths = [_write(scratch / f"{i}", tokens, stream) for i, stream in enumerate(parts)]
+        description = {"format": FORMAT_VERSION, "lengths": lengths}
+        _write_durably(scratch / "store.json", json.dumps(description).encode())
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was first, with the same content
+            if not (folder / "store.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                scratch.rename(folder)
+
+
+class _Split:
+    """Which side a text goes to: (is training, text, is the end of a document)."""
+
+    def __init__(self, data: Data, source: str):
+        self.by_document = data.split == "document"
+        self.fraction = data.val_fraction if data.val_source is None else 0.0
+        self.cut = 0
+        if self.fraction and not self.by_document:
+            total = sum(len(text) for text in corpus.read(source, data))
+            self.cut = int(total * (1 - self.fraction))
+        self.seen = 0
+
+    def __call__(self, text: str) -> Iterator[tuple[bool, str, bool]]:
+        if not self.fraction:
+            yield True, text, True
+        elif self.by_document:
+            share = int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]) / 2**64
+            yield share >= self.fraction, text, True
+        else:
+            train = min(max(self.cut - self.seen, 0), len(text))
+            self.seen += len(text)
+            if train:
+                yield True, text[:train], train == len(text)
+            if train < len(text):
+                yield False, text[train:], True
+
+
+def _parts(source: str, data: Data) -> Iterator[tuple[bool, str, bool]]:
+    split = _Split(data, source)
+    for text in corpus.read(source, data):
+        yield from split(text)
+
+
+def _make_tokenizer(data: Data) -> Tokenizer:
+    if data.tokenizer == "byte":
+        return ByteTokenizer()
+    if data.tokenizer == "char":
+        characters: set[str] = set()
+        documents = 0
+        for source in (*names(data.source), *names(data.val_source)):
+            for text in corpus.read(source, data):
+                characters.update(text)
+                documents += 1
+        return CharTokenizer("".join(sorted(characters)), has_end_of_text=documents > 1)
+    if data.tokenizer == "sentencepiece":
+        parts = (part for source in names(data.source) for part in _parts(source, data))
+        return SentencePieceTokenizer.train((text for train, text, _ in parts if train), data.tokenizer_vocab_size)
+    return BPETokenizer.from_path(_path(data.tokenizer))
+
+
+def _write(prefix: Path, tokens: Tokenizer, parts: Iterator[tuple[bool, str, bool]]) -> dict[str, int]:
+    """Writes PREFIX.train.* and PREFIX.val.*: raw token ids, and where the documents begin. Returns the lengths."""
+    dtype = _dtype(tokens)
+    sides = {True: "train", False: "val"}
+    starts: dict[bool, list[int]] = {True: [], False: []}
+    lengths = {True: 0, False: 0}
+    with contextlib.ExitStack() as stack:
+        outputs = {side: stack.enter_context(open(f"{prefix}.{name}.tokens", "wb")) for side, name in sides.items()}
+        for train, text, ends in parts:
+            starts[train].append(lengths[train])
+            for chunk in chunks(text, CHUNK):
+                ids = tokens.encode(chunk)
+                outputs[train].write(ids.astype(dtype).tobytes())
+                lengths[train] += len(ids)
+            if ends and tokens.end_of_text is not None:
+                outputs[train].write(np.array([tokens.end_of_text], dtype).tobytes())
+                lengths[train] += 1
+        for output in outputs.values():
+            output.flush()
+            os.fsync(output.fileno())
+    for side, name in sides.items():
+        _write_durably(Path(f"{prefix}.{name}.documents"), np.array(starts[side], np.int64).tobytes())
+    return {name: lengths[side] for side, name in sides.items()}
+
+
+def _dtype(tokens: Tokenizer) -> type[np.unsignedinteger]:
+    return np.uint16 if tokens.vocab_size <= 1 << 16 else np.uint32
+
+
+def chunks(text: str, size: int) -> Iterator[str]:
+    """Cuts a text into parts of about `size` characters where no piece of any tokenizer spans the cut.
+
+    That is before a line break that follows a visible character: words do not run into white space.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = text.find("\n", start + size)
+        while end > 0 and text[end - 1].isspace():
+            end = text.find("\n", end + 1)
+        if end < 0:
+            break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _load(data: Data, folder: Path) -> Store:
+    lengths = json.loads((folder / "store.json").read_text())["lengths"]
+    tokens = tokenizer.load(folder / "tokenizer")
+
+    def stream(number: int, name: str, side: str) -> Stream:
+        path = folder / f"{number}.{side}.tokens"
+        ids = np.memmap(path, _dtype(tokens), "r") if path.stat().st_size else np.zeros(0, _dtype(tokens))
+        if len(ids) != lengths[number][side]:
+            raise DataError(
+                f"{path}: holds {len(ids)} tokens, not {lengths[number][side]}; delete {folder} to rebuild it"
+            )
+        return Stream(name, ids, np.fromfile(folder / f"{number}.{side}.documents", np.int64))
+
+    sources, apart = names(data.source), names(data.val_source)
+    train = [stream(i, name, "train") for i, name in enumerate(sources)]
+    first = len(sources) if apart else 0
+    validation = [stream(first + i, name, "val") for i, name in enumerate(apart or sources)]
+    for side, streams, mend in [("training", train, "lower"), ("validation", validation, "raise")]:
+        if sum(len(s.ids) for s in streams) < 2:
+            raise DataError(
+                f"data.source = {data.source!r}: no {side} text is left after the split; "
+                f"give more text or {mend} data.val_fraction"
+            )
+    return Store(folder, folder.name, tokens, tuple(train), tuple(validation))
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
