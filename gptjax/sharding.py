@@ -4,7 +4,12 @@ Weights and activations name their axes (`("embed", "heads", "head_dim")`); ever
 `RULES`. The mesh is in Auto mode: XLA places the collectives, the constraints here say where arrays must lie.
 """
 
+import os
+from collections.abc import Sequence
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gptjax import config
@@ -27,10 +32,21 @@ RULES: dict[str, str | None] = {
 }
 
 
+def join_cluster() -> None:
+    """Finds the other processes of a multi-host job, where Slurm or JAX_COORDINATOR_ADDRESS names them."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        jax.distributed.initialize()
+
+
 def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
     """All devices as data x model. `checks.check` has made sure that the numbers fit."""
-    data = mesh.data or jax.device_count() // mesh.model
-    return jax.make_mesh((data, mesh.model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)
+
+
+def mesh_of(devices: Sequence[jax.Device], data: int, model: int) -> jax.sharding.Mesh:
+    """These devices as a data x model mesh."""
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=types, devices=devices)
 
 
 def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
@@ -57,3 +73,12 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, dict(mesh.shape)))
+
+
+def place(tree: Any, axes: tuple[str, ...], mesh: jax.sharding.Mesh) -> Any:
+    """Lays host arrays, which every process holds whole, out over the mesh; all have the same named axes."""
+
+    def one(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding(axes, x.shape, mesh), lambda index: x[index])
+
+    return jax.tree.map(one, tree)

@@ -1,4 +1,4 @@
-"""What the model is asked to do with a window of text. Every objective is a way to make a `Batch`, which is all that the
+"""What the model is asked to do with a window of text. Every objective makes a `Batch`, which is all that the
 train step ever sees."""
 
 from typing import NamedTuple

@@ -1,7 +1,8 @@
 """Tokens on disk: a corpus is tokenised once into a folder that is read through memory maps ever after.
 
 The folder's name is a hash of the text, the tokenizer and the split, so a second run finds it at once and a changed
-byte finds another. It is built under a temporary name and renamed when it is complete: a store that can be seen is whole.
+byte finds another. It is built under a temporary name and renamed when it is complete: a store that can
+be seen is whole.
 """
 
 import contextlib

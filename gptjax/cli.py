@@ -1,0 +1,202 @@
+"""The command line: one verb, one short function. What is slow to import is imported by the verb that needs it."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from gptjax import __version__
+from gptjax.errors import GptjaxError
+
+if TYPE_CHECKING:
+    from gptjax.training.run import Run
+
+HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them
+
+  gptjax train FILE [--run-dir DIR] [--section.field VALUE ...]    train, or go on with, an experiment
+  gptjax sample RUN PROMPT [--max-length N] [...]                  continue a text
+  gptjax eval RUN [--json] [...]                                   loss over the whole validation text
+
+  gptjax VERB --help       all options of a verb; gptjax train FILE --help lists every field with its value
+
+exit codes: 0 done, 1 a bug (with a traceback), 2 bad input, 3 training had to stop,
+            75 interrupted with the state saved (the same command goes on), 130 interrupted before that
+"""
+
+
+def main() -> None:
+    """The `gptjax` command."""
+    verb, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if verb in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return
+    if verb in ("-V", "--version"):
+        print(__version__)
+        return
+    if verb not in VERBS:
+        _stop(f"gptjax: no such verb: {verb!r}; there are {', '.join(VERBS)} (gptjax --help)", 2)
+    try:
+        VERBS[verb](arguments)
+    except GptjaxError as e:
+        _stop(f"gptjax {verb}: {e}", e.exit_code)
+    except KeyboardInterrupt:
+        _stop(f"gptjax {verb}: interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _stop(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _parse(kind: Any, arguments: list[str], usage: str) -> Any:
+    import tyro
+
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return tyro.cli(kind, args=arguments, prog=f"gptjax {usage}", config=config)
+
+
+def _start_jax() -> None:
+    """Quiet libraries, a cache of compiled programs, and the other processes of a cluster job."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    from gptjax import sharding
+    from gptjax.training.workshop import enable_compilation_cache
+
+    enable_compilation_cache()
+    sharding.join_cluster()
+
+
+def train(arguments: list[str]) -> None:
+    """FILE, options and overrides -> a finished run folder."""
+    import tyro
+
+    from gptjax.checks import check
+    from gptjax.config import Experiment
+    from gptjax.loading import load_experiment
+    from gptjax.schema import type_problems
+
+    named = bool(arguments) and not arguments[0].startswith("-")
+    loaded = load_experiment(arguments[0]) if named else Experiment()
+    if type_problems(loaded):
+        check(loaded)
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Train an experiment, or go on with the run that stands in its folder."""
+
+        run_dir: Path | None = None  # folder of the run; None: runs/NAME
+        resume: bool = False  # insist that a run stands there to go on with
+        experiment: Annotated[Experiment, tyro.conf.arg(name="")] = loaded
+
+    options = _parse(Options, arguments[named:], f"train {arguments[0] if named else 'FILE'}")
+    if not named:
+        raise GptjaxError("no experiment file was given; gptjax train experiments/quickstart.py for instance")
+    experiment = check(options.experiment)
+    _start_jax()
+    from gptjax.lab.report import plot_loss
+    from gptjax.training import loop
+    from gptjax.training.run import open_run
+
+    folder = options.run_dir or Path("runs") / experiment.name
+    figures = loop.train(experiment, folder, options.resume)
+    run = open_run(folder)
+    plot = plot_loss(run)
+    if experiment.train.sample_tokens:
+        print(_final_samples(run), flush=True)
+    loop.say(
+        f"{folder}: val loss {figures['val_loss']:.4f} nats a token, {figures['val_bits_per_byte']:.4f} bits a byte; "
+        f"{figures['steps']:,} steps, {figures['tokens']:,} tokens in {figures['seconds']:.0f} s"
+        + (f"; loss curve in {plot}" if plot else "")
+    )
+
+
+def _final_samples(run: "Run") -> str:
+    """Two continuations of the sample prompt, also kept in RUN/samples.txt."""
+    from gptjax.inference.sampler import Sampling, Writer
+    from gptjax.training.workshop import load_params
+
+    t = run.experiment.train
+    writer = Writer(run.experiment.model, load_params(run, "last")[0], run.tokenizer())
+    room = run.experiment.model.context_length - len(writer.encode(t.sample_prompt))
+    texts = writer.texts(t.sample_prompt, min(t.sample_tokens, room), 2, Sampling(0.8), run.experiment.seed)
+    text = "\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1))
+    (run.folder / "samples.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def sample(arguments: list[str]) -> None:
+    """RUN and a prompt -> continuations on stdout."""
+    from tyro.conf import Positional
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Continue a text with the model of a run."""
+
+        run: Positional[Path]  # a run folder
+        prompt: Positional[str] = ""  # what to go on from; "": the beginning of a document
+        max_length: int | None = None  # tokens with those of the prompt; None: as the context holds, at most 256 new
+        max_new_tokens: int | None = None  # tokens without those of the prompt
+        num_return_sequences: int = 1  # continuations of the prompt
+        temperature: float = 0.8  # divides the logits; 0 takes the likeliest token
+        top_k: int | None = None  # draw from the k likeliest tokens only
+        top_p: float | None = None  # draw from the likeliest tokens that together have this probability
+        seed: int = 0  # the same seed gives the same text
+        checkpoint: str = "last"  # last, best, or a step
+
+    options: Options = _parse(Options, arguments, "sample")
+    from gptjax.training.run import open_run
+
+    run = open_run(options.run)
+    _start_jax()
+    from gptjax.inference.sampler import Sampling, Writer
+    from gptjax.training.workshop import load_params
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    params, _ = load_params(run, options.checkpoint)
+    writer = Writer(run.experiment.model, params, run.tokenizer())
+    new_tokens = writer.room(options.prompt, options.max_length, options.max_new_tokens)
+    if options.num_return_sequences == 1:
+        for part in writer.stream(options.prompt, new_tokens, sampling, options.seed):
+            print(part, end="", flush=True)
+        print()
+        return
+    texts = writer.texts(options.prompt, new_tokens, options.num_return_sequences, sampling, options.seed)
+    for i, text in enumerate(texts, 1):
+        print(f"--- {i} ---\n{text}")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """RUN -> loss over its whole validation text."""
+    from tyro.conf import Positional
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Loss of a run over its whole validation text."""
+
+        run: Positional[Path]  # a run folder
+        json: bool = False  # print one JSON object on stdout
+        checkpoint: str = "last"  # last, best, or a step
+
+    options: Options = _parse(Options, arguments, "eval")
+    from gptjax.training.run import open_run
+
+    run = open_run(options.run)
+    _start_jax()
+    from gptjax.training.loop import evaluate_run
+
+    figures = evaluate_run(run, options.checkpoint)
+    if options.json:
+        print(json.dumps(figures))
+        return
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value:.4f}")
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "sample": sample, "eval": evaluate}

@@ -1,0 +1,1 @@
+"""Text from a trained model: the key/value cache and the sampler."""

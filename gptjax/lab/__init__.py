@@ -1,0 +1,1 @@
+"""Over many runs: pictures, and later sweeps, reports and reproductions."""

@@ -1,0 +1,47 @@
+"""Pictures of runs. The only file that needs matplotlib."""
+
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.training.run import Run
+
+
+def plot_loss(run: Run) -> Path | None:
+    """Draws the training and validation loss into RUN/loss.png; None where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    lines = run.metrics()
+    train = np.array([(x["step"], x["loss"]) for x in lines if "loss" in x])
+    val = np.array([(x["step"], x["val_loss"]) for x in lines if "val_loss" in x])
+    if not len(train):
+        return None
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*train.T, color="#9db7d5", linewidth=0.8, label="training, this step")
+    axes.plot(train[:, 0], _smooth(train[:, 1]), color="#1f4e8c", linewidth=1.6, label="training, smoothed")
+    if len(val):
+        axes.plot(*val.T, color="#c8541b", linewidth=1.6, marker="o", markersize=3.5, label="validation, whole split")
+        axes.annotate(f"{val[-1, 1]:.4f}", val[-1], (4, 6), textcoords="offset points", color="#c8541b", fontsize=9)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run.experiment.name)
+    axes.set_ylim(top=np.quantile(train[:, 1], 0.98) * 1.05)
+    axes.margins(x=0.06)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = run.folder / "loss.png"
+    figure.savefig(path)
+    return path
+
+
+def _smooth(values: np.ndarray, decay: float = 0.9) -> np.ndarray:
+    """Exponential average, corrected for its start."""
+    out, total, weight = np.empty(len(values)), 0.0, 0.0
+    for i, value in enumerate(values):
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out[i] = total / weight
+    return out

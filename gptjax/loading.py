@@ -1,0 +1,64 @@
+"""Experiment files are Python: a module that defines `experiment`. Only files that the user names are ever executed."""
+
+import importlib
+import importlib.util
+import re
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from gptjax.config import Experiment
+from gptjax.errors import ConfigError, GptjaxError
+from gptjax.schema import leaves, unknown
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment of a file (`experiments/quickstart.py`) or of its dotted name (`experiments.quickstart`).
+
+    Raises `ConfigError` for a file that is missing, fails, or defines no `experiment`.
+    """
+    path = Path(name) if name.endswith(".py") or "/" in name else Path(*name.split(".")).with_suffix(".py")
+    if not path.is_file():
+        raise ConfigError(
+            [f"{path}: no such experiment file; experiments/quickstart.py is one in a checkout of gptjax"]
+        )
+    try:
+        experiment = getattr(_import(path.resolve()), "experiment", None)
+    except GptjaxError:
+        raise
+    except Exception as e:
+        raise ConfigError([_what_failed(path.resolve(), e)]) from None
+    if not isinstance(experiment, Experiment):
+        raise ConfigError([f"{path}: defines no `experiment`; it must hold a line `experiment = Experiment(...)`"])
+    return experiment
+
+
+def _import(path: Path) -> ModuleType:
+    """Imports a file under its full name in its package, so that it can build on its neighbours."""
+    root, parts = path.parent, [path.stem]
+    while (root / "__init__.py").exists():
+        parts.insert(0, root.name)
+        root = root.parent
+    if len(parts) > 1:
+        sys.path.insert(0, str(root))
+        module = importlib.import_module(".".join(parts))
+        if module.__file__ and Path(module.__file__).resolve() == path:
+            return module
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _what_failed(path: Path, e: Exception) -> str:
+    if isinstance(e, SyntaxError):
+        return f"{e.filename}, line {e.lineno}: {e.msg}"
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename) == path]
+    where = f"{path.name}, line {frames[-1].lineno}" if frames else str(path)
+    if argument := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e)):
+        section, field = argument.groups()
+        prefix = "" if section == "Experiment" else f"{section.lower()}."
+        return f"{where}: {unknown(prefix + field, list(leaves(Experiment)))}"
+    return f"{where}: {type(e).__name__}: {e}"

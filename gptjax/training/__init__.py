@@ -1,0 +1,1 @@
+"""The pure train step, the loop around it, and the run folder that it leaves."""

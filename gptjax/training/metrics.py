@@ -1,0 +1,186 @@
+"""What a run says of itself: metrics.jsonl and its views, the progress line, and how much of the machine it uses."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from gptjax.config import Experiment, Model
+from gptjax.errors import GptjaxError
+from gptjax.model.gpt import init_params
+
+# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "V100": 125e12,
+    "TPU v6": 918e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 197e12,
+    "TPU v4": 275e12,
+}
+
+
+def num_params(model: Model) -> dict[str, int]:
+    """Weights of a model: `total`, and `multiplied`, those that take part in matrix products (6 FLOPs a token each)."""
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    sizes = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for name, part in shapes.items()}
+    looked_up = sum(
+        math.prod(x.shape)
+        for name, x in shapes["embedding"].items()  # type: ignore[union-attr]
+        if name == "positions" or (name == "tokens" and not model.tie_embeddings)
+    )
+    total = sum(sizes.values())
+    return {"total": total, "multiplied": total - looked_up}
+
+
+def flops_per_token(model: Model) -> float:
+    """Training FLOPs a token: 6 N + 12 L D T (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
+
+    N: weights in matrix products (the tied embedding once, as head); L layers, D = heads x head_dim, T context length.
+    Forward and backward, attention over the whole context without halving it for causality, recomputation not counted.
+    """
+    m = model.resolved()
+    attention = 12 * m.num_layers * m.num_heads * (m.head_dim or 0) * m.context_length
+    return 6 * num_params(m)["multiplied"] + attention
+
+
+def peak_flops() -> tuple[float, str]:
+    """FLOP/s that all devices could do, and where the figure is from: a data sheet, or on a CPU a float32 product."""
+    device = jax.devices()[0]
+    for kind, peak in PEAKS.items():
+        if kind.lower() in device.device_kind.lower():
+            return peak * jax.device_count(), f"{kind} data sheet, bfloat16"
+    size = 1024
+    multiply = jax.jit(lambda a: a @ a)
+    a = jnp.ones((size, size))
+    multiply(a).block_until_ready()
+    began = time.perf_counter()
+    multiply(a).block_until_ready()
+    first = time.perf_counter() - began
+    seconds = []
+    for _ in range(max(3, min(10, int(0.05 / first)))):
+        began = time.perf_counter()
+        multiply(a).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds), "measured on a 1024 x 1024 float32 product"
+
+
+def memory_bytes() -> int:
+    """Most memory used so far: of one device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl, and to the trackers that were asked for."""
+
+    def __init__(self, folder: Path, experiment: Experiment, resume_step: int):
+        """Drops lines after `resume_step`: the steps that they tell of are about to be made again."""
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [
+                line
+                for line in path.read_text().splitlines(keepends=True)
+                if line.endswith("\n") and json.loads(line)["step"] <= resume_step
+            ]
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text("".join(kept))
+            scratch.replace(path)
+        self._file = path.open("a")
+        self._trackers = [TRACKERS[name](folder, experiment) for name in experiment.train.track]
+
+    def write(self, step: int, **figures: float) -> None:
+        self._file.write(json.dumps({"step": step} | figures) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(step, figures)
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class TensorBoard:
+    """Event files under RUN/tensorboard."""
+
+    def __init__(self, folder: Path, experiment: Experiment):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise GptjaxError("train.track = 'tensorboard': needs tensorboardX; pip install 'gptjax[track]'") from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A Weights & Biases run; offline where WANDB_MODE says so."""
+
+    def __init__(self, folder: Path, experiment: Experiment):
+        try:
+            import wandb
+        except ImportError:
+            raise GptjaxError("train.track = 'wandb': needs wandb; pip install 'gptjax[track]'") from None
+        config = json.loads(experiment.to_json())
+        self._run = wandb.init(project="gptjax", name=experiment.name, dir=str(folder), config=config, resume="allow")
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self._run.log(figures, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+class Progress:
+    """One line that says where a run is: redrawn on a terminal, a new one every `seconds` elsewhere."""
+
+    def __init__(self, total: int, initial: int, seconds: float = 10.0):
+        self.shows = jax.process_index() == 0
+        self.bar = tqdm(total=total, initial=initial, bar_format="{desc}", disable=not sys.stderr.isatty())
+        self.total, self.seconds, self.last = total, seconds, 0.0
+
+    def show(self, step: int, figures: dict[str, float], always: bool = False) -> None:
+        """`figures`: loss, tokens_per_second, mfu, seconds_left, and val_loss once there is one."""
+        val = f" | val {figures['val_loss']:.4f}" if "val_loss" in figures else ""
+        left = int(figures["seconds_left"])
+        line = (
+            f"step {step:>{len(str(self.total))}}/{self.total} | loss {figures['loss']:.4f}{val}"
+            f" | {figures['tokens_per_second']:,.0f} tokens/s | MFU {figures['mfu']:.1%}"
+            f" | {left // 60}:{left % 60:02d} left | {memory_bytes() / 1e9:.1f} GB"
+        )
+        if not self.shows:
+            return
+        if not self.bar.disable:
+            self.bar.set_description_str(line)
+        elif always or time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()

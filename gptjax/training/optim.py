@@ -1,0 +1,166 @@
+"""Optimisers, schedules and weight averages: `make_optimizer` turns `Optim` into one optax transformation.
+
+The weights of all layers are stacked, and heads have axes of their own, so whatever treats a weight as a matrix (Muon,
+Adafactor) is told by the names of the axes what its rows, columns and layers are.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from optax import contrib
+
+from gptjax.config import Experiment, Optim
+from gptjax.model.gpt import weight_axes
+from gptjax.model.weights import Axes, is_matrix
+
+Tree = Any  # params, or anything in their shape
+HEAD_AXES = ("heads", "kv_heads")  # always followed by head_dim: together one side of a matrix
+
+
+def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
+    """Clipping, the update rule with decoupled decay on matrices, the schedule, and the average of the weights."""
+    o, axes = experiment.optim, weight_axes(experiment.model)
+    rate = make_schedule(o, experiment.train.steps)
+    parts = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
+    parts.append(_update_rule(o, rate, axes))
+    if o.ema_decay:
+        parts.append(average_weights(o.ema_decay))
+    return optax.chain(*parts)
+
+
+def make_schedule(o: Optim, steps: int) -> optax.Schedule:
+    """Learning rate of the update from step s to s + 1: a linear warm-up to the peak, then the chosen decline.
+
+    The first update already moves (rate peak / (warmup + 1)) and the last one is made at the final rate. WSD falls like
+    1 - sqrt over the last `cooldown_fraction` of the run (Haegele et al. 2024).
+    """
+    peak, final = o.learning_rate, o.final_learning_rate
+
+    def rate(step: Array | int) -> Array:
+        warm = (step + 1) / (o.warmup_steps + 1)
+        progress = jnp.clip((step - o.warmup_steps) / max(1, steps - 1 - o.warmup_steps), 0, 1)
+        if o.schedule == "cosine":
+            left = 0.5 * (1 + jnp.cos(math.pi * progress))
+        elif o.schedule == "linear":
+            left = 1 - progress
+        elif o.schedule == "wsd":
+            cooldown = max(1, round(o.cooldown_fraction * steps))
+            left = 1 - jnp.sqrt(jnp.clip((step - (steps - 1 - cooldown)) / cooldown, 0, 1))
+        else:
+            left = jnp.ones_like(progress)
+        return jnp.where(step < o.warmup_steps, peak * warm, final + (peak - final) * left)
+
+    return rate
+
+
+def _update_rule(o: Optim, rate: optax.Schedule, axes: Tree) -> optax.GradientTransformation:
+    matrices = decayed(axes)
+    decay = optax.add_decayed_weights(o.weight_decay, matrices) if o.weight_decay else optax.identity()
+    step = optax.scale_by_learning_rate(rate)
+    if o.name == "adamw":
+        return optax.chain(optax.scale_by_adam(o.beta1, o.beta2, o.epsilon), decay, step)
+    if o.name == "lion":
+        return optax.chain(optax.scale_by_lion(o.beta1, o.beta2), decay, step)
+    if o.name == "sgd":
+        return optax.chain(optax.trace(o.beta1) if o.beta1 else optax.identity(), decay, step)
+    if o.name == "adafactor":
+        factored = per_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes)
+        return optax.chain(factored, decay, step)
+    if o.name == "muon":
+        return contrib.muon(
+            rate,
+            beta=o.beta1,
+            weight_decay=o.weight_decay,
+            weight_decay_mask=matrices,
+            adam_b1=o.beta1,
+            adam_b2=o.beta2,
+            adam_weight_decay=o.weight_decay,
+            muon_weight_dimension_numbers=muon_dimensions(axes),
+            consistent_rms=0.2,  # updates as large as AdamW's, so that one rate serves both (Liu et al. 2025)
+        )
+    base = optax.chain(optax.scale_by_adam(0.0, o.beta2, o.epsilon), decay, step)
+    return contrib.schedule_free(base, rate, b1=o.beta1)
+
+
+def decayed(axes: Tree) -> Tree:
+    """True for the weights that decay: matrices and embeddings, not biases and scales."""
+    return jax.tree.map_with_path(lambda path, _: is_matrix(path[-1].key), axes, is_leaf=_is_axes)
+
+
+def muon_dimensions(axes: Tree) -> Tree:
+    """Rows and columns of every hidden matrix; None, which means AdamW, for embeddings, the head and vectors."""
+
+    def dimensions(path: tuple[Any, ...], names: Axes) -> contrib.MuonDimensionNumbers | None:
+        if names[0] != "layers" or not is_matrix(path[-1].key):
+            return None
+        sides = [[names.index(name) for name in group] for group in _sides(names[1:])]
+        return contrib.MuonDimensionNumbers(reduction_axis=tuple(sides[0]), output_axis=tuple(sides[1]))
+
+    return jax.tree.map_with_path(dimensions, axes, is_leaf=_is_axes)
+
+
+def per_layer(inner: optax.GradientTransformation, axes: Tree) -> optax.GradientTransformation:
+    """Lets a transformation see each layer's weights alone, the axes of a head joined: plain matrices and vectors."""
+
+    def join(tree: Tree) -> Tree:
+        def one(names: Axes, x: Array) -> Array:
+            sizes = dict(zip(names, x.shape, strict=True))
+            return x.reshape([math.prod(sizes[name] for name in group) for group in _sides(names)])
+
+        return jax.tree.map(one, axes, tree, is_leaf=_is_axes)
+
+    stacked = optax.GradientTransformation(jax.vmap(inner.init), jax.vmap(inner.update))
+    labels = jax.tree.map(lambda names: "stacked" if names[0] == "layers" else "single", axes, is_leaf=_is_axes)
+    both = optax.partition({"stacked": stacked, "single": inner}, labels)
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+        out, state = both.update(join(updates), state, None if params is None else join(params))
+        return jax.tree.map(lambda x, like: x.reshape(like.shape), out, updates), state
+
+    return optax.GradientTransformation(lambda params: both.init(join(params)), update)
+
+
+def _sides(names: Axes) -> list[list[str]]:
+    """The axes of a weight, those of a head taken together: layers, rows and columns, where it has them."""
+    groups: list[list[str]] = []
+    for name in names:
+        if name == "head_dim" and groups and groups[-1][0] in HEAD_AXES:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+class Average(NamedTuple):
+    """The exponential moving average of the weights."""
+
+    params: Tree
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Keeps `a = decay a + (1 - decay) params` of the params after each update, starting from the initial ones."""
+
+    def update(updates: Tree, state: Average, params: Tree) -> tuple[Tree, Average]:
+        moved = jax.tree.map(lambda a, p, u: decay * a + (1 - decay) * (p + u), state.params, params, updates)
+        return updates, Average(moved)
+
+    return optax.GradientTransformation(Average, update)
+
+
+def evaluation_params(params: Tree, opt_state: Tree) -> Tree:
+    """The weights to evaluate and sample with: the average where there is one, else the params themselves."""
+    kinds = (Average, contrib.ScheduleFreeState)
+    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    if averages := [s for s in states if isinstance(s, Average)]:
+        return averages[0].params
+    if free := [s for s in states if isinstance(s, contrib.ScheduleFreeState)]:
+        return contrib.schedule_free_eval_params(free[0], params)
+    return params

@@ -1,0 +1,72 @@
+"""What a run is at a step: arrays only, each laid out over the mesh by the axes of the weight that it belongs to."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax import sharding
+from gptjax.config import Experiment
+from gptjax.model.gpt import init_params, weight_axes
+
+
+class TrainState(NamedTuple):
+    """Everything that the next update depends on, besides the data."""
+
+    step: Array  # int32: updates made so far
+    params: Any  # float32 weights
+    opt_state: Any
+    key: Array  # uint32: the run's random key, as data; each use folds in its own name and step
+
+
+def named_key(key: Array, name: str) -> Array:
+    """The random key of one use, from the run's key data."""
+    return jax.random.fold_in(jax.random.wrap_key_data(key), zlib.crc32(name.encode()))
+
+
+def init_state(experiment: Experiment, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    key = jax.random.key_data(jax.random.key(experiment.seed))
+    params = init_params(experiment.model, named_key(key, "params"))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
+
+
+def abstract_state(experiment: Experiment, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and layout of the state, without making it: `jax.ShapeDtypeStruct`s with shardings.
+
+    Whatever the optimiser keeps in the shape of a weight lies where the weight lies; the rest (counters, Adafactor's
+    rows and columns) is small and lies everywhere.
+    """
+    shapes = jax.eval_shape(lambda: init_state(experiment, tx))
+    axes = {
+        _names(path): names
+        for path, names in jax.tree.leaves_with_path(
+            weight_axes(experiment.model), is_leaf=lambda x: isinstance(x, tuple)
+        )
+    }
+    weights = {_names(path): x.shape for path, x in jax.tree.leaves_with_path(shapes.params)}
+
+    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = _names(path)
+        owner = next((names[i:] for i in range(len(names)) if weights.get(names[i:]) == x.shape), None)
+        layout = NamedSharding(mesh, PartitionSpec())
+        if owner is not None:
+            layout = sharding.sharding(axes[owner], x.shape, mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+    return jax.tree.map_with_path(place, shapes)
+
+
+def create_state(experiment: Experiment, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
+    """`init_state`, each device making only its own part. The values do not depend on the mesh."""
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda: init_state(experiment, tx), out_shardings=layout)()
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The dict keys of a path in a tree, without the fields and indices of the containers around them."""
+    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))

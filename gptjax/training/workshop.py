@@ -1,0 +1,134 @@
+"""Everything that is made from an experiment before the first step: data, layout, compiled functions, weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax import sharding
+from gptjax.checks import check
+from gptjax.config import Experiment
+from gptjax.data.batches import Batches
+from gptjax.data.objectives import Batch
+from gptjax.data.store import Store, cache_folder, open_store
+from gptjax.errors import ConfigError, RunError
+from gptjax.model.attention import choose_kernel
+from gptjax.model.gpt import GPT
+from gptjax.training import checkpoint
+from gptjax.training.metrics import flops_per_token, num_params
+from gptjax.training.optim import evaluation_params, make_optimizer
+from gptjax.training.run import Run, open_run
+from gptjax.training.state import TrainState, abstract_state, create_state
+from gptjax.training.step import Metrics, eval_step, train_step
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Nothing in it changes while the run goes on."""
+
+    experiment: Experiment  # resolved
+    store: Store
+    batches: Batches
+    mesh: jax.sharding.Mesh
+    abstract: TrainState  # shapes and layout of the state
+    tx: optax.GradientTransformation
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the cache folder, so that a second start of the same program is quick."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def one_device() -> jax.sharding.Mesh:
+    """The mesh of this process's first device, for verbs that need no more."""
+    return sharding.mesh_of(jax.local_devices()[:1], 1, 1)
+
+
+def prepare(experiment: Experiment, mesh: jax.sharding.Mesh | None = None) -> Workshop:
+    """Opens the data and lays out the state; computes nothing yet. Raises `ConfigError` and `DataError`."""
+    check(experiment, jax.device_count() if mesh is None else None)
+    store = open_store(experiment.data)
+    e = experiment.resolved(store.tokenizer.vocab_size)
+    if (e.model.vocab_size or 0) < store.tokenizer.vocab_size:
+        raise ConfigError(
+            [f"model.vocab_size = {e.model.vocab_size}: the tokenizer has {store.tokenizer.vocab_size}; leave it out"]
+        )
+    mesh = mesh or sharding.make_mesh(e.mesh)
+    batches, model, tx = Batches(store, e), GPT(e.model), make_optimizer(e)
+    abstract = abstract_state(e, tx, mesh)
+    layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
+    step = partial(train_step, model=model, tx=tx, z_loss=e.objective.z_loss)
+    return Workshop(
+        experiment=e,
+        store=store,
+        batches=batches,
+        mesh=mesh,
+        abstract=abstract,
+        tx=tx,
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(layout, everywhere)),
+        eval_step=jax.jit(partial(eval_step, model=model), out_shardings=everywhere),
+    )
+
+
+def first_state(shop: Workshop, run: Run) -> TrainState:
+    """The newest checkpoint of the run; or a new state, with random weights or those of `experiment.init`."""
+    if checkpoint.listing(run.checkpoints):
+        return checkpoint.restore(checkpoint.choose(run.checkpoints), shop.abstract)
+    state = create_state(shop.experiment, shop.tx, shop.abstract)
+    if shop.experiment.init is None:
+        return state
+    source = open_run(Path(shop.experiment.init))
+    loaded, _ = load_params(source, "last")
+    if (there := _shapes(loaded)) != (here := _shapes(shop.abstract.params)):
+        differ = [f"  - {name}: {there.get(name)} there, {here.get(name)} here" for name in sorted(there | here)
+                  if there.get(name) != here.get(name)]  # fmt: skip
+        raise RunError(f"init = {shop.experiment.init!r}: has other weights than this model:\n" + "\n".join(differ))
+    params = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), loaded, shop.abstract.params)
+    layout = jax.tree.map(lambda x: x.sharding, shop.abstract.opt_state)
+    return state._replace(params=params, opt_state=jax.jit(shop.tx.init, out_shardings=layout)(params))
+
+
+def load_params(run: Run, which: str) -> tuple[Any, int]:
+    """The weights to evaluate and sample with, of the checkpoint called `which`, on one device; and its step."""
+    chosen = checkpoint.choose(run.checkpoints, which)
+    abstract = abstract_state(run.experiment, make_optimizer(run.experiment), one_device())
+    state = checkpoint.restore(chosen, abstract)
+    return evaluation_params(state.params, state.opt_state), chosen.step
+
+
+def summary(shop: Workshop, step: int) -> str:
+    """What is about to be trained, on what, and what it takes."""
+    e, m, store = shop.experiment, shop.experiment.model, shop.store
+    size = num_params(m)["total"]
+    tokens = e.train.steps * shop.batches.tokens_per_step
+    corpus = sum(len(s.ids) for s in store.train)
+    kernel, why = choose_kernel(m, jax.default_backend())
+    device = jax.devices()[0]
+    return "\n".join(
+        [
+            f"{e.name}: {size:,} parameters, {m.num_layers} layers of width {m.embed_dim}, context {m.context_length}, "
+            f"vocabulary {m.vocab_size:,}",
+            f"  data     {corpus:,} tokens ({store.tokenizer.kind}), and "
+            f"{sum(len(s.ids) for s in store.validation):,} for validation",
+            f"  training {'from step ' + format(step, ',') + ' ' if step else ''}to step {e.train.steps:,} of "
+            f"{shop.batches.tokens_per_step:,} tokens: {tokens:,} tokens, {tokens / size:.1f} a parameter, "
+            f"{tokens / corpus:.1f} epochs, {tokens * flops_per_token(m):.2g} FLOPs",
+            f"  machine  {jax.device_count()} x {device.device_kind}, mesh data {shop.mesh.shape['data']} x model "
+            f"{shop.mesh.shape['model']}, {m.dtype}, attention by {kernel} ({why})",
+        ]
+    )
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in jax.tree.leaves_with_path(params)
+    }
