@@ -139,6 +139,10 @@ def _training_rules(o: Optim, t: Train, need: Need) -> None:
         f"optim.final_learning_rate = {o.final_learning_rate}: above optim.learning_rate = {o.learning_rate}; lower it",
     )
     need(
+        o.name != "schedule_free" or o.schedule == "constant",
+        f"optim.schedule = {o.schedule!r}: optim.name = 'schedule_free' needs none; set optim.schedule = 'constant'",
+    )
+    need(
         t.batch_size % t.microbatches == 0,
         f"train.batch_size = {t.batch_size}: not a multiple of train.microbatches = {t.microbatches}",
     )

@@ -1,0 +1,48 @@
+"""Eight CPU devices, an empty cache, and small helpers that many tests use. Settings must stand before JAX starts."""
+
+import os
+import tempfile
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["GPTJAX_CACHE"] = tempfile.mkdtemp(prefix="gptjax-tests-")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from gptjax.config import Experiment, Model
+
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+TINY = Experiment(name="tiny").override(
+    model=dict(context_length=16, num_layers=2, embed_dim=16, num_heads=2),
+    optim=dict(warmup_steps=2, learning_rate=1e-2),
+    train=dict(steps=6, batch_size=8, eval_every=3, checkpoint_every=3, log_every=1, sample_tokens=8),
+)
+
+
+def tiny_model(**changes) -> Model:
+    """A resolved model of two layers that compiles in a moment."""
+    return TINY.override(model=dict(vocab_size=11) | changes).model.resolved()
+
+
+def write_corpus(folder: Path, size: int = 6000) -> Path:
+    """A small text file with some structure to learn."""
+    path = folder / "corpus.txt"
+    path.write_text("".join(f"line {i} is {i * i % 97}\n" for i in range(size // 14)))
+    return path
+
+
+def tiny_run(folder: Path, **changes) -> Experiment:
+    """`TINY` on a small corpus of its own, whose validation text is short."""
+    return TINY.override({"data.source": str(write_corpus(folder))} | changes)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data, where there is one."""
+    if "GPTJAX_DATA" not in os.environ:
+        pytest.skip("GPTJAX_DATA is not set: it names the folder with the real data")
+    return Path(os.environ["GPTJAX_DATA"]).resolve()

@@ -1,0 +1,155 @@
+"""An experiment is one value: it can be changed, compared, written down, and refused with everything that is wrong."""
+
+import ast
+import inspect
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax import config
+from gptjax.checks import check
+from gptjax.config import Experiment, Model, diff, grid
+from gptjax.errors import ConfigError
+from gptjax.schema import leaves, type_problems, value_at
+
+BASE = Experiment()
+
+changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**31),
+        "name": st.text("abc", min_size=1),
+        "init": st.none() | st.just("runs/a"),
+        "model.num_layers": st.integers(1, 100),
+        "model.head_dim": st.none() | st.integers(1, 64),
+        "model.ffn": st.sampled_from(["gelu", "swiglu"]),
+        "model.dropout": st.floats(0, 0.9),
+        "data.source": st.just("pydoc") | st.lists(st.text("xyz", min_size=1), min_size=1).map(tuple),
+        "optim.learning_rate": st.floats(1e-9, 1),
+        "train.track": st.just(("tensorboard",)),
+    },
+)
+
+
+@given(changes)
+def test_override_sets_exactly_what_it_names(wanted):
+    changed = BASE.override(wanted)
+    assert all(value_at(changed, path) == value for path, value in wanted.items())
+    assert diff(BASE, changed) == {
+        path: (value_at(BASE, path), value) for path, value in wanted.items() if value != value_at(BASE, path)
+    }
+
+
+@given(changes)
+def test_json_brings_back_an_equal_value(wanted):
+    changed = BASE.override(wanted)
+    assert Experiment.from_json(changed.to_json()) == changed
+    assert hash(Experiment.from_json(changed.to_json())) == hash(changed)
+
+
+def test_sections_and_dotted_names_are_the_same_override():
+    assert BASE.override(model=dict(num_layers=3), seed=2) == BASE.override({"model.num_layers": 3, "seed": 2})
+
+
+def test_grid_makes_every_combination_under_a_name_of_its_own():
+    trials = grid(BASE, {"seed": [1, 2], "model.ffn": ["gelu", "relu"]})
+    assert [(t.seed, t.model.ffn) for t in trials] == [(1, "gelu"), (1, "relu"), (2, "gelu"), (2, "relu")]
+    assert len({t.name for t in trials}) == 4
+
+
+@pytest.mark.parametrize(
+    "wrong, meant",
+    [
+        ("model.num_layer", "model.num_layers"),
+        ("num_layers", "model.num_layers"),
+        ("trian.steps", "train.steps"),
+        ("sed", "seed"),
+        ("optim.learning_rte", "optim.learning_rate"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_one_that_was_meant(wrong, meant):
+    with pytest.raises(ConfigError, match=f"{wrong}: no such field; did you mean {meant}"):
+        BASE.override({wrong: 1})
+
+
+def test_unknown_fields_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        BASE.override({"model.num_layer": 1, "optim.lr": 2})
+    assert len(caught.value.problems) == 2
+
+
+# One entry for each rule: (what makes the experiment impossible, what the message must name)
+IMPOSSIBLE = [
+    ({"train.steps": "100"}, "train.steps = '100'"),
+    ({"model.ffn": "gleu"}, "model.ffn = 'gleu'"),
+    ({"model.dropout": True}, "model.dropout = True"),
+    ({"model.num_layers": 2.0}, "model.num_layers = 2.0"),
+    ({"data.source": 3}, "data.source = 3"),
+    ({"optim.learning_rate": -1.0}, "optim.learning_rate = -1.0"),
+    ({"train.eval_every": -1}, "train.eval_every = -1"),
+    ({"model.dropout": 1.0}, "model.dropout = 1.0"),
+    ({"optim.ema_decay": 1.0}, "optim.ema_decay = 1.0"),
+    ({"model.num_heads": 5}, "model.num_heads = 5"),
+    ({"model.num_kv_heads": 4}, "model.num_kv_heads = 4"),
+    ({"model.positions": "rope", "model.head_dim": 3}, "model.head_dim = 3"),
+    ({"model.rope_scaling": "linear"}, "model.rope_scaling = 'linear'"),
+    ({"model.rope_factor": 2.0}, "model.rope_factor = 2.0"),
+    ({"model.attention_kernel": "cudnn"}, "model.attention_kernel = 'cudnn'"),
+    ({"model.causal": False}, "model.causal = False"),
+    ({"optim.warmup_steps": 1000}, "optim.warmup_steps = 1000"),
+    ({"optim.final_learning_rate": 1.0}, "optim.final_learning_rate = 1.0"),
+    ({"optim.name": "schedule_free"}, "optim.schedule = 'cosine'"),
+    ({"data.source": ()}, "data.source = ()"),
+    ({"data.weights": (1.0, 2.0)}, "data.weights = (1.0, 2.0)"),
+    ({"data.val_fraction": 0.0}, "data.val_fraction = 0"),
+    ({"data.streaming": True}, "data.streaming = True"),
+    ({"name": "a/b"}, "name = 'a/b'"),
+    ({"train.microbatches": 5}, "train.microbatches = 5"),
+    ({"mesh.model": 3}, "mesh = 2 x 3"),
+    ({"train.batch_size": 12}, "train.batch_size = 12"),
+]
+
+
+@pytest.mark.parametrize("changes, named", IMPOSSIBLE, ids=[named for _, named in IMPOSSIBLE])
+def test_each_rule_names_field_and_value(changes, named):
+    with pytest.raises(ConfigError) as caught:
+        check(BASE.override(changes), num_devices=8)
+    assert named in str(caught.value)
+
+
+def test_everything_that_is_wrong_is_reported_at_once():
+    wrong = {"train.steps": "100", "model.num_heads": 5, "optim.learning_rate": -1.0, "data.weights": (1.0, 2.0)}
+    with pytest.raises(ConfigError) as caught:
+        check(BASE.override(wrong))
+    assert len(caught.value.problems) == 4
+
+
+def test_the_default_experiment_is_possible_on_any_fitting_number_of_devices():
+    for devices in (None, 1, 2, 8, 32):
+        assert check(BASE, devices) == BASE
+
+
+def test_derived_sizes_are_written_out():
+    m = Model(embed_dim=96, num_heads=6, ffn="swiglu").resolved()
+    assert (m.num_kv_heads, m.head_dim, m.ffn_dim) == (6, 16, 256)
+    assert m.resolved() == m
+    assert Model(embed_dim=96).resolved().ffn_dim == 384
+
+
+def test_the_config_stays_small_and_every_field_says_what_it_is():
+    assert len(leaves(Experiment)) < 100
+    assert type_problems(BASE) == {}
+    source = inspect.getsource(config)
+    lines = source.splitlines()
+    fields = [
+        node
+        for kind in ast.parse(source).body
+        if isinstance(kind, ast.ClassDef)
+        for node in kind.body
+        if isinstance(node, ast.AnnAssign)
+    ]
+    assert len(fields) > 70
+    for node in fields:
+        section = isinstance(node.value, ast.Call)  # documented by the docstring of its class
+        assert section or "  # " in lines[node.lineno - 1], f"{lines[node.lineno - 1]}: has no comment"
