@@ -1,9 +1,12 @@
-"""Eight CPU devices, an empty cache, and small helpers that many tests use. Settings must stand before JAX starts."""
+"""Eight CPU devices, an empty cache, and small helpers that many tests use. Settings must stand before JAX starts.
+
+Programs are compiled without optimisation: the tests compile many and run each only a few times.
+"""
 
 import os
 import tempfile
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["GPTJAX_CACHE"] = tempfile.mkdtemp(prefix="gptjax-tests-")
 

@@ -1,0 +1,208 @@
+"""The batch at step n is a pure function of (data, seed, n), and an epoch asks for every token exactly once."""
+
+import collections
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, write_corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax import sharding
+from gptjax.data import batches as batches_module
+from gptjax.data.batches import CYCLE, Batches, WindowedStream, mixture, permute, prefetch
+from gptjax.data.objectives import Windows, causal, positions_within
+from gptjax.data.store import Store, Stream, open_store
+from gptjax.errors import DataError
+
+
+def numbered(size: int, documents=(0,), name="numbers") -> Stream:
+    """A stream in which every token is its own place."""
+    return Stream(name, np.arange(size, dtype=np.uint32), np.array(documents, np.int64))
+
+
+def windows_of(stream: Stream, length: int, seed=(0,), track=False) -> WindowedStream:
+    return WindowedStream(stream, length, seed, track)
+
+
+@given(size=st.integers(1, 5000), key=st.integers(0, 2**32))
+@settings(max_examples=50, deadline=None)
+def test_permute_is_a_permutation(size, key):
+    assert sorted(permute(np.arange(size), size, (key,))) == list(range(size))
+
+
+def test_permutations_are_mixed_and_differ():
+    size = 1000
+    orders = np.array([permute(np.arange(size), size, (7, epoch)) for epoch in range(200)])
+    assert len({tuple(o) for o in orders}) == 200
+    # each place gets a mean of 499.5 with standard deviation 289 / sqrt(200) = 20
+    assert np.abs(orders.mean(0) - 499.5).max() < 6 * 20.4
+    neighbours = np.mean(np.abs(np.diff(orders, axis=1)) == 1)
+    assert neighbours < 0.01
+
+
+@given(size=st.integers(2, 300), length=st.integers(1, 40), seed=st.integers(0, 1000), epoch=st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_asks_for_every_token_exactly_once(size, length, seed, epoch):
+    stream = windows_of(numbered(size), length, (seed,))
+    count = stream.windows
+    batch = causal(stream.shuffled(np.arange(epoch * count, (epoch + 1) * count)))
+    asked = batch.targets[batch.weights > 0]
+    assert sorted(asked) == list(range(1, size))
+    assert np.array_equal(batch.tokens[batch.weights > 0] + 1, asked), "each is asked right after the one before it"
+
+
+@given(size=st.integers(2, 300), length=st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_validation_is_one_plain_pass(size, length):
+    stream = windows_of(numbered(size), length)
+    batch = causal(stream.in_order(np.arange(-(-stream.answers // length))))
+    assert list(batch.targets[batch.weights > 0]) == list(range(1, size))
+
+
+def test_the_cuts_move_from_epoch_to_epoch():
+    stream = windows_of(numbered(1000), 10)
+    first = [stream.shuffled(np.arange(e * stream.windows, (e + 1) * stream.windows)).ids[:, 0] % 10 for e in range(8)]
+    assert len({collections.Counter(phase).most_common(1)[0][0] for phase in first}) > 2
+
+
+def make_batches(sizes, weights=(), seed=0, **changes) -> Batches:
+    streams = tuple(
+        Stream(f"s{i}", np.arange(size, dtype=np.uint32) + 10_000 * i, np.array([0])) for i, size in enumerate(sizes)
+    )
+    e = TINY.override({"data.source": tuple(s.name for s in streams), "data.weights": weights, "seed": seed, **changes})
+    return Batches(Store(None, "key", None, streams, streams), e)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(40, 400), min_size=1, max_size=3),
+    batch_size=st.sampled_from([2, 4, 6]),
+    step=st.integers(0, 10_000),
+    seed=st.integers(0, 100),
+)
+def test_batches_do_not_depend_on_how_they_are_made(sizes, batch_size, step, seed):
+    one = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size})
+    whole = one.batch(step)
+    again = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size}).batch(step)
+    np.testing.assert_array_equal(whole.tokens, again.tokens)
+    in_parts = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size, "train.microbatches": 2}).batch(step)
+    np.testing.assert_array_equal(in_parts.tokens.reshape(whole.tokens.shape), whole.tokens)
+    for host in range(2):  # two hosts, each making its own columns only
+        columns = np.arange(host, batch_size, 2)
+        np.testing.assert_array_equal(one.batch(step, columns).targets, whole.targets[:, columns])
+    twice = make_batches(sizes, seed=seed, **{"train.batch_size": 2 * batch_size})
+    np.testing.assert_array_equal(
+        twice.batch(step).tokens[0],
+        np.concatenate([one.batch(2 * step).tokens[0], one.batch(2 * step + 1).tokens[0]]),
+    )
+
+
+def test_every_source_of_a_mixture_keeps_its_epochs():
+    batches = make_batches([330, 170], weights=(3.0, 1.0), **{"train.batch_size": 8})
+    first, second = (w.windows for w in batches.train_streams)
+    samples = 0
+    counts = collections.Counter()
+    while samples < 4 * CYCLE:
+        batch = batches.batch(samples // 8)
+        counts.update(batch.targets[batch.weights > 0].tolist())
+        samples += 8
+    in_first = [counts[i] for i in range(1, 330)]
+    in_second = [counts[10_000 + i] for i in range(1, 170)]
+    # after s samples of a source every token was asked for floor(s / windows) or one more times
+    assert set(in_first) <= {3 * CYCLE // first, 3 * CYCLE // first + 1}
+    assert set(in_second) <= {CYCLE // second, CYCLE // second + 1}
+
+
+@given(shares=st.lists(st.floats(0.001, 1), min_size=1, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_a_mixture_cycle_has_the_shares(shares):
+    shares = np.array(shares) / sum(shares)
+    sources, ranks, counts = mixture(shares, (1,))
+    assert counts.sum() == CYCLE == len(sources) and counts.min() >= 1
+    assert np.abs(counts - shares * CYCLE).max() <= len(shares)
+    for i, count in enumerate(counts):
+        assert sorted(ranks[sources == i]) == list(range(count))
+        assert np.all(np.diff(ranks[sources == i]) == 1)
+
+
+def test_without_weights_sources_count_by_their_size():
+    batches = make_batches([3000, 1000])
+    assert batches.per_cycle[0] / CYCLE == pytest.approx(0.75, abs=0.002)
+
+
+def test_the_seed_changes_the_order():
+    assert not np.array_equal(make_batches([500]).batch(0).tokens, make_batches([500], seed=1).batch(0).tokens)
+
+
+def test_document_masks_follow_the_documents():
+    stream = windows_of(numbered(20, documents=(0, 5, 12)), 10, track=True)
+    batch = causal(stream.in_order(np.arange(2)))
+    assert batch.segments.tolist() == [[1] * 5 + [2] * 5, [1, 1] + [2] * 7 + [2]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7]]
+    assert batch.weights.tolist() == [[1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1, 1, 1, 1, 0]]
+
+
+def test_padding_is_a_document_of_its_own():
+    ids = np.array([[3, 4, 5, 0, 0]], np.int32)
+    batch = causal(Windows(ids, ids > 0, np.array([[1, 1, 1, 0, 0]], np.int32)))
+    assert batch.weights.tolist() == [[1, 1, 0, 0]] and batch.segments.tolist() == [[1, 1, 1, 0]]
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=6, max_size=6).map(sorted), min_size=1, max_size=4))
+def test_positions_restart_with_each_segment(rows):
+    segments = np.array(rows)
+    expected = [[row[:i].count(s) for i, s in enumerate(row)] for row in segments.tolist()]
+    assert positions_within(segments).tolist() == expected
+
+
+def test_the_same_global_batch_lies_on_every_mesh():
+    batches = make_batches([500])
+    for data, model in ((1, 1), (8, 1), (4, 2), (2, 4)):
+        mesh = sharding.mesh_of(jax.devices()[: data * model], data, model)
+        placed = batches.on_devices(3, mesh)
+        np.testing.assert_array_equal(placed.tokens, batches.batch(3).tokens)
+        assert placed.tokens.sharding.spec[1] == "data"
+
+
+def test_a_text_shorter_than_a_window_is_refused(tmp_path):
+    e = TINY.override({"data.source": str(write_corpus(tmp_path, 100)), "model.context_length": 4096})
+    with pytest.raises(DataError, match="fewer than one window of"):
+        Batches(open_store(e.data), e)
+
+
+def test_prefetch_keeps_the_order_runs_ahead_and_stops():
+    made = []
+
+    def make(step):
+        made.append(step)
+        return step
+
+    batches = prefetch(make, range(5, 100), depth=2)
+    assert [next(batches) for _ in range(3)] == [5, 6, 7]
+    deadline = time.monotonic() + 5
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made[:5] == [5, 6, 7, 8, 9] and len(made) <= 6
+    batches.close()
+    count = len(made)
+    time.sleep(0.05)
+    assert len(made) == count, "a closed prefetch makes nothing more"
+
+
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted():
+    def make(step):
+        if step == 2:
+            raise DataError("step 2 is bad")
+        return step
+
+    batches = prefetch(make, range(10), depth=1)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(DataError, match="step 2 is bad"):
+        next(batches)
+
+
+def test_nothing_of_an_epoch_depends_on_its_size_in_memory():
+    assert batches_module.permute(np.array([0, 10**12 - 1]), 10**12, (1,)).max() < 10**12

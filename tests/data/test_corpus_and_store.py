@@ -1,0 +1,201 @@
+"""Sources of every kind, what is refused about them, and a store that is either whole or not there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import write_corpus
+
+from gptjax.config import Data
+from gptjax.data import corpus, store
+from gptjax.errors import DataError
+
+DOCUMENTS = [f"document {i}: " + "words and more " * (i % 5 + 1) for i in range(40)]
+
+
+def texts(source, **settings):
+    return list(corpus.read(str(source), Data(**settings)))
+
+
+def write_tables(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": d, "other": i} for i, d in enumerate(DOCUMENTS)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
+    (folder / "a.csv").write_text("text,other\n" + "".join(f'"{r["text"]}",{r["other"]}\n' for r in rows))
+    return [folder / name for name in ("a.jsonl", "a.parquet", "a.csv")]
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    for path in write_tables(tmp_path):
+        assert texts(path) == DOCUMENTS, path
+        assert texts(path, max_documents=3) == DOCUMENTS[:3]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    for name in ("b.txt", "a.md", "ignored.bin", "c/d.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    assert texts(tmp_path) == ["a.md", "b.txt", "c/d.txt"]
+
+
+def test_a_hub_data_set_is_read_whole_and_streamed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_tables(folder)[0].rename(folder / "train.jsonl")
+    (folder / "a.csv").unlink()
+    (folder / "a.parquet").unlink()
+    for streaming in (False, True):  # the hub's own reader also takes a local folder for a name
+        assert texts(f"hub:{folder}", streaming=streaming) == DOCUMENTS
+    assert corpus.fingerprint(f"hub:{folder}", Data()) == corpus.fingerprint(f"hub:{folder}", Data())
+
+
+def test_an_unknown_hub_name_is_refused(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="not found on the hub, or the hub cannot be reached"):
+        texts("hub:nobody/nothing")
+
+
+def test_the_embedded_corpus_is_always_there():
+    assert sum(map(len, texts("pydoc"))) > 300_000
+
+
+def test_what_is_wrong_with_a_source_is_named(tmp_path, monkeypatch):
+    def refused(source, message, **settings):
+        with pytest.raises(DataError) as caught:
+            texts(source, **settings)
+        assert message in str(caught.value)
+
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    refused("$NO_SUCH_FOLDER/tinyshakespeare.txt", "environment variable NO_SUCH_FOLDER is not set")
+    refused("$NO_SUCH_FOLDER/tinyshakespeare.txt", "get it from https://")
+    refused(tmp_path / "nothing.txt", "no such file or folder")
+    refused(tmp_path, "no file in this folder ends in")
+    (tmp_path / "a.bin").write_text("x")
+    refused(tmp_path / "a.bin", "ends in '.bin'")
+    (tmp_path / "empty.txt").write_text("")
+    refused(tmp_path / "empty.txt", "is empty")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    refused(tmp_path / "latin.txt", "byte 3 is not UTF-8")
+    rows = [json.dumps({"text": "good"})] * 4
+    (tmp_path / "cut.jsonl").write_text("\n".join([*rows, '{"text": "cut of']))
+    refused(tmp_path / "cut.jsonl", "line 5")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    refused(tmp_path / "rows.jsonl", "has no column 'body' (data.column); it has text", column="body")
+    (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
+    refused(tmp_path / "number.jsonl", "row 1, column 'text' holds 3")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut off")
+    refused(tmp_path / "cut.parquet", "cut.parquet: cannot be read as parquet")
+
+
+def test_a_store_is_built_once_and_found_again(tmp_path):
+    data = Data(source=str(write_corpus(tmp_path)))
+    first = store.open_store(data)
+    before = (first.folder / "store.json").stat().st_mtime_ns
+    assert store.open_store(data).key == first.key
+    assert (first.folder / "store.json").stat().st_mtime_ns == before
+    elsewhere = tmp_path / "copy.txt"
+    elsewhere.write_bytes((tmp_path / "corpus.txt").read_bytes())
+    assert store.open_store(Data(source=str(elsewhere))).key == first.key, "the content counts, not the path"
+    elsewhere.write_bytes(elsewhere.read_bytes()[:-1] + b"!")
+    assert store.open_store(Data(source=str(elsewhere))).key != first.key, "one byte makes another corpus"
+
+
+@pytest.mark.parametrize("changes", [dict(tokenizer="char"), dict(val_fraction=0.2), dict(split="document"),
+                                     dict(max_documents=1)])  # fmt: skip
+def test_whatever_decides_the_tokens_decides_the_key(tmp_path, changes):
+    source = str(write_corpus(tmp_path))
+    assert store._key(Data(source=source)) != store._key(Data(source=source, **changes))
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "sentencepiece"])
+def test_the_store_holds_exactly_the_text(tmp_path, kind):
+    path = write_corpus(tmp_path)
+    text = path.read_text()
+    opened = store.open_store(Data(source=str(path), tokenizer=kind, tokenizer_vocab_size=300, val_fraction=0.25))
+    train, val = opened.train[0].ids, opened.validation[0].ids
+    cut = int(len(text) * 0.75)
+    assert opened.tokenizer.decode(train) == text[:cut]
+    assert opened.tokenizer.decode(val) == text[cut:]
+    assert opened.tokenizer.end_of_text not in train, "the cut document does not end in the training part"
+
+
+def documents_of(opened, stream):
+    """The documents of a stream as text; each must be closed by `end_of_text`."""
+    ends = [*stream.documents[1:], len(stream.ids)]
+    assert all(stream.ids[end - 1] == opened.tokenizer.end_of_text for end in ends)
+    return [opened.tokenizer.decode(stream.ids[a:b]) for a, b in zip(stream.documents, ends, strict=True)]
+
+
+def test_a_split_by_document_keeps_documents_whole(tmp_path):
+    write_tables(tmp_path)
+    opened = store.open_store(Data(source=str(tmp_path / "a.jsonl"), split="document", val_fraction=0.3))
+    train, validation = (documents_of(opened, s) for s in (opened.train[0], opened.validation[0]))
+    assert sorted(train + validation) == sorted(DOCUMENTS) and len(validation) > 3
+    # one document more moves none of the others to the other side
+    more = tmp_path / "more.jsonl"
+    more.write_text((tmp_path / "a.jsonl").read_text() + json.dumps({"text": "new", "other": 0}) + "\n")
+    grown = store.open_store(Data(source=str(more), split="document", val_fraction=0.3))
+    assert [d for d in documents_of(grown, grown.validation[0]) if d != "new"] == validation
+
+
+def test_validation_text_of_its_own(tmp_path):
+    (tmp_path / "train.txt").write_text("training text " * 20)
+    (tmp_path / "val.txt").write_text("validation text " * 5)
+    opened = store.open_store(Data(source=str(tmp_path / "train.txt"), val_source=str(tmp_path / "val.txt")))
+    assert opened.tokenizer.decode(opened.train[0].ids) == "training text " * 20
+    assert opened.tokenizer.decode(opened.validation[0].ids) == "validation text " * 5
+
+
+def test_no_text_on_one_side_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("ab")
+    with pytest.raises(DataError, match="no training text is left"):
+        store.open_store(Data(source=str(tmp_path / "short.txt"), val_fraction=0.9))
+
+
+def test_a_build_that_is_killed_leaves_no_store(tmp_path):
+    path = write_corpus(tmp_path)
+    script = (
+        "import os, signal\n"
+        "from gptjax.config import Data\n"
+        "from gptjax.data import store\n"
+        "write = store._write_durably\n"
+        "def die(target, content):\n"
+        "    if target.name == 'store.json': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    write(target, content)\n"
+        "store._write_durably = die\n"
+        f"store.open_store(Data(source={str(path)!r}))\n"
+    )
+    environment = os.environ | {"GPTJAX_CACHE": str(tmp_path / "cache")}
+    died = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert died.returncode == -9
+    stores = tmp_path / "cache" / "stores"
+    assert [p.name for p in stores.iterdir() if not p.name.startswith("building-")] == []
+    code = (
+        f"from gptjax.config import Data; from gptjax.data import store; store.open_store(Data(source={str(path)!r}))"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert len([p for p in stores.iterdir() if (p / "store.json").exists()]) == 1
+
+
+def test_a_store_that_lost_bytes_is_refused(tmp_path):
+    data = Data(source=str(write_corpus(tmp_path, 3000)))
+    opened = store.open_store(data)
+    path = opened.folder / "0.train.tokens"
+    os.truncate(path, path.stat().st_size - 2)
+    with pytest.raises(DataError, match=r"delete .* to rebuild it"):
+        store.open_store(data)
+
+
+def test_chunks_of_a_text_without_line_breaks():
+    assert list(store.chunks("x" * 100, 10)) == ["x" * 100]
+    assert "".join(store.chunks("a\nb" * 50, 7)) == "a\nb" * 50
+    assert np.all([len(c) < 20 for c in store.chunks("ab\n" * 50, 7)])

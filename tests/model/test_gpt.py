@@ -1,0 +1,214 @@
+"""What must be true of every model, whatever its mechanisms: tested by gradients and by comparing whole models."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from gptjax.inference.cache import cache_bytes, empty_cache
+from gptjax.model import ops
+from gptjax.model.attention import choose_kernel
+from gptjax.model.gpt import GPT, init_params, weight_axes
+from gptjax.training.metrics import num_params
+
+VARIANTS = {
+    "learned": {},
+    "rope": dict(positions="rope"),
+    "yarn": dict(positions="rope", rope_scaling="yarn", rope_factor=2.0),
+    "alibi": dict(positions="alibi"),
+    "none": dict(positions="none"),
+    "rmsnorm-post": dict(norm="rmsnorm", norm_placement="post"),
+    "layernorm-post": dict(norm_placement="post", bias=False),
+    "gqa": dict(num_heads=4, num_kv_heads=2, positions="rope"),
+    "mqa": dict(num_heads=4, num_kv_heads=1, head_dim=6),
+    "window": dict(window=3),
+    "window-alibi-caps": dict(window=4, positions="alibi", attention_softcap=5.0, logit_softcap=3.0),
+    "qk-norm": dict(qk_norm=True, ffn="relu2"),
+    "swiglu-free-head": dict(ffn="swiglu", tie_embeddings=False, bias=False),
+    "geglu": dict(ffn="geglu"),
+    "relu-bfloat16": dict(ffn="relu", dtype="bfloat16"),
+}
+every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+
+
+def random_params(model, seed=0):
+    """Weights far from their small start, biases included, so that every path matters; made without compiling."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+    def draw(path, x):
+        centre = 1.0 if path[-1].key.endswith("scale") else 0.0
+        return jnp.asarray((centre + 0.2 * rng.normal(size=x.shape)).astype(np.float32))
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def random_tokens(model, rows=2, length=12, seed=3):
+    return np.random.default_rng(seed).integers(0, model.vocab_size, (rows, length)).astype(np.int32)
+
+
+def logits_of(model, params, tokens, **inputs):
+    return jax.jit(lambda p, t: GPT(model).apply({"params": p}, t, **inputs))(params, tokens)
+
+
+def influence(model, params, tokens, segments=None, positions=None):
+    """|d logits at place i / d embedding of place j|, summed over everything else: [length, length]."""
+    places = jnp.arange(tokens.shape[1])
+    angles = places if positions is None else positions
+
+    def from_embeddings(module, x):
+        rope = ops.rope_table(model, angles) if model.positions == "rope" else None
+        y, _ = module.blocks(x, None, rope, ops.Sight(places, places, segments, segments))
+        logits = module.logits(module.final_norm(y) if model.norm_placement == "pre" else y)
+        return logits[0].astype(jnp.float32)
+
+    @jax.jit
+    def jacobian():
+        x = GPT(model).apply({"params": params}, tokens, places, method=lambda m, t, p: m.embedding.encode(t, p))
+        run = lambda x: GPT(model).apply({"params": params}, x, method=from_embeddings)  # noqa: E731
+        return jnp.abs(jax.jacrev(run)(x).astype(jnp.float32)).sum((1, 2, 4))
+
+    return np.array(jacobian())
+
+
+@every_variant
+def test_no_token_sees_a_later_one(changes):
+    model = tiny_model(**changes)
+    seen = influence(model, random_params(model), random_tokens(model, rows=1, length=8))
+    assert np.all(np.triu(seen, 1) == 0), "a later token changed an earlier logit"
+    reach = np.tril(np.ones((8, 8)))
+    if model.window:  # one layer reaches window - 1 back, two layers twice that
+        distance = np.arange(8)[:, None] - np.arange(8)
+        reach *= distance <= model.num_layers * (model.window - 1)
+    assert np.all((seen > 0) == (reach > 0)), "a token did not see all that it should"
+
+
+def test_a_bidirectional_model_sees_everything():
+    model = tiny_model(causal=False)
+    assert np.all(influence(model, random_params(model), random_tokens(model, rows=1, length=6)) > 0)
+
+
+@every_variant
+def test_documents_do_not_leak(changes):
+    model = tiny_model(**changes)
+    params = random_params(model)
+    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3]])
+    positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 0]])
+    seen = influence(model, params, random_tokens(model, rows=1, length=8), segments, positions)
+    apart = np.array(segments[0][:, None] != segments[0][None, :])
+    assert np.all(seen[apart] == 0)
+
+    tokens = random_tokens(model, rows=1, length=8)
+    packed = logits_of(model, params, tokens, segments=segments, positions=positions)
+    alone = logits_of(model, params, tokens[:, 3:7])
+    tolerance = 0.05 if model.dtype == "bfloat16" else 2e-5
+    np.testing.assert_allclose(packed[:, 3:7], alone, atol=tolerance)
+
+
+@every_variant
+def test_the_cache_changes_nothing(changes):
+    model = tiny_model(**changes)
+    params, tokens = random_params(model), random_tokens(model)
+    whole = logits_of(model, params, tokens)
+    decode = jax.jit(lambda t, c, s: GPT(model).apply({"params": params}, t, c, s, method="decode"))
+    cache = empty_cache(model, 2, 16)
+    assert sum(x.nbytes for x in cache) == cache_bytes(model, 2, 16)
+    first, cache = decode(tokens[:, :5], cache, 0)
+    parts = [first]
+    for i in range(5, 12):
+        logits, cache = decode(tokens[:, i : i + 1], cache, i)
+        parts.append(logits)
+    tolerance = 0.06 if model.dtype == "bfloat16" else 2e-5
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=tolerance)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(dropout=0.3, positions="rope", ffn="swiglu")], ids=["plain", "dropout"])
+def test_scan_unrolled_and_remat_are_one_model(changes):
+    def loss_and_gradient(**how):
+        model = tiny_model(num_layers=3, **changes, **how)
+        tokens = random_tokens(model)
+        rngs = {"dropout": jax.random.key(7)} if model.dropout else {}
+
+        def loss(p):
+            return ops.cross_entropy(GPT(model).apply({"params": p}, tokens, rngs=rngs), tokens)[0].mean()
+
+        return jax.jit(jax.value_and_grad(loss))(random_params(tiny_model(num_layers=3, **changes)))
+
+    loss, gradient = loss_and_gradient(layers="scan")
+    for layers, remat in [("unrolled", "none"), ("scan", "dots"), ("unrolled", "full"), ("scan", "full")]:
+        other_loss, other = loss_and_gradient(layers=layers, remat=remat)
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, other)
+
+
+def test_scan_and_unrolled_start_from_the_same_weights():
+    scan, unrolled = (init_params(tiny_model(layers=how), jax.random.key(0)) for how in ("scan", "unrolled"))
+    jax.tree.map(np.testing.assert_array_equal, scan, unrolled)
+
+
+def test_gqa_with_as_many_key_heads_as_heads_is_mha_bit_for_bit():
+    plain, grouped = tiny_model(num_heads=4), tiny_model(num_heads=4, num_kv_heads=4)
+    params, tokens = random_params(plain), random_tokens(plain)
+    np.testing.assert_array_equal(logits_of(plain, params, tokens), logits_of(grouped, params, tokens))
+
+
+def test_gqa_is_mha_with_repeated_key_heads():
+    grouped, full = tiny_model(num_heads=4, num_kv_heads=2), tiny_model(num_heads=4)
+    params, tokens = random_params(grouped), random_tokens(grouped)
+    repeated = jax.tree.map(lambda x: x, params)
+    for name in ("key", "value", "key_bias", "value_bias"):
+        repeated["blocks"]["attention"][name] = jnp.repeat(params["blocks"]["attention"][name], 2, axis=-2)
+    np.testing.assert_allclose(logits_of(grouped, params, tokens), logits_of(full, repeated, tokens), atol=2e-6)
+
+
+def test_a_window_over_the_whole_text_is_full_attention():
+    full, windowed = tiny_model(), tiny_model(window=12)
+    params, tokens = random_params(full), random_tokens(full, length=12)
+    np.testing.assert_array_equal(logits_of(full, params, tokens), logits_of(windowed, params, tokens))
+
+
+@every_variant
+def test_axes_name_the_shape_of_every_weight(changes):
+    model = tiny_model(**changes)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    axes = weight_axes(model)
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    assert jax.tree.structure(params) == jax.tree.structure(jax.tree.map(lambda a: 0, axes, is_leaf=is_axes))
+    for x, names in zip(jax.tree.leaves(params), jax.tree.leaves(axes, is_leaf=is_axes), strict=True):
+        assert x.ndim == len(names) and x.dtype == jnp.float32
+    assert num_params(model)["total"] == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_weights_start_as_published():
+    model = tiny_model(embed_dim=128, num_layers=8, num_heads=4, vocab_size=1000)
+    params = init_params(model, jax.random.key(0))
+    attention, ffn = params["blocks"]["attention"], params["blocks"]["ffn"]
+    for weight in (attention["query"], attention["value"], ffn["up"], params["embedding"]["tokens"]):
+        assert weight.std() == pytest.approx(0.02, rel=0.02)
+    for weight in (attention["out"], ffn["down"]):  # GPT-2: divided by the root of the number of residual branches
+        assert weight.std() == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
+    assert not any(x.any() for x in (attention["query_bias"], ffn["down_bias"]))
+    layers = attention["query"]
+    assert not np.allclose(layers[0], layers[1]) and not np.allclose(attention["query"], attention["key"])
+
+
+def test_dropout_is_drawn_only_with_a_key_and_keeps_the_mean():
+    model = tiny_model(dropout=0.5)
+    params, tokens = random_params(model), random_tokens(model)
+    apply = jax.jit(lambda seed: GPT(model).apply({"params": params}, tokens, rngs={"dropout": jax.random.key(seed)}))
+    np.testing.assert_array_equal(apply(0), apply(0))
+    assert not np.allclose(apply(0), apply(1))
+    still = tiny_model()
+    np.testing.assert_array_equal(logits_of(model, params, tokens), logits_of(still, params, tokens))
+
+
+def test_the_kernel_is_chosen_in_the_open():
+    fused = tiny_model(dtype="bfloat16")
+    assert choose_kernel(fused, "gpu")[0] == "cudnn"
+    assert choose_kernel(fused, "cpu") == ("xla", "on cpu")
+    assert choose_kernel(tiny_model(dtype="bfloat16", attention_kernel="xla"), "gpu") == ("xla", "asked for")
+    kernel, why = choose_kernel(tiny_model(dtype="bfloat16", attention_softcap=30.0, dropout=0.1), "gpu")
+    assert kernel == "xla" and "soft-cap" in why and "dropout" in why

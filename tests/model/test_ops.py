@@ -1,0 +1,165 @@
+"""The maths against independent references: float64 NumPy loops, and formulas as the papers write them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.model import ops
+
+
+def numpy_attention(query, key, value, causal, window, segments, slopes, cap):
+    """Attention one query and one key at a time, in float64."""
+    batch, length, heads, width = query.shape
+    group = heads // key.shape[2]
+    out = np.zeros(query.shape)
+    for b in range(batch):
+        for n in range(heads):
+            for i in range(length):
+                scores = []
+                for j in range(length):
+                    score = query[b, i, n] @ key[b, j, n // group] / math.sqrt(width)
+                    if cap is not None:
+                        score = cap * math.tanh(score / cap)
+                    if slopes is not None:
+                        score -= slopes[n] * abs(i - j)
+                    hidden = (causal and j > i) or (window is not None and abs(i - j) >= window)
+                    hidden = hidden or (segments is not None and segments[b, i] != segments[b, j])
+                    scores.append(-math.inf if hidden else score)
+                weights = np.exp(np.array(scores) - max(scores))
+                out[b, i, n] = (weights / weights.sum()) @ value[b, :, n // group]
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 6),
+    documents=st.booleans(),
+    alibi=st.booleans(),
+    cap=st.none() | st.floats(0.5, 50),
+    seed=st.integers(0, 1000),
+)
+def test_attention_is_the_float64_loop(kv_heads, group, causal, window, documents, alibi, cap, seed):
+    rng = np.random.default_rng(seed)
+    heads = kv_heads * group
+    query = rng.normal(size=(2, 5, heads, 4))
+    key, value = rng.normal(size=(2, 2, 5, kv_heads, 4))
+    segments = np.sort(rng.integers(0, 3, (2, 5)), 1) if documents else None
+    slopes = np.array(ops.alibi_slopes(heads), np.float64) if alibi else None
+    expected = numpy_attention(query, key, value, causal, window, segments, slopes, cap)
+
+    places = jnp.arange(5)
+    segments = None if segments is None else jnp.array(segments)
+    mask = ops.visible(ops.Sight(places, places, segments, segments), causal, window)
+    bias = None if slopes is None else -jnp.array(slopes)[:, None, None] * abs(places[:, None] - places)
+    out = ops.attention(*(jnp.array(x, jnp.float32) for x in (query, key, value)), mask=mask, bias=bias, cap=cap)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    scaling=st.sampled_from(["none", "linear", "ntk", "yarn"]),
+    base=st.sampled_from([100.0, 10_000.0, 500_000.0]),
+    shift=st.integers(0, 50),
+    seed=st.integers(0, 1000),
+)
+def test_rope_scores_depend_on_distance_only(scaling, base, shift, seed):
+    factor = 1.0 if scaling == "none" else 4.0
+    model = tiny_model(positions="rope", rope_base=base, rope_scaling=scaling, rope_factor=factor, head_dim=8)
+    query, key = jax.random.normal(jax.random.key(seed), (2, 1, 6, 1, 8))
+    places = jnp.arange(6)
+    scores = [
+        jnp.einsum("bqnh,bknh->bqk", ops.rotate(query, table), ops.rotate(key, table))
+        for table in (ops.rope_table(model, places), ops.rope_table(model, places + shift))
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], atol=3e-4)
+
+
+def test_rope_keeps_lengths_and_leaves_place_zero_alone():
+    model = tiny_model(positions="rope")
+    x = jax.random.normal(jax.random.key(0), (1, 9, 2, 8))
+    turned = ops.rotate(x, ops.rope_table(model, jnp.arange(9)))
+    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+
+
+def test_rope_scalings_stretch_what_they_should():
+    plain, _ = ops.rope_frequencies(tiny_model(positions="rope", head_dim=64, context_length=4096))
+    make = lambda kind: ops.rope_frequencies(  # noqa: E731
+        tiny_model(positions="rope", head_dim=64, rope_scaling=kind, rope_factor=4.0, rope_original_length=1024)
+    )
+    linear, _ = make("linear")
+    np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
+    ntk, _ = make("ntk")
+    np.testing.assert_allclose([ntk[0] / plain[0], ntk[-1] / plain[-1]], [1, 1 / 4], rtol=1e-4)
+    assert np.all(np.diff(ntk / plain) < 0)
+    yarn, factor = make("yarn")
+    turns = 1024 * np.array(plain) / (2 * math.pi)  # within the original context
+    np.testing.assert_allclose(yarn[turns > 34], plain[turns > 34], rtol=1e-6)  # fast pairs are left alone
+    np.testing.assert_allclose(yarn[turns < 0.7], plain[turns < 0.7] / 4, rtol=1e-6)  # slow ones are interpolated
+    assert factor == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_alibi_slopes_are_the_papers():
+    np.testing.assert_allclose(ops.alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    twelve = [2.0**-i for i in range(1, 9)] + [2 ** (-i / 2) for i in (1, 3, 5, 7)]
+    np.testing.assert_allclose(ops.alibi_slopes(12), twelve, rtol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100))
+def test_norms_are_the_float64_formulas(seed, scale):
+    rng = np.random.default_rng(seed)
+    x, gain, shift = rng.normal(1, scale, (3, 7)), rng.normal(size=7), rng.normal(size=7)
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gain + shift
+    args = [jnp.array(v, jnp.float32) for v in (x, gain, shift)]
+    np.testing.assert_allclose(ops.layer_norm(*args, 1e-5), expected, rtol=2e-4, atol=2e-4)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
+    np.testing.assert_allclose(ops.rms_norm(args[0], args[1], 1e-5), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_activations_are_their_formulas():
+    x = np.linspace(-4, 4, 33)
+    erf = np.array([math.erf(v / math.sqrt(2)) for v in x])
+    tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    expected = {
+        "gelu": tanh,
+        "gelu_exact": 0.5 * x * (1 + erf),
+        "relu": np.maximum(x, 0),
+        "relu2": np.maximum(x, 0) ** 2,
+        "swiglu": x / (1 + np.exp(-x)),
+        "geglu": tanh,
+    }
+    for name, activation in ops.ACTIVATIONS.items():
+        np.testing.assert_allclose(activation(jnp.array(x, jnp.float32)), expected[name], atol=2e-6, err_msg=name)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.floats(0.1, 1000))
+def test_cross_entropy_and_its_gradient(seed, scale):
+    rng = np.random.default_rng(seed)
+    logits, targets = rng.normal(0, scale, (4, 9)), rng.integers(0, 9, 4)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_z = np.log(np.exp(shifted).sum(-1)) + logits.max(-1)
+    probabilities = np.exp(logits - log_z[:, None])
+    given = jnp.array(logits, jnp.float32)
+    nats, z = ops.cross_entropy(given, jnp.array(targets))
+    np.testing.assert_allclose(nats, log_z - logits[np.arange(4), targets], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(z, log_z, rtol=1e-5)
+    gradient = jax.grad(lambda x: ops.cross_entropy(x, jnp.array(targets))[0].sum())(given)
+    np.testing.assert_allclose(gradient, probabilities - np.eye(9)[targets], atol=1e-3)
+
+
+def test_softcap_bounds_and_leaves_small_values():
+    x = jnp.array([-1e4, -0.01, 0.0, 0.01, 1e4])
+    np.testing.assert_allclose(ops.softcap(x, 30.0), [-30, -0.01, 0, 0.01, 30], atol=1e-6)
+    assert ops.softcap(x, None) is x
