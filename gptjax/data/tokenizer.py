@@ -220,7 +220,7 @@ class BPETokenizer(Tokenizer):
         files = bpe_files(path)
         try:
             return cls(files[0].read_text(encoding="utf-8") if len(files) == 1 else _gpt2_json(*files))
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise DataError(f"data.tokenizer = {str(path)!r}: holds no byte-level BPE ({e})") from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -103,9 +104,10 @@ def test_char_knows_its_characters_and_names_any_other(tmp_path):
 
 
 def test_sentencepiece_learns_the_same_pieces_twice_and_compresses():
-    again = SentencePieceTokenizer.train([CORPUS], 400)
-    assert again.model == LOSSLESS["sentencepiece"].model
-    assert len(again.encode(CORPUS)) < len(CORPUS) / 3
+    text = "".join(topics[name] for name in sorted(topics)[:40])
+    once, again = (SentencePieceTokenizer.train([text], 800) for _ in range(2))
+    assert once.model == again.model
+    assert len(once.encode(text)) < len(text) / 2
     with pytest.raises(DataError, match=r"data\.tokenizer_vocab_size = 10"):
         SentencePieceTokenizer.train([CORPUS], 10)
 
@@ -129,7 +131,7 @@ def test_what_is_no_byte_level_bpe_is_refused(tmp_path, content):
 
 
 def test_missing_and_damaged_tokenizers_are_refused(tmp_path):
-    with pytest.raises(DataError, match="neither a tokenizer.json nor a folder"):
+    with pytest.raises(DataError, match="neither a tokenizer"):
         BPETokenizer.from_path(tmp_path / "nothing")
     with pytest.raises(DataError, match="holds no tokenizer"):
         tokenizer.load(tmp_path)
