@@ -17,8 +17,10 @@ import jax
 import pytest
 
 from gptjax.config import Experiment, Model
+from gptjax.training.workshop import enable_compilation_cache
 
-jax.config.update("jax_numpy_dtype_promotion", "standard")
+enable_compilation_cache()  # in the temporary folder: what one test compiled, the next one finds
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 TINY = Experiment(name="tiny").override(
     model=dict(context_length=16, num_layers=2, embed_dim=16, num_heads=2),

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from gptjax.errors import RunError
+from gptjax.errors import RunError, TrainingFailed
 from gptjax.training.state import TrainState
 
 FORMAT_VERSION = 1
@@ -76,6 +77,8 @@ def restore(checkpoint: Checkpoint, abstract: Any) -> Any:
 def verify(checkpoint: Checkpoint) -> None:
     """Raises `RunError` naming the first file that is missing or differs from what was written."""
     arrays = checkpoint.folder / "arrays"
+    if not checkpoint.files:
+        raise RunError(f"{checkpoint.folder}: its {NOTE} names no files; the checkpoint cannot be used, remove it")
     for name, (size, digest) in checkpoint.files.items():
         path = arrays / name
         if not path.is_file():
@@ -87,51 +90,60 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 class Writer:
-    """Saves in the background, keeps the last and the best, and reports a failed save at the next call."""
+    """Saves in the background, keeps the last and the best, and raises what went wrong with a save at the next call."""
 
     def __init__(self, folder: Path, keep_last: int, keep_best: int):
         import orbax.checkpoint as ocp
 
         self.folder, self.keep_last, self.keep_best = folder, keep_last, keep_best
-        self._saved = max((c.step for c in listing(folder)), default=-1)
-        self._pending: tuple[int, float | None] | None = None
+        self._newest = max((c.step for c in listing(folder)), default=-1)
         self._args = ocp.args.StandardSave
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.StandardCheckpointHandler(), async_options=ocp.AsyncOptions(post_finalization_callback=self._commit)
-        )
+        self._arrays = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Starts saving this state, unless its step is saved already; returns when the arrays have been copied."""
         self.wait()
         step = int(state.step)
-        if step == self._saved:
+        if step == self._newest:
             return
         target = self.folder / f"{step:08d}"
         if jax.process_index() == 0 and target.exists():
             shutil.rmtree(target)  # left by a save that was cut off: nothing vouches for it
-        self._pending = (step, val_loss)
-        self._writer.save(target / "arrays", args=self._args(state))
-        self._saved = step
+        self._arrays.save(target / "arrays", args=self._args(state))
+        self._saving = self._thread.submit(self._commit, target, step, val_loss)
+        self._newest = step
 
     def wait(self) -> None:
-        """Returns when nothing is in flight; raises what went wrong with the last save."""
-        self._writer.wait_until_finished()
+        """Returns when nothing is in flight; raises `TrainingFailed` where the last save failed."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.result()
+        except Exception as e:
+            raise TrainingFailed(
+                f"{self.folder}: step {self._newest} could not be saved ({e}); earlier checkpoints are whole. Make room "
+                "or mend the disk; the same command goes on from the last of them"
+            ) from e
 
     def close(self) -> None:
-        self._writer.close()
+        """Waits for the last save, then lets the threads go."""
+        try:
+            self.wait()
+        finally:
+            self._arrays.close()
+            self._thread.shutdown()
 
-    def _commit(self) -> None:
-        """Runs in the background when Orbax has written everything: vouch for it, then tidy up."""
-        if jax.process_index() != 0 or self._pending is None:
+    def _commit(self, target: Path, step: int, val_loss: float | None) -> None:
+        """When Orbax has written and renamed everything: vouch for it, then tidy up."""
+        self._arrays.wait_until_finished()
+        if jax.process_index() != 0:
             return
-        step, val_loss = self._pending
-        target = self.folder / f"{step:08d}"
         arrays = target / "arrays"
-        files = {
-            str(path.relative_to(arrays)): (path.stat().st_size, _digest(path))
-            for path in sorted(arrays.rglob("*"))
-            if path.is_file()
-        }
+        paths = [path for path in sorted(arrays.rglob("*")) if path.is_file()]
+        files = {str(path.relative_to(arrays)): (path.stat().st_size, _digest(path)) for path in paths}
         note = {"format": FORMAT_VERSION, "step": step, "val_loss": val_loss, "files": files}
         write_durably(target / NOTE, json.dumps(note, indent=1) + "\n")
         self._prune()

@@ -56,7 +56,7 @@ def train_step(
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "answers": answers}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "answers": answers}
     return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
 

@@ -1,0 +1,141 @@
+"""One update: the same however the batch is cut and wherever the arrays lie."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TINY, tiny_run
+
+from gptjax import sharding
+from gptjax.data.objectives import Batch
+from gptjax.model.gpt import GPT
+from gptjax.training.optim import Average, evaluation_params, make_optimizer
+from gptjax.training.state import create_state, init_state, named_key
+from gptjax.training.step import batch_loss, eval_step, train_step
+from gptjax.training.workshop import prepare
+
+MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
+
+
+def losses_on(e, data, model, steps=4):
+    """The losses of the first steps on a data x model mesh, the state after them, and the workshop."""
+    mesh = sharding.mesh_of(jax.devices()[: data * model], data, model)
+    shop = prepare(e, mesh)
+    with jax.set_mesh(mesh):
+        state, losses = create_state(shop.experiment, shop.tx, shop.abstract), []
+        for step in range(steps):
+            state, metrics = shop.train_step(state, shop.batches.on_devices(step, mesh))
+            losses.append(float(metrics["loss"]))
+        part = sharding.place(next(shop.batches.validation()), ("batch", "length"), mesh)
+        total, count = shop.eval_step(state, part)
+    return [*losses, float(total / count)], state, shop
+
+
+PLAIN = {"model.dropout": 0.2, "train.microbatches": 1}
+RICH = {"optim.name": "muon", "model.positions": "rope", "model.num_kv_heads": 1, "model.vocab_size": 264,
+        "optim.ema_decay": 0.5, "data.document_mask": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [PLAIN, pytest.param(RICH, marks=pytest.mark.slow)], ids=["plain", "rich"])
+def test_every_mesh_gives_the_same_losses(tmp_path, changes):
+    e = tiny_run(tmp_path, **{"model.num_heads": 4, "model.head_dim": 8} | changes)
+    expected, reference, _ = losses_on(e, 1, 1)
+    for data, model in MESHES[1:]:
+        losses, state, shop = losses_on(e, data, model)
+        np.testing.assert_allclose(losses, expected, atol=1e-5)
+        assert shop.train_step._cache_size() == 1, "the layout of the state changed from step to step"
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, reference.params)
+
+
+def test_moments_lie_where_their_weights_lie(tmp_path):
+    e = tiny_run(tmp_path, **{"model.num_heads": 4, "optim.ema_decay": 0.9})
+    _, state, _ = losses_on(e, 4, 2, steps=1)
+    layout = lambda tree: [x.sharding.spec for x in jax.tree.leaves(tree)]  # noqa: E731
+    query = state.params["blocks"]["attention"]["query"]
+    assert query.sharding.spec == jax.P(None, "data", "model", None)
+    assert query.addressable_shards[0].data.size == query.size // 8
+    kinds = (optax.ScaleByAdamState, Average)
+    kept = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    adam, average = (next(s for s in kept if isinstance(s, kind)) for kind in kinds)
+    assert layout(adam.mu) == layout(adam.nu) == layout(average.params) == layout(state.params)
+
+
+def test_an_axis_that_does_not_divide_stays_whole_and_collisions_are_refused():
+    mesh = {"data": 4, "model": 2}
+    assert sharding.partition(("vocab", "embed"), (257, 16), mesh) == jax.P(None, "data")
+    assert sharding.partition(("vocab", "embed"), (256, 16), mesh) == jax.P("model", "data")
+    with pytest.raises(ValueError, match="claim one mesh axis twice"):
+        sharding.partition(("vocab", "ffn"), (4, 4), mesh)
+
+
+def test_initial_weights_do_not_depend_on_the_mesh(tmp_path):
+    e = tiny_run(tmp_path)
+    states = [losses_on(e, data, model, steps=0)[1] for data, model in MESHES[:1] + MESHES[2:3]]
+    jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
+
+
+def random_batch(seed, rows=8, vocab=11, length=16):
+    rng = np.random.default_rng(seed)
+    tokens, targets = rng.integers(0, vocab, (2, 1, rows, length)).astype(np.int32)
+    return Batch(tokens, targets, (rng.random((1, rows, length)) < 0.7).astype(np.float32))
+
+
+def test_microbatches_make_the_same_update_as_the_whole_batch():
+    e = TINY.override({"model.vocab_size": 11})
+    tx, batch = make_optimizer(e), random_batch(0)
+    state = jax.jit(lambda: init_state(e, tx))()
+    step = jax.jit(partial(train_step, model=GPT(e.model), tx=tx, z_loss=1e-3))
+    whole, metrics = step(state, batch)
+    for parts in (2, 4, 8):
+        cut = jax.tree.map(lambda x: x.reshape(parts, 8 // parts, -1), batch)  # noqa: B023
+        other, other_metrics = step(state, cut)
+        for name in metrics:
+            np.testing.assert_allclose(other_metrics[name], metrics[name], rtol=2e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), whole.params, other.params)
+
+
+def test_weights_choose_which_answers_count():
+    e = TINY.override({"model.vocab_size": 11})
+    batch = jax.tree.map(lambda x: x[0], random_batch(1))
+    params = jax.jit(lambda: init_state(e, optax.identity()).params)()
+    total = jax.jit(lambda b: batch_loss(params, b, GPT(e.model), 0.0, {})[0])
+    nothing = total(batch._replace(weights=np.zeros_like(batch.weights)))
+    halves = [total(batch._replace(weights=batch.weights * mask)) for mask in (np.arange(16) < 8, np.arange(16) >= 8)]
+    assert nothing == 0
+    np.testing.assert_allclose(sum(halves), total(batch), rtol=1e-5)
+
+
+def test_z_loss_pulls_log_z_towards_zero():
+    e = TINY.override({"model.vocab_size": 11, "model.tie_embeddings": False})
+    batch = jax.tree.map(lambda x: x[0], random_batch(2))
+    params = jax.jit(lambda: init_state(e, optax.identity()).params)()
+    loss = lambda p, z: batch_loss(p, batch, GPT(e.model), z, {})[0]  # noqa: E731
+    with_z, without = (float(jax.jit(loss, static_argnums=1)(params, z)) for z in (0.5, 0.0))
+    logits = GPT(e.model).apply({"params": params}, batch.tokens)
+    log_z = np.log(np.exp(np.float64(logits)).sum(-1))
+    assert with_z - without == pytest.approx(0.5 * (log_z**2 * batch.weights).sum(), rel=1e-4)
+
+
+def test_evaluation_uses_the_average_and_no_dropout():
+    e = TINY.override({"model.vocab_size": 11, "model.dropout": 0.5, "optim.ema_decay": 0.5})
+    tx, batch = make_optimizer(e), random_batch(3)
+    state = jax.jit(lambda: init_state(e, tx))()
+    state, _ = jax.jit(partial(train_step, model=GPT(e.model), tx=tx))(state, batch)
+    part = jax.tree.map(lambda x: x[0], batch)
+    total, count = jax.jit(partial(eval_step, model=GPT(e.model)))(state, part)
+    still = GPT(dataclasses.replace(e.model, dropout=0.0))
+    average = evaluation_params(state.params, state.opt_state)
+    expected = jax.jit(lambda p: batch_loss(p, part, still, 0.0, {})[1])(average)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert count == part.weights.sum()
+
+
+def test_every_use_of_randomness_has_its_own_key():
+    key = jax.random.key_data(jax.random.key(3))
+    names = [jax.random.key_data(named_key(key, name)).tolist() for name in ("params", "dropout", "data")]
+    assert len(set(map(tuple, names))) == 3
+    assert jnp.array_equal(named_key(key, "params"), named_key(key, "params"))
