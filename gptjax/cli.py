@@ -58,8 +58,7 @@ def _stop(message: str, code: int) -> None:
 def _parse(kind: Any, arguments: list[str], usage: str) -> Any:
     import tyro
 
-    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return tyro.cli(kind, args=arguments, prog=f"gptjax {usage}", config=config)
+    return tyro.cli(kind, args=arguments, prog=f"gptjax {usage}", config=(tyro.conf.AvoidSubcommands,))
 
 
 def _start_jax() -> None:
@@ -92,7 +91,7 @@ def train(arguments: list[str]) -> None:
 
         run_dir: Path | None = None  # folder of the run; None: runs/NAME
         resume: bool = False  # insist that a run stands there to go on with
-        experiment: Annotated[Experiment, tyro.conf.arg(name="")] = loaded
+        experiment: Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = loaded
 
     options = _parse(Options, arguments[named:], f"train {arguments[0] if named else 'FILE'}")
     if not named:

@@ -1,6 +1,6 @@
 """Continues texts: the prompt is read in one call, then one compiled step makes a token for every text at once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,7 +45,8 @@ def filter_logits(logits: Array, temperature: Array | float, top_k: Array | int,
     ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
     probabilities = jax.nn.softmax(ordered, -1)
     before = jnp.cumsum(probabilities, -1) - probabilities
-    last = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+    within = (before < top_p) | (top_p >= 1)  # the sum of many float32 may reach 1 before the last
+    last = jnp.where(within, ordered, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits >= jnp.maximum(kth, last), logits, -jnp.inf)
 
 
@@ -104,18 +105,30 @@ def generate(
             f"{length} prompt tokens and {new_tokens} new ones are more than the model's context of "
             f"{model.context_length}; shorten the prompt or ask for at most {max(0, model.context_length - length)}"
         )
-    if new_tokens < 1:
-        return
     rules = (
         jnp.float32(sampling.temperature),
         jnp.int32(min(sampling.top_k or model.vocab_size or 1, model.vocab_size or 1)),
         jnp.float32(sampling.top_p or 1.0),
     )
-    read = partial(_read_and_draw, model=GPT(model), rules=rules, key=jax.random.key(seed))
+    read = partial(_read_and_draw, params, model=GPT(model), rules=rules, key=jax.random.key(seed))
+    return _tokens(model, read, prompt, total, count, stop)
+
+
+def _tokens(
+    model: config.Model,
+    read: Callable[..., tuple[Array, KVCache]],
+    prompt: np.ndarray,
+    total: int,
+    count: int,
+    stop: int | None,
+) -> Iterator[np.ndarray]:
+    length = len(prompt)
+    if length == total:
+        return
     cache = empty_cache(model, count, _round_up(total, model.context_length))
     padded = np.zeros((count, _round_up(length, model.context_length)), np.int32)
     padded[:, :length] = prompt
-    token, cache = read(params, cache, padded, jnp.int32(0), jnp.int32(length - 1))
+    token, cache = read(cache, padded, jnp.int32(0), jnp.int32(length - 1))
     ended = np.zeros(count, bool)
     for place in range(length, total):
         tokens = np.asarray(token)
@@ -125,7 +138,7 @@ def generate(
         yield tokens
         if ended.all() or place + 1 == total:
             return
-        token, cache = read(params, cache, tokens[:, None], jnp.int32(place), jnp.int32(0))
+        token, cache = read(cache, tokens[:, None], jnp.int32(place), jnp.int32(0))
 
 
 def _round_up(length: int, most: int) -> int:
@@ -162,8 +175,9 @@ class Writer:
 
     def stream(self, prompt: str, new_tokens: int, sampling: Sampling, seed: int) -> Iterator[str]:
         """The first of `texts` in parts, as they are made; a part never ends inside a character."""
+        steps = self._ids(prompt, new_tokens, 1, sampling, seed)  # refuses what does not fit before anything is said
         yield prompt
-        yield from self.tokenizer.stream(int(ids[0]) for ids in self._ids(prompt, new_tokens, 1, sampling, seed))
+        yield from self.tokenizer.stream(int(ids[0]) for ids in steps)
 
     def _ids(self, prompt: str, new_tokens: int, count: int, sampling: Sampling, seed: int) -> Iterator[np.ndarray]:
         return generate(

@@ -124,7 +124,7 @@ class Writer:
             saving.result()
         except Exception as e:
             raise TrainingFailed(
-                f"{self.folder}: step {self._newest} could not be saved ({e}); earlier checkpoints are whole. Make room "
+                f"{self.folder}: step {self._newest} could not be saved ({e}); the others are whole. Make room "
                 "or mend the disk; the same command goes on from the last of them"
             ) from e
 

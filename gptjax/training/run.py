@@ -81,11 +81,14 @@ def check_folder(folder: Path) -> None:
         raise RunError(f"{folder}: is a file; choose another --run-dir")
     if folder.exists() and not (folder / EXPERIMENT).exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds other files and no run; choose another --run-dir, or empty it")
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
         probe.write_text("probe")
         probe.unlink()
+        if new:
+            folder.rmdir()  # until there is a run to keep in it
     except OSError as e:
         raise RunError(f"{folder}: cannot be written ({e.strerror}); choose another --run-dir") from None
 
@@ -106,7 +109,7 @@ def start_run(folder: Path, experiment: Experiment, store: Store) -> Run:
         check_data(run, store)
         return run
     if jax.process_index() == 0:
-        (folder / "tokenizer").mkdir(exist_ok=True)
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         store.tokenizer.save(folder / "tokenizer")
         write_durably(folder / PROVENANCE, json.dumps(_provenance(store), indent=2) + "\n")
         write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run

@@ -1,0 +1,160 @@
+"""The command as a user meets it: real processes, their output, and their exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY, tiny_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def gptjax(*arguments, cwd=ROOT, **environment):
+    """Runs the command; returns exit code, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gptjax", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=dict(os.environ) | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An experiment file, the folder of its finished run, and what the command printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    e = tiny_run(folder, **{"model.context_length": 32})
+    path = folder / "mine.py"
+    path.write_text(f"from gptjax.config import Experiment\nexperiment = Experiment.from_json({e.to_json()!r})\n")
+    code, out, err = gptjax("train", path, "--run-dir", folder / "run", "--train.steps", 8, "--seed", "1")
+    assert code == 0, err
+    return path, folder / "run", out, err
+
+
+def test_training_leaves_a_run_and_shows_what_it_does(finished):
+    _, run, out, err = finished
+    assert json.loads((run / "experiment.json").read_text())["train"]["steps"] == 8
+    assert json.loads((run / "experiment.json").read_text())["seed"] == 1
+    for part in ("parameters", "mesh data 1 x model 1", "attention by xla (on cpu", "FLOPs", "tokens/s", "MFU", "left",
+                 "val ", "bits a byte", "first step done", "loss curve"):  # fmt: skip
+        assert part in err, f"{part!r} is not in what training says:\n{err}"
+    assert out.count("--- sample") == 2 and (run / "samples.txt").read_text() == out
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "\r" not in err and "\x1b" not in err, "a log that is no terminal stays plain"
+
+
+def test_the_same_command_again_has_nothing_to_do(finished):
+    path, run, _, _ = finished
+    code, _, err = gptjax("train", path, "--run-dir", run, "--train.steps", 8, "--seed", 1)
+    assert code == 0 and "finished already; nothing to do" in err
+    code, _, err = gptjax("train", path, "--run-dir", run, "--train.steps", 9, "--seed", 1)
+    assert code == 2 and "train.steps: 8 there, 9 now" in err
+
+
+def test_sampling_prints_texts_only(finished):
+    _, run, _, _ = finished
+    code, out, err = gptjax("sample", run, "line 1", "--max-length", 20, "--num-return-sequences", 2)
+    assert (code, err) == (0, "")
+    assert out.count("line 1") >= 2 and "--- 2 ---" in out
+    again = [gptjax("sample", run, "line 1", "--max-new-tokens", 8, "--seed", 3)[1] for _ in range(2)]
+    assert again[0] == again[1] and again[0].startswith("line 1")
+
+
+def test_evaluation_prints_one_json_object_and_nothing_else(finished):
+    _, run, _, _ = finished
+    code, out, _ = gptjax("eval", run, "--json")
+    figures, result = json.loads(out), json.loads((run / "result.json").read_text())
+    assert code == 0
+    for name in ("val_loss", "val_bits_per_byte"):
+        assert figures[name] == pytest.approx(result[name], rel=1e-5)
+    assert (
+        figures["steps"] == 8
+        and figures["num_params"] == result["num_params"]
+        and figures["tokens"] == result["tokens"]
+    )
+    code, out, _ = gptjax("eval", run, "--checkpoint", "best")
+    assert code == 0 and "val_loss" in out
+
+
+def test_help_and_version_say_what_there_is():
+    code, out, err = gptjax("--help")
+    assert (code, err) == (0, "")
+    for part in ("gptjax train", "gptjax sample", "gptjax eval", "exit codes"):
+        assert part in out
+    assert gptjax("--version")[1].strip() == __import__("gptjax").__version__
+    for verb in ("train", "sample", "eval"):
+        code, out, _ = gptjax(verb, "--help")
+        assert code == 0 and f"gptjax {verb}" in out
+    assert "--model.num-layers" in gptjax("train", "experiments/quickstart.py", "--help")[1]
+
+
+def test_help_loads_nothing_slow():
+    code = "import sys; sys.argv = ['gptjax', '--help']; from gptjax.cli import main; main(); " \
+           "print(sorted({'jax', 'numpy', 'tyro', 'flax'} & sys.modules.keys()))"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Files to go wrong with."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "empty.txt").write_text("")
+    (folder / "file").write_text("")
+    mine = TINY.override({"data.source": str(folder / "nothing.txt")})
+    (folder / "mine.py").write_text(
+        f"from gptjax.config import Experiment\nexperiment = Experiment.from_json({mine.to_json()!r})\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["fly"], "no such verb: 'fly'; there are train, sample, eval"),
+    (["train"], "no experiment file was given"),
+    (["train", "nothing.py"], "nothing.py: no such experiment file"),
+    (["train", "{0}/mine.py"], "nothing.txt': no such file or folder"),
+    (["train", "{0}/mine.py", "--data.source", "{0}/empty.txt"], "empty.txt: is empty"),
+    (["train", "{0}/mine.py", "--run-dir", "{0}/file"], "is a file"),
+    (["train", "{0}/mine.py", "--resume"], "does not exist"),
+    (["train", "{0}/mine.py", "--model.num-layer", "3"], "--model.num-layers"),
+    (["train", "{0}/mine.py", "--model.num-layers", "three"], "num-layers"),
+    (["train", "{0}/mine.py", "--model.num-heads", "3", "--optim.learning-rate", "-1"], "2 problems in the experiment"),
+    (["train", "{0}/mine.py", "--init", "{0}", "--data.source", "pydoc", "--run-dir", "{0}/run"], "is no run folder"),
+    (["sample", "{0}/nowhere", "hi"], "nowhere: does not exist"),
+    (["sample", "{0}", "hi"], "is no run folder"),
+    (["eval", "{0}/nowhere", "--json"], "nowhere: does not exist"),
+])  # fmt: skip
+def test_bad_input_gets_one_clear_message(broken, arguments, message):
+    code, out, err = gptjax(*(a.format(broken) for a in arguments), cwd=broken)
+    assert code == 2 and message in err, (code, err)
+    assert out == "" and "Traceback" not in err
+
+
+def test_prompts_that_cannot_be_continued_are_refused(finished):
+    _, run, _, _ = finished
+    for arguments, message in [
+        (["x" * 40], "more than the model's context"),
+        (["line", "--max-length", "4"], "the prompt alone has 4 tokens"),
+        (["line", "--top-p", "2"], "top_p = 2.0"),
+        (["line", "--checkpoint", "77"], "has no checkpoint '77'"),
+        (["\udcff"], "half of a surrogate pair"),
+    ]:
+        code, out, err = gptjax("sample", run, *arguments)
+        assert code == 2 and message in err and "Traceback" not in err and out == "", (arguments, code, err)
+    code, out, _ = gptjax("sample", run, "<|endoftext|>", "--max-new-tokens", "2")
+    assert code == 0 and out.startswith("<|endoftext|>"), "special-token text is text"
+    assert gptjax("sample", run, "", "--max-new-tokens", "2")[0] == 0
+
+
+def test_the_shakespeare_recipe_says_where_its_text_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("GPTJAX_DATA", raising=False)
+    recipe = "experiments/papers/nanogpt_shakespeare_cpu.py"
+    code, _, err = gptjax("train", recipe, "--run-dir", tmp_path / "run")
+    assert code == 2 and "Traceback" not in err
+    assert "GPTJAX_DATA is not set" in err and "https://" in err
+    assert not (tmp_path / "run").exists(), "nothing is left of a run that could not start"
