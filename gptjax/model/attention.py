@@ -25,10 +25,11 @@ def choose_kernel(model: config.Model, backend: str, decoding: bool = False) -> 
     """The attention kernel that will run, "xla" or "cudnn", and why."""
     if model.attention_kernel == "xla":
         return "xla", "asked for"
+    if backend != "gpu":
+        return "xla", f"on {backend}"
     obstacles = [
         reason
         for obstacle, reason in [
-            (backend != "gpu", f"on {backend}"),
             (model.dtype != "bfloat16", "cuDNN needs model.dtype = 'bfloat16'"),
             (model.attention_softcap is not None, "cuDNN has no soft-cap"),
             (model.dropout > 0, "attention dropout is drawn outside cuDNN"),

@@ -104,7 +104,7 @@ def test_a_text_ends_at_the_stop_token(params):
 def test_what_does_not_fit_the_context_is_refused(params):
     with pytest.raises(PromptError, match="the prompt is empty"):
         ids_of(params, np.zeros(0, np.int32), new_tokens=3)
-    with pytest.raises(PromptError, match="more than the model's context of 32; .* ask for at most 2"):
+    with pytest.raises(PromptError, match=r"more than the model's context of 32; .* ask for at most 2"):
         ids_of(params, [1] * 30, new_tokens=3)
     assert ids_of(params, [1] * 30, new_tokens=2).shape == (1, 2)
     for wrong in (dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1)):
