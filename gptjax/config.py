@@ -58,7 +58,7 @@ class Model:
         """The same model with every derived size written out (all but `vocab_size`, which the tokenizer knows)."""
         gated = self.ffn in ("swiglu", "geglu")
         ffn_dim = round(self.embed_dim * 8 / 3 / 8) * 8 if gated else 4 * self.embed_dim
-        derived = dict(
+        derived: dict[str, Any] = dict(
             num_kv_heads=self.num_heads,
             head_dim=self.embed_dim // self.num_heads,
             ffn_dim=ffn_dim,

@@ -10,7 +10,7 @@ import typing
 from typing import Any, Literal
 
 
-def leaves(kind: type, prefix: str = "") -> dict[str, Any]:
+def leaves(kind: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf field of a dataclass by its dotted name, with its type."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():

@@ -33,8 +33,14 @@ RULES: dict[str, str | None] = {
 
 
 def join_cluster() -> None:
-    """Finds the other processes of a multi-host job, where Slurm or JAX_COORDINATOR_ADDRESS names them."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    """Finds the other processes of a multi-host job: under Slurm by itself, elsewhere from three variables.
+
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        count, number = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        jax.distributed.initialize(address, count, number)
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
 
 

@@ -189,7 +189,8 @@ def _take(parts: list[Windows], order: np.ndarray) -> Windows:
 
 
 def _local_columns(layout: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
-    columns = [np.arange(shape[1])[index[1]] for index in layout.addressable_devices_indices_map(shape).values()]
+    indices = layout.addressable_devices_indices_map(shape).values()
+    columns = [np.arange(shape[1])[index[1]] for index in indices if index is not None]
     return np.unique(np.concatenate(columns))
 
 

@@ -284,7 +284,7 @@ def _gpt2_json(vocab: Path, merges: Path) -> str:
 
     ids = json.loads(vocab.read_text(encoding="utf-8"))
     lines = merges.read_text(encoding="utf-8").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    pairs = [(a, b) for a, _, b in (line.partition(" ") for line in lines if line and not line.startswith("#version"))]
     engine = Engine(models.BPE(vocab=ids, merges=pairs))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def _read_and_draw(
     model: GPT,
 ) -> tuple[Array, KVCache]:
     """Reads tokens [B, Q] standing at start, start + 1, ... and draws what follows the one at index `last`."""
-    logits, cache = model.apply({"params": params}, tokens, cache, start, method="decode")  # type: ignore[misc]
+    logits, cache = cast(tuple[Array, KVCache], model.apply({"params": params}, tokens, cache, start, method="decode"))
     keys = _row_keys(key, tokens.shape[0], start + last)
     return draw(jnp.take(logits, last, axis=1), keys, *rules), cache
 

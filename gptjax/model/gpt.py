@@ -94,8 +94,9 @@ class GPT(nn.Module):
         """
         places = start + jnp.arange(tokens.shape[1])
         sight = ops.Sight(places, jnp.arange(cache.keys.shape[2]))
-        x, cache = self.features(tokens, places, sight, cache)
-        return self.logits(x), cache
+        x, grown = self.features(tokens, places, sight, cache)
+        assert grown is not None
+        return self.logits(x), grown
 
     def features(
         self, tokens: Array, positions: Array, sight: ops.Sight, cache: KVCache | None = None

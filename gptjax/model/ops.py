@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from gptjax import config
 
@@ -157,12 +158,12 @@ def attention(
     return mixed.reshape(batch, num_heads, length, head_dim).swapaxes(1, 2)
 
 
-def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
+def cross_entropy(logits: Array, targets: ArrayLike) -> tuple[Array, Array]:
     """Nats to name each target, and log Z, of logits [..., vocab] and int targets [...]; both float32 [...].
 
     The target's logit is picked by a masked sum, not by a gather, so that it works where the vocabulary is sharded.
     """
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, -1)
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    is_target = jnp.arange(logits.shape[-1]) == jnp.asarray(targets)[..., None]
     return log_z - jnp.where(is_target, logits, 0).sum(-1), log_z

@@ -56,7 +56,7 @@ def declare(module: nn.Module, name: str, axes: Axes, init: nn.initializers.Init
     model: config.Model = module.config  # type: ignore[attr-defined]
     sizes = axis_sizes(model)
     shape = [sizes[axis] for axis in axes]
-    value = module.param(name, lambda key: Declared(init(key, shape, jnp.float32), axes))
+    value: Any = module.param(name, lambda key: Declared(init(key, shape, jnp.float32), axes))
     return value if name.rpartition("_")[2] == "scale" else value.astype(model.dtype)
 
 

@@ -18,7 +18,7 @@ Metrics = dict[str, Array]
 
 def batch_loss(params: Any, batch: Batch, model: GPT, z_loss: float, rngs: dict[str, Array]) -> tuple[Array, Array]:
     """Weighted sums over a [rows, length] batch: what to minimise, and the plain nats of the answers."""
-    logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.segments, rngs=rngs)
+    logits: Any = model.apply({"params": params}, batch.tokens, batch.positions, batch.segments, rngs=rngs)
     nats, log_z = ops.cross_entropy(logits, batch.targets)
     total = (nats * batch.weights).sum()
     return total + z_loss * (jnp.square(log_z) * batch.weights).sum(), total
