@@ -9,7 +9,8 @@ import tempfile
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["GPTJAX_CACHE"] = tempfile.mkdtemp(prefix="gptjax-tests-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them
+    os.environ["GPTJAX_CACHE"] = tempfile.mkdtemp(prefix="gptjax-tests-")
 
 from pathlib import Path
 

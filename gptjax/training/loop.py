@@ -144,12 +144,11 @@ class Fit:
     def __init__(self, shop: Workshop, run: Run, first: int, began: float):
         t = shop.experiment.train
         self.shop, self.folder, self.first, self.began = shop, run, first, began
-        saved = checkpoint.listing(run.checkpoints)
-        self.best = min((c.val_loss for c in saved if c.val_loss is not None), default=math.inf)
         self.log = MetricsLog(run.folder, shop.experiment, first)
-        earlier = run.metrics()
-        self.watch = Stopwatch(max((line["seconds"] for line in earlier if "seconds" in line), default=0.0))
-        self.latest: Figures = {k: v for line in earlier for k, v in line.items() if k.startswith("val_")}
+        earlier = [line for line in run.metrics() if line["step"] <= first]
+        self.latest: Figures = {name: value for line in earlier for name, value in line.items()}
+        self.best = min((line["val_loss"] for line in earlier if "val_loss" in line), default=math.inf)
+        self.watch = Stopwatch(self.latest.get("seconds", 0.0))
         self.progress = Progress(t.steps, first)
         self.rate = make_schedule(shop.experiment.optim, t.steps)
         self.peak, self.peak_source = peak_flops()
@@ -177,7 +176,8 @@ class Fit:
         for step in range(self.first + 1, t.steps + 1):
             began = time.perf_counter()
             batch = next(batches)
-            self.waited += time.perf_counter() - began
+            if step > self.first + 1:  # as the stopwatch, which leaves the first step out
+                self.waited += time.perf_counter() - began
             state, metrics = self.shop.train_step(state, batch)
             stopping = asked_to_stop()
             logs, evaluates, saves = (
@@ -219,23 +219,28 @@ class Fit:
         if not math.isnan(speed):
             mfu = speed * flops_per_token(self.shop.experiment.model) / self.peak
             figures |= {"tokens_per_second": speed, "mfu": mfu, "seconds": self.watch.seconds}
-            left = (self.shop.experiment.train.steps - step) / self.watch.rate
-            self.progress.show(step, figures | self.latest | {"seconds_left": left})
         if logs:
             self.log.write(step, **figures)
         self.latest |= figures
+        self._show(step)
+
+    def _show(self, step: int, always: bool = False) -> None:
+        if not math.isnan(self.watch.rate):
+            left = (self.shop.experiment.train.steps - step) / self.watch.rate
+            self.progress.show(step, self.latest | {"seconds_left": left}, always)
 
     def _evaluate(self, step: int, state: TrainState) -> float:
         figures = evaluate(self.shop, state)
         self.latest |= figures
         self.best = min(self.best, figures["val_loss"])
         self.log.write(step, **figures)
+        self._show(step, always=True)
         return figures["val_loss"]
 
     def _result(self) -> Figures:
         e, latest = self.shop.experiment, self.latest
-        seconds, tokens = self.watch.seconds, e.train.steps * self.shop.batches.tokens_per_step
-        here = max(self.watch.seconds, 1e-9)
+        seconds, per_step = self.watch.seconds, self.shop.batches.tokens_per_step
+        speed = (e.train.steps - 1) * per_step / seconds if seconds else 0.0  # the first step compiles: it is not timed
         return {
             "val_loss": latest["val_loss"],
             "val_bits_per_byte": latest["val_bits_per_byte"],
@@ -244,13 +249,13 @@ class Fit:
             "best_val_loss": self.best,
             "train_loss": latest["loss"],
             "steps": e.train.steps,
-            "tokens": tokens,
+            "tokens": e.train.steps * per_step,
             "seconds": seconds,
-            "tokens_per_second": tokens / here,
-            "mfu": tokens / here * flops_per_token(e.model) / self.peak,
+            "tokens_per_second": speed,
+            "mfu": speed * flops_per_token(e.model) / self.peak,
             "peak_flops": self.peak,
             "num_params": num_params(e.model)["total"],
-            "data_wait_share": self.waited / here,
-            "data_work_share": self.shop.batches.seconds / here,
+            "data_wait_share": self.waited / max(seconds, 1e-9),
+            "data_work_share": self.shop.batches.seconds / max(seconds, 1e-9),
             "memory_bytes": memory_bytes(),
         }

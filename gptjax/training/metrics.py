@@ -92,6 +92,10 @@ class MetricsLog:
 
     def __init__(self, folder: Path, experiment: Experiment, resume_step: int):
         """Drops lines after `resume_step`: the steps that they tell of are about to be made again."""
+        self._trackers: list[Any] = []
+        if jax.process_index() != 0:
+            self._file = open(os.devnull, "a")  # noqa: SIM115 - one process writes for all
+            return
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [

@@ -58,6 +58,9 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path):
     bits = figures["val_loss"] * figures["val_tokens"] / np.log(2) / figures["val_bytes"]
     assert figures["val_bits_per_byte"] == pytest.approx(bits)
 
+    (run.folder / "result.json").unlink()  # as if killed after the last checkpoint: only the figures are made again
+    assert loop.train(e, tmp_path / "run")["val_loss"] == figures["val_loss"]
+
     before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
     assert loop.train(e, tmp_path / "run") == run.result(), "a finished run is left alone"
     assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
