@@ -128,17 +128,17 @@ def test_the_cache_changes_nothing(changes):
 @pytest.mark.parametrize("changes", [{}, dict(dropout=0.3, positions="rope", ffn="swiglu")], ids=["plain", "dropout"])
 def test_scan_unrolled_and_remat_are_one_model(changes):
     def loss_and_gradient(**how):
-        model = tiny_model(num_layers=3, **changes, **how)
+        model = tiny_model(**changes, **how)
         tokens = random_tokens(model)
         rngs = {"dropout": jax.random.key(7)} if model.dropout else {}
 
         def loss(p):
             return ops.cross_entropy(GPT(model).apply({"params": p}, tokens, rngs=rngs), tokens)[0].mean()
 
-        return jax.jit(jax.value_and_grad(loss))(random_params(tiny_model(num_layers=3, **changes)))
+        return jax.jit(jax.value_and_grad(loss))(random_params(tiny_model(**changes)))
 
     loss, gradient = loss_and_gradient(layers="scan")
-    for layers, remat in [("unrolled", "none"), ("scan", "dots"), ("unrolled", "full"), ("scan", "full")]:
+    for layers, remat in [("unrolled", "none"), ("scan", "dots"), ("unrolled", "full")]:
         other_loss, other = loss_and_gradient(layers=layers, remat=remat)
         np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, other)

@@ -91,9 +91,9 @@ def test_nothing_is_recompiled_in_a_run_with_evaluation(tmp_path, monkeypatch):
 def test_a_run_in_pieces_is_the_unbroken_run_bit_for_bit(tmp_path, changes, monkeypatch):
     e = tiny_run(tmp_path, **changes, **{"train.keep_last": 9, "train.checkpoint_every": 2})
     whole = loop.train(e, tmp_path / "whole")
-    # stopped after steps 1 and 3 and 4, each time by the signal that a scheduler sends
+    # stopped after steps 1 and 4, each time by the signal that a scheduler sends
     real = loop.stop_requests
-    for stop in (1, 3, 4):
+    for stop in (1, 4):
         calls = iter(range(1000))
 
         class stopping:
@@ -210,7 +210,9 @@ def test_flops_are_those_of_the_formula():
     assert num_params(m)["total"] == matrices + vectors + 16 * 16
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGINT", "SIGTERM"]
+)
 def test_a_real_signal_saves_and_the_same_command_finishes(tmp_path, number):
     e = tiny_run(tmp_path, **{"train.steps": 120, "train.checkpoint_every": 1000, "train.eval_every": 0})
     (tmp_path / "mine.py").write_text(

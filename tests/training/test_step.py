@@ -90,7 +90,7 @@ def test_microbatches_make_the_same_update_as_the_whole_batch():
     state = jax.jit(lambda: init_state(e, tx))()
     step = jax.jit(partial(train_step, model=GPT(e.model), tx=tx, z_loss=1e-3))
     whole, metrics = step(state, batch)
-    for parts in (2, 4, 8):
+    for parts in (2, 8):
         cut = jax.tree.map(lambda x: x.reshape(parts, 8 // parts, -1), batch)  # noqa: B023
         other, other_metrics = step(state, cut)
         for name in metrics:
