@@ -104,10 +104,10 @@ class Worker:
 
     def __init__(self, kind: str, shape: str, dtype: str):
         command = [sys.executable, __file__, "--serve", kind, shape, dtype]
-        quiet = {"TRANSFORMERS_VERBOSITY": "error", "OMP_WAIT_POLICY": "PASSIVE"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet
-        )
+        quiet = os.environ | {
+            "TRANSFORMERS_VERBOSITY": "error"
+        }  # and nothing about threads: PASSIVE waiting slows PyTorch
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
         if self._line() != "ready":
             raise SystemExit(f"{kind} ({shape}, {dtype}) did not start; pip install 'gptjax[bench]'?")
 

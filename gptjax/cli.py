@@ -98,6 +98,8 @@ def train(arguments: list[str]) -> None:
         raise GptjaxError("no experiment file was given; gptjax train experiments/quickstart.py for instance")
     experiment = check(options.experiment)
     _start_jax()
+    import jax
+
     from gptjax.lab.report import plot_loss
     from gptjax.training import loop
     from gptjax.training.run import open_run
@@ -105,8 +107,8 @@ def train(arguments: list[str]) -> None:
     folder = options.run_dir or Path("runs") / experiment.name
     figures = loop.train(experiment, folder, options.resume)
     run = open_run(folder)
-    plot = plot_loss(run)
-    if experiment.train.sample_tokens:
+    plot = plot_loss(run) if jax.process_index() == 0 else None
+    if experiment.train.sample_tokens and jax.process_count() == 1:
         print(_final_samples(run), flush=True)
     loop.say(
         f"{folder}: val loss {figures['val_loss']:.4f} nats a token, {figures['val_bits_per_byte']:.4f} bits a byte; "

@@ -44,6 +44,14 @@ def join_cluster() -> None:
         jax.distributed.initialize()
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when every process of the job has come to the place in the program that has this name."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
 def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
     """All devices as data x model. `checks.check` has made sure that the numbers fit."""
     return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)

@@ -41,4 +41,5 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     """The mean of what lies around each value, nearer values counting more, over about a tenth of them on each side."""
     reach = max(1, len(values) // 10)
     kernel = 1 - np.abs(np.arange(-reach, reach + 1)) / (reach + 1)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+    total, weight = (np.convolve(x, kernel)[reach : reach + len(values)] for x in (values, np.ones(len(values))))
+    return total / weight

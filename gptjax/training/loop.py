@@ -46,7 +46,8 @@ def train(experiment: Experiment, folder: Path, resume: bool = False) -> Figures
     check(experiment, jax.device_count())
     if resume:
         open_run(folder)
-    check_folder(folder)
+    if jax.process_index() == 0:
+        check_folder(folder)
     shop = prepare(experiment)
     run = start_run(folder, shop.experiment, shop.store)
     if figures := run.result():

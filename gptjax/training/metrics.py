@@ -116,7 +116,8 @@ class MetricsLog:
             tracker.write(step, figures)
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
+        if self._file.name != os.devnull:
+            os.fsync(self._file.fileno())
         self._file.close()
         for tracker in self._trackers:
             tracker.close()

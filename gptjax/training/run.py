@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from gptjax import sharding
 from gptjax.config import Experiment, diff
 from gptjax.data import tokenizer
 from gptjax.data.store import Store
@@ -99,21 +100,25 @@ def start_run(folder: Path, experiment: Experiment, store: Store) -> Run:
     Raises `RunError` with the difference where another experiment or other data stands there.
     """
     run = Run(folder, experiment)
-    if (folder / EXPERIMENT).exists():
-        differences = diff(open_run(folder).experiment, experiment)
-        if differences:
-            lines = [f"  - {path}: {old!r} there, {new!r} now" for path, (old, new) in differences.items()]
-            raise RunError(
-                f"{folder}: holds another experiment; take the same values, or another --run-dir:\n" + "\n".join(lines)
-            )
-        check_data(run, store)
-        return run
     if jax.process_index() == 0:
-        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        store.tokenizer.save(folder / "tokenizer")
-        write_durably(folder / PROVENANCE, json.dumps(_provenance(store), indent=2) + "\n")
-        write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
+        if (folder / EXPERIMENT).exists():
+            _check_same(run, store)
+        else:
+            (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+            store.tokenizer.save(folder / "tokenizer")
+            write_durably(folder / PROVENANCE, json.dumps(_provenance(store), indent=2) + "\n")
+            write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
+    sharding.wait_for_all("the run folder stands")
     return run
+
+
+def _check_same(run: Run, store: Store) -> None:
+    if differences := diff(open_run(run.folder).experiment, run.experiment):
+        lines = [f"  - {path}: {old!r} there, {new!r} now" for path, (old, new) in differences.items()]
+        raise RunError(
+            f"{run.folder}: holds another experiment; take the same values, or another --run-dir:\n" + "\n".join(lines)
+        )
+    check_data(run, store)
 
 
 def check_data(run: Run, store: Store) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -235,3 +236,38 @@ def test_a_real_signal_saves_and_the_same_command_finishes(tmp_path, number):
     finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 120
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    e = tiny_run(tmp_path, **{"train.steps": 6, "model.dropout": 0.1})
+    (tmp_path / "mine.py").write_text(
+        f"from gptjax.config import Experiment\nexperiment = Experiment.from_json({e.to_json()!r})\n"
+    )
+
+    def start(folder, **cluster):
+        command = [sys.executable, "-m", "gptjax", "train", str(tmp_path / "mine.py"), "--run-dir", str(folder)]
+        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | cluster
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    cluster = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
+    pair = [start(tmp_path / "two", **cluster, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    for process in [*pair, start(tmp_path / "one")]:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    one, two = (open_run(tmp_path / name).metrics() for name in ("one", "two"))
+    assert [x["step"] for x in one] == [x["step"] for x in two]
+    for name in ("loss", "val_loss", "grad_norm"):
+        values = [[x[name] for x in lines if name in x] for lines in (one, two)]
+        np.testing.assert_allclose(*values, atol=1e-5, err_msg=name)
+    assert open_run(tmp_path / "two").provenance()["processes"] == 2
+    # what two processes saved, one goes on with
+    saved = load_params(open_run(tmp_path / "two"), "last")[0], load_params(open_run(tmp_path / "one"), "last")[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *saved)

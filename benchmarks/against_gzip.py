@@ -1,6 +1,6 @@
 """Does a model know its validation text better than gzip does? Bits a byte of both, on the same text.
 
-    python benchmarks/compression.py runs/quickstart
+    python benchmarks/against_gzip.py runs/quickstart
 
 The model's figure counts every byte but those of the very first token, which nothing precedes.
 """
