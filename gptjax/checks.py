@@ -62,6 +62,7 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
         if not holds:
             found.append(message)
 
+    need(e.seed < 2**63, f"seed = {e.seed}: must be below 2**63")
     need(bool(e.name.strip(".")) and "/" not in e.name, f"name = {e.name!r}: must name a folder under runs/")
     need(
         e.model.causal or e.objective.name != "causal",
@@ -141,6 +142,10 @@ def _training_rules(o: Optim, t: Train, need: Need) -> None:
     need(
         o.name != "schedule_free" or o.schedule == "constant",
         f"optim.schedule = {o.schedule!r}: optim.name = 'schedule_free' needs none; set optim.schedule = 'constant'",
+    )
+    need(
+        o.name != "schedule_free" or o.beta1 > 0,
+        "optim.beta1 = 0: optim.name = 'schedule_free' divides by it; 0.9 is usual",
     )
     need(
         t.batch_size % t.microbatches == 0,

@@ -8,6 +8,7 @@ What makes an experiment impossible stands in `checks.py`.
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -126,7 +127,7 @@ class Train:
     keep_best: int = 1  # checkpoints with the lowest validation loss to keep besides
     log_every: int = 10  # steps between lines of metrics.jsonl
     prefetch: int = 2  # batches made ahead of the step that needs them
-    sample_prompt: str = ""  # what the samples at the end begin with; "": the first words of the validation text
+    sample_prompt: str = ""  # what the samples at the end begin with; "": a new document
     sample_tokens: int = 200  # length of each of the two samples at the end; 0: no samples
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()  # views of metrics.jsonl to write besides
 
@@ -202,5 +203,6 @@ def grid(base: Experiment, axes: Mapping[str, Iterable[Any]]) -> list[Experiment
     for values in itertools.product(*axes.values()):
         changes = dict(zip(axes, values, strict=True))
         label = "-".join(f"{path.rpartition('.')[2]}={value}" for path, value in changes.items())
+        label = re.sub(r"[^\w.=+-]+", "_", label)  # it names a folder
         trials.append(base.override({"name": f"{base.name}-{label}"} | changes))
     return trials

@@ -73,9 +73,15 @@ def conforms(value: Any, hint: Any) -> bool:
 
 
 def type_problems(value: Any) -> dict[str, str]:
-    """The leaves of a nested dataclass whose value is not of the declared type: dotted name -> message."""
-    return {
-        path: f"{path} = {value_at(value, path)!r}: {describe(hint)} is needed"
-        for path, hint in leaves(type(value)).items()
-        if not conforms(value_at(value, path), hint)
-    }
+    """The fields of a nested dataclass whose value is not of the declared type: dotted name -> message."""
+    problems: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(type(value)).items():
+        part = getattr(value, name)
+        if not dataclasses.is_dataclass(hint):
+            if not conforms(part, hint):
+                problems[name] = f"{name} = {part!r}: {describe(hint)} is needed"
+        elif isinstance(part, hint):  # type: ignore[arg-type]
+            problems |= {f"{name}.{path}": f"{name}.{message}" for path, message in type_problems(part).items()}
+        else:
+            problems[name] = f"{name} = {part!r}: {describe(hint)}(...) is needed"
+    return problems

@@ -40,7 +40,7 @@ def join_cluster() -> None:
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         count, number = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
         jax.distributed.initialize(address, count, number)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         jax.distributed.initialize()
 
 

@@ -48,6 +48,13 @@ def test_training_leaves_a_run_and_shows_what_it_does(finished):
     assert "\r" not in err and "\x1b" not in err, "a log that is no terminal stays plain"
 
 
+def test_the_default_folder_is_relative_and_works(finished, tmp_path):
+    path, _, _, _ = finished
+    short = ("--train.steps", 3, "--train.sample-tokens", 4)
+    assert gptjax("train", path, *short, cwd=tmp_path)[0] == 0
+    assert gptjax("sample", "runs/tiny", "line", "--max-new-tokens", 2, cwd=tmp_path)[0] == 0
+
+
 def test_the_same_command_again_has_nothing_to_do(finished):
     path, run, _, _ = finished
     code, _, err = gptjax("train", path, "--run-dir", run, "--train.steps", 8, "--seed", 1)

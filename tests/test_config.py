@@ -56,6 +56,8 @@ def test_grid_makes_every_combination_under_a_name_of_its_own():
     trials = grid(BASE, {"seed": [1, 2], "model.ffn": ["gelu", "relu"]})
     assert [(t.seed, t.model.ffn) for t in trials] == [(1, "gelu"), (1, "relu"), (2, "gelu"), (2, "relu")]
     assert len({t.name for t in trials}) == 4
+    for trial in grid(BASE, {"data.source": ["a/b.txt", ("c", "d")]}):
+        check(trial)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,9 @@ IMPOSSIBLE = [
     ({"data.val_fraction": 0.0}, "data.val_fraction = 0"),
     ({"data.streaming": True}, "data.streaming = True"),
     ({"name": "a/b"}, "name = 'a/b'"),
+    ({"seed": 2**63}, "must be below 2**63"),
+    ({"data": "mytext.txt"}, "data = 'mytext.txt': Data(...) is needed"),
+    ({"optim.name": "schedule_free", "optim.schedule": "constant", "optim.beta1": 0.0}, "optim.beta1 = 0"),
     ({"train.microbatches": 5}, "train.microbatches = 5"),
     ({"mesh.model": 3}, "mesh = 2 x 3"),
     ({"train.batch_size": 12}, "train.batch_size = 12"),

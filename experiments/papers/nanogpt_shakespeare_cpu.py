@@ -11,7 +11,6 @@ from gptjax.config import Data, Experiment, Model, Optim, Train
 
 experiment = Experiment(
     name="nanogpt_shakespeare_cpu",
-    seed=1337,
     model=Model(
         context_length=64,
         num_layers=4,

@@ -42,7 +42,8 @@ def fingerprint(source: str, data: Data) -> str:
         for text in _pydoc():
             digest.update(text.encode())
     elif source.startswith("hub:"):
-        digest.update(_hub_builder(source, data).hash.encode())
+        builder = _hub_builder(source, data)  # whose hash is that of the data set's revision
+        digest.update(f"{source} {data.hub_config} {data.hub_split} {builder.hash}".encode())
     else:
         for path in files(source):
             digest.update(path.suffix.encode())
@@ -83,13 +84,7 @@ def _read(source: str, data: Data) -> Iterator[str]:
     if source == "pydoc":
         yield from _pydoc()
     elif source.startswith("hub:"):
-        rows = _hub_builder(source, data)
-        if data.streaming:
-            table = rows.as_streaming_dataset(data.hub_split)
-        else:
-            rows.download_and_prepare()
-            table = rows.as_dataset(data.hub_split)
-        yield from _texts(table, data.column, source)
+        yield from _texts(_hub_rows(source, data), data.column, source)
     else:
         for path in files(source):
             yield from [_read_text(path)] if path.suffix in TEXT else _read_table(path, data.column)
@@ -117,9 +112,9 @@ def _read_table(path: Path, column: str) -> Iterator[str]:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; remove it from the source, or put rows in it")
     kind = TABLES[path.suffix]
-    # A column whose cells are all missing is read as null; keeping strings as they are is the task here.
     try:
-        table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        words = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is a word like any other
+        table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **words)
         yield from _texts(table, column, str(path))
     except DataError:
         raise
@@ -153,6 +148,19 @@ def _root_cause(e: BaseException) -> str:
     while e.__cause__ is not None:
         e = e.__cause__
     return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+
+
+def _hub_rows(source: str, data: Data) -> Any:
+    builder = _hub_builder(source, data)
+    try:
+        if data.streaming:
+            return builder.as_streaming_dataset(data.hub_split)
+        builder.download_and_prepare()
+        return builder.as_dataset(data.hub_split)
+    except Exception as e:
+        raise DataError(
+            f"data.source = {source!r}, data.hub_split = {data.hub_split!r}: cannot be read ({_root_cause(e)})"
+        ) from None
 
 
 def _hub_builder(source: str, data: Data) -> Any:

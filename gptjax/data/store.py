@@ -71,6 +71,12 @@ def open_store(data: Data) -> Store:
     return _load(data, folder)
 
 
+def find_store(key: str, data: Data) -> Store | None:
+    """The store of this key, if it is in the cache; the corpus itself is not needed then."""
+    folder = cache_folder() / "stores" / key
+    return _load(data, folder) if (folder / "store.json").exists() else None
+
+
 def _key(data: Data) -> str:
     """Everything that decides the tokens: the bytes of the text, the tokenizer and the split."""
     parts = {

@@ -196,16 +196,24 @@ class BPETokenizer(Tokenizer):
         if spec.get("normalizer"):
             self.caveat = f"normalises text ({spec['normalizer']['type']}) before it encodes it"
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # the words of a special token in a text are text
         special = {t["id"] for t in spec.get("added_tokens", []) if t["special"]}
         ends = [self._tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|end_of_text|>", "</s>")]
         end_of_text = next((i for i in ends if i is not None), None)
         byte_of = {c: b for b, c in _byte_characters().items()}
-        pieces = [b""] * self._tokenizer.get_vocab_size(with_added_tokens=True)
-        for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        if missing := sorted(byte_of[c] for c in byte_of.keys() - vocab.keys()):
+            self.caveat = f"has no piece for {len(missing)} of the 256 bytes and drops them: {bytes(missing)!r}"
+        pieces = [b""] * (max(vocab.values()) + 1)
+        for piece, i in vocab.items():
             if i not in special and i != end_of_text:
                 pieces[i] = bytes(byte_of[c] for c in piece) if all(c in byte_of for c in piece) else piece.encode()
         super().__init__(pieces, end_of_text)
+        probe = "a  b\n c"
+        if not self.caveat and (back := self.decode(self.encode(probe))) != probe:
+            self.caveat = f"does not give texts back as they were: {probe!r} becomes {back!r}"
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.tokenizer_json.encode()}
@@ -220,7 +228,9 @@ class BPETokenizer(Tokenizer):
         files = bpe_files(path)
         try:
             return cls(files[0].read_text(encoding="utf-8") if len(files) == 1 else _gpt2_json(*files))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except DataError:
+            raise
+        except Exception as e:  # the engine raises whatever it likes
             raise DataError(f"data.tokenizer = {str(path)!r}: holds no byte-level BPE ({e})") from None
 
 
@@ -264,8 +274,9 @@ def _utf8(text: str) -> bytes:
 def _training_lines(documents: Iterable[str], limit: int) -> Iterator[str]:
     """Lines of at most 2,000 characters without what SentencePiece keeps for itself."""
     for document in documents:
+        document = document[:limit]
         limit -= len(document)
-        if limit < 0:
+        if not document:
             return
         for line in document.replace(SPACE, "\n").replace("\0", "\n").split("\n"):
             yield from (line[i : i + 2000] for i in range(0, len(line), 2000))
@@ -285,6 +296,8 @@ def _gpt2_json(vocab: Path, merges: Path) -> str:
     ids = json.loads(vocab.read_text(encoding="utf-8"))
     lines = merges.read_text(encoding="utf-8").split("\n")
     pairs = [(a, b) for a, _, b in (line.partition(" ") for line in lines if line and not line.startswith("#version"))]
+    if strange := [f"{a} {b}" for a, b in pairs if not {a, b, a + b} <= ids.keys()]:
+        raise DataError(f"{merges}: {strange[0]!r} is not in {vocab.name}; the two files are not of one tokenizer")
     engine = Engine(models.BPE(vocab=ids, merges=pairs))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()

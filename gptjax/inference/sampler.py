@@ -71,12 +71,14 @@ def _read_and_draw(
     last: Array,
     key: Array,
     rules: tuple[Array, Array, Array],
+    vocab: Array,
     *,
     model: GPT,
 ) -> tuple[Array, KVCache]:
     """Reads tokens [B, Q] standing at start, start + 1, ... and draws what follows the one at index `last`."""
     logits, cache = cast(tuple[Array, KVCache], model.apply({"params": params}, tokens, cache, start, method="decode"))
     keys = _row_keys(key, tokens.shape[0], start + last)
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)  # rows that pad the table are no tokens
     return draw(jnp.take(logits, last, axis=1), keys, *rules), cache
 
 
@@ -90,11 +92,13 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     stop: int | None = None,
+    vocab: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of each of `count` continuations, int32 [count], up to `new_tokens` times.
 
-    `stop` ends a text: it is repeated for a text that has ended, and when all have, the iterator ends. Raises
-    `PromptError` for an empty prompt, and for one that leaves no room in the context.
+    `vocab` is the number of ids that are tokens (None: all). `stop` ends a text: it is repeated for a text that has ended,
+    and when all have, the iterator ends. Raises `PromptError` for an empty prompt, and for one that leaves no room in the
+    context.
     """
     sampling = sampling or Sampling()
     length, total = len(prompt), len(prompt) + new_tokens
@@ -110,7 +114,10 @@ def generate(
         jnp.int32(min(sampling.top_k or model.vocab_size or 1, model.vocab_size or 1)),
         jnp.float32(sampling.top_p or 1.0),
     )
-    read = partial(_read_and_draw, params, model=GPT(model), rules=rules, key=jax.random.key(seed))
+    if not 0 <= seed < 2**63:
+        raise PromptError(f"seed = {seed}: must be at least 0 and below 2**63")
+    key, size = jax.random.key(seed), jnp.int32(vocab or model.vocab_size or 0)
+    read = partial(_read_and_draw, params, model=GPT(model), rules=rules, key=key, vocab=size)
     return _tokens(model, read, prompt, total, count, stop)
 
 
@@ -157,7 +164,7 @@ class Writer:
             return self.tokenizer.encode(prompt)
         if self.tokenizer.end_of_text is not None:
             return np.array([self.tokenizer.end_of_text], np.int32)
-        return self.tokenizer.encode("\n")
+        return np.array([self.tokenizer.pieces.index(b"\n") if b"\n" in self.tokenizer.pieces else 0], np.int32)
 
     def room(self, prompt: str, max_length: int | None, max_new_tokens: int | None) -> int:
         """How many tokens to make: the smaller of what is asked for; else what the context holds, at most 256."""
@@ -189,4 +196,5 @@ class Writer:
             sampling=sampling,
             seed=seed,
             stop=self.tokenizer.end_of_text,
+            vocab=self.tokenizer.vocab_size,
         )

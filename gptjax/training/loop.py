@@ -18,6 +18,7 @@ from gptjax import sharding
 from gptjax.checks import check
 from gptjax.config import Experiment
 from gptjax.data.batches import prefetch
+from gptjax.data.store import find_store
 from gptjax.errors import Interrupted, TrainingFailed
 from gptjax.training import checkpoint
 from gptjax.training.metrics import MetricsLog, Progress, flops_per_token, memory_bytes, num_params, peak_flops
@@ -25,7 +26,7 @@ from gptjax.training.optim import make_schedule
 from gptjax.training.run import Run, check_data, check_folder, open_run, start_run
 from gptjax.training.state import TrainState
 from gptjax.training.step import Metrics
-from gptjax.training.workshop import Workshop, first_state, one_device, prepare, summary
+from gptjax.training.workshop import Workshop, check_start, first_state, one_device, prepare, summary
 
 Figures = dict[str, Any]
 
@@ -49,6 +50,7 @@ def train(experiment: Experiment, folder: Path, resume: bool = False) -> Figures
     if jax.process_index() == 0:
         check_folder(folder)
     shop = prepare(experiment)
+    check_start(shop)
     run = start_run(folder, shop.experiment, shop.store)
     if figures := run.result():
         say(f"{folder}: finished already; nothing to do")
@@ -83,7 +85,8 @@ def evaluate(shop: Workshop, state: TrainState) -> Figures:
 
 def evaluate_run(run: Run, which: str = "last") -> Figures:
     """`evaluate` for a checkpoint of a run folder, on one device; with the step and size of the model."""
-    shop = prepare(run.experiment, one_device())
+    store = find_store(run.provenance()["data"], run.experiment.data)
+    shop = prepare(run.experiment, one_device(), store)
     check_data(run, shop.store)
     chosen = checkpoint.choose(run.checkpoints, which)
     with jax.set_mesh(shop.mesh):

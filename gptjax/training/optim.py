@@ -71,17 +71,15 @@ def _update_rule(o: Optim, rate: optax.Schedule, axes: Tree) -> optax.GradientTr
         factored = per_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes)
         return optax.chain(factored, decay, step)
     if o.name == "muon":
-        return contrib.muon(
-            rate,
+        directions = contrib.muon(  # at rate 1, so that decay and schedule are the same as everywhere
+            1.0,
             beta=o.beta1,
-            weight_decay=o.weight_decay,
-            weight_decay_mask=matrices,
             adam_b1=o.beta1,
             adam_b2=o.beta2,
-            adam_weight_decay=o.weight_decay,
             muon_weight_dimension_numbers=muon_dimensions(axes),
             consistent_rms=0.2,  # updates as large as AdamW's, so that one rate serves both (Liu et al. 2025)
         )
+        return optax.chain(directions, optax.scale(-1.0), decay, step)
     base = optax.chain(optax.scale_by_adam(0.0, o.beta2, o.epsilon), decay, step)
     return contrib.schedule_free(base, rate, b1=o.beta1)
 

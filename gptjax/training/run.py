@@ -41,7 +41,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder.absolute() / "checkpoints"  # Orbax takes no relative paths
 
     def tokenizer(self) -> tokenizer.Tokenizer:
         return tokenizer.load(self.folder / "tokenizer")

@@ -53,10 +53,13 @@ def one_device() -> jax.sharding.Mesh:
     return sharding.mesh_of(jax.local_devices()[:1], 1, 1)
 
 
-def prepare(experiment: Experiment, mesh: jax.sharding.Mesh | None = None) -> Workshop:
-    """Opens the data and lays out the state; computes nothing yet. Raises `ConfigError` and `DataError`."""
+def prepare(experiment: Experiment, mesh: jax.sharding.Mesh | None = None, store: Store | None = None) -> Workshop:
+    """Opens the data and lays out the state; computes nothing yet. Raises `ConfigError` and `DataError`.
+
+    `mesh`: all devices, as the experiment has it; `store`: that of the experiment's data; unless they are given.
+    """
     check(experiment, jax.device_count() if mesh is None else None)
-    store = open_store(experiment.data)
+    store = store or open_store(experiment.data)
     e = experiment.resolved(store.tokenizer.vocab_size)
     if (e.model.vocab_size or 0) < store.tokenizer.vocab_size:
         raise ConfigError(
@@ -86,15 +89,30 @@ def first_state(shop: Workshop, run: Run) -> TrainState:
     state = create_state(shop.experiment, shop.tx, shop.abstract)
     if shop.experiment.init is None:
         return state
-    source = open_run(Path(shop.experiment.init))
-    loaded, _ = load_params(source, "last")
-    if (there := _shapes(loaded)) != (here := _shapes(shop.abstract.params)):
-        differ = [f"  - {name}: {there.get(name)} there, {here.get(name)} here" for name in sorted(there | here)
-                  if there.get(name) != here.get(name)]  # fmt: skip
-        raise RunError(f"init = {shop.experiment.init!r}: has other weights than this model:\n" + "\n".join(differ))
+    loaded, _ = load_params(open_run(Path(shop.experiment.init)), "last")
     params = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), loaded, shop.abstract.params)
     layout = jax.tree.map(lambda x: x.sharding, shop.abstract.opt_state)
     return state._replace(params=params, opt_state=jax.jit(shop.tx.init, out_shardings=layout)(params))
+
+
+def check_start(shop: Workshop) -> None:
+    """Raises, before anything is written, where the run could not start or could not make its samples at the end."""
+    e, tokens = shop.experiment, shop.store.tokenizer
+    length = len(tokens.encode(e.train.sample_prompt))
+    room = e.model.context_length
+    if e.train.sample_tokens and length >= room:
+        raise ConfigError([f"train.sample_prompt: its {length} tokens leave no room in model.context_length = {room}"])
+    if e.init is None:
+        return
+    source = open_run(Path(e.init))
+    checkpoint.choose(source.checkpoints)
+    if source.tokenizer().pieces != tokens.pieces:
+        raise RunError(f"init = {e.init!r}: was trained with another tokenizer, so its ids mean other text than here")
+    theirs = abstract_state(source.experiment, make_optimizer(source.experiment), one_device())
+    if (there := _shapes(theirs.params)) != (here := _shapes(shop.abstract.params)):
+        differ = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+        lines = [f"  - {name}: {there.get(name)} there, {here.get(name)} here" for name in differ]
+        raise RunError(f"init = {e.init!r}: has other weights than this model:\n" + "\n".join(lines))
 
 
 def load_params(run: Run, which: str) -> tuple[Any, int]:

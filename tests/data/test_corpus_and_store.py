@@ -37,6 +37,11 @@ def test_every_format_gives_the_same_documents(tmp_path):
         assert texts(path, max_documents=3) == DOCUMENTS[:3]
 
 
+def test_words_that_look_like_missing_values_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text("text,other\nNA,1\n,2\nnull,3\n")
+    assert texts(tmp_path / "a.csv") == ["NA", "null"]
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     for name in ("b.txt", "a.md", "ignored.bin", "c/d.txt"):
         path = tmp_path / name
@@ -54,7 +59,10 @@ def test_a_hub_data_set_is_read_whole_and_streamed(tmp_path, monkeypatch):
     (folder / "a.parquet").unlink()
     for streaming in (False, True):  # the hub's own reader also takes a local folder for a name
         assert texts(f"hub:{folder}", streaming=streaming) == DOCUMENTS
-    assert corpus.fingerprint(f"hub:{folder}", Data()) == corpus.fingerprint(f"hub:{folder}", Data())
+    prints = [corpus.fingerprint(f"hub:{folder}", Data(hub_split=part)) for part in ("train", "train", "train[:1%]")]
+    assert prints[0] == prints[1] != prints[2]
+    with pytest.raises(DataError, match="hub_split = 'nowhere': cannot be read"):
+        texts(f"hub:{folder}", hub_split="nowhere")
 
 
 def test_an_unknown_hub_name_is_refused():

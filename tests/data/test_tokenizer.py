@@ -149,3 +149,29 @@ def test_gpt2_vocabulary_gives_gpt2s_ids(real_data):
     assert tokens.encode("Hello world").tolist() == [15496, 995]
     assert tokens.encode("Once upon a time").tolist() == [7454, 2402, 257, 640]
     assert tokens.decode(tokens.encode("naïve 中文 😀 <|endoftext|>")) == "naïve 中文 😀 <|endoftext|>"
+
+
+def test_what_a_foreign_tokenizer_loses_is_said():
+    spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
+    prefixed = json.loads(json.dumps(spec))
+    prefixed["pre_tokenizer"]["add_prefix_space"] = True
+    assert "does not give texts back" in BPETokenizer(json.dumps(prefixed)).caveat
+    partial = json.loads(json.dumps(spec))
+    del partial["model"]["vocab"]["z"]
+    partial["model"]["merges"] = []
+    assert "has no piece for 1 of the 256 bytes" in BPETokenizer(json.dumps(partial)).caveat
+    cut = json.loads(json.dumps(spec)) | {
+        "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    }
+    assert BPETokenizer(json.dumps(cut)).decode(BPETokenizer(json.dumps(cut)).encode(CORPUS)) == CORPUS
+
+
+def test_vocabulary_and_merges_must_belong_together(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(DataError, match="the two files are not of one tokenizer"):
+        BPETokenizer.from_path(tmp_path)
+
+
+def test_a_document_longer_than_the_training_limit_is_cut_not_left_out():
+    assert "".join(tokenizer._training_lines(["x\n" * 100], 50)) == "x" * 25

@@ -120,6 +120,11 @@ def test_streamed_text_is_the_text(params):
     assert writer.texts("", 4, 1, Sampling(), seed=0)[0] is not None, "an empty prompt begins a document"
 
 
+def test_rows_that_pad_the_table_are_never_drawn(params):
+    made = ids_of(params, [1, 2], new_tokens=20, count=8, vocab=5, sampling=Sampling(temperature=5.0))
+    assert made.max() < 5
+
+
 def test_room_is_what_was_asked_for_and_fits(params):
     writer = Writer(MODEL, params, ByteTokenizer())
     assert writer.room("abc", None, None) == 29

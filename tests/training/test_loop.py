@@ -66,6 +66,7 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path):
     assert loop.train(e, tmp_path / "run") == run.result(), "a finished run is left alone"
     assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
     # the figures of a run are those that evaluating its last checkpoint gives
+    (tmp_path / "corpus.txt").unlink()  # its tokens are in the cache
     again = loop.evaluate_run(run)
     assert again["val_loss"] == pytest.approx(figures["val_loss"], rel=1e-6)
 
@@ -189,6 +190,8 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     loop.train(e.override(still), tmp_path / "second")
     second, _ = load_params(open_run(tmp_path / "second"), "last")
     jax.tree.map(np.testing.assert_array_equal, first, second)
+    with pytest.raises(RunError, match="was trained with another tokenizer"):
+        loop.train(e.override(still | {"data.tokenizer": "char"}), tmp_path / "third")
     with pytest.raises(RunError, match=r"blocks\.ffn\.up: \(2, 16, 64\) there, \(2, 16, 32\) here"):
         loop.train(e.override(still | {"model.ffn_dim": 32}), tmp_path / "third")
 

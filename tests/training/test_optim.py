@@ -171,3 +171,12 @@ def test_the_average_is_the_float64_average():
     kept = evaluation_params(moved, state)
     np.testing.assert_allclose(kept["final_norm"]["scale"], average, atol=1e-6)
     assert evaluation_params(moved, optax.EmptyState()) is moved
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "sgd"])
+def test_with_no_gradient_only_what_decays_moves(name):
+    e = experiment(name=name, weight_decay=0.5, learning_rate=0.1, warmup_steps=0)
+    params, like = trees(e, 2)
+    moved, _ = run(make_optimizer(e), params, [jax.tree.map(jnp.zeros_like, like)])
+    masks = decayed(weight_axes(e.model))
+    jax.tree.map(lambda p, q, m: np.testing.assert_allclose(q, p * (0.95 if m else 1), rtol=1e-5), params, moved, masks)
