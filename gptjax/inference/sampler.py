@@ -96,9 +96,9 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yields the next token of each of `count` continuations, int32 [count], up to `new_tokens` times.
 
-    `vocab` is the number of ids that are tokens (None: all). `stop` ends a text: it is repeated for a text that has ended,
-    and when all have, the iterator ends. Raises `PromptError` for an empty prompt, and for one that leaves no room in the
-    context.
+    `vocab` is the number of ids that are tokens (None: all). `stop` ends a text: it is repeated for a text that has
+    ended, and when all have, the iterator ends. Raises `PromptError` for an empty prompt, and for one that leaves no
+    room in the context.
     """
     sampling = sampling or Sampling()
     length, total = len(prompt), len(prompt) + new_tokens
