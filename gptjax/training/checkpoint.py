@@ -137,7 +137,10 @@ class Writer:
             self._thread.shutdown()
 
     def _commit(self, target: Path, step: int, val_loss: float | None) -> None:
-        """When Orbax has written and renamed everything: vouch for it, then tidy up."""
+        """When Orbax has written and renamed everything: vouch for it, then tidy up.
+
+        Orbax's own `post_finalization_callback` is called before the rename, when there is nothing to vouch for yet.
+        """
         self._arrays.wait_until_finished()
         if jax.process_index() != 0:
             return
