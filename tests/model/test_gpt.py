@@ -125,7 +125,10 @@ def test_the_cache_changes_nothing(changes):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=tolerance)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dropout=0.3, positions="rope", ffn="swiglu")], ids=["plain", "dropout"])
+RICH = dict(dropout=0.3, positions="rope", ffn="swiglu")
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(RICH, marks=pytest.mark.slow)], ids=["plain", "dropout"])
 def test_scan_unrolled_and_remat_are_one_model(changes):
     def loss_and_gradient(**how):
         model = tiny_model(**changes, **how)

@@ -36,7 +36,7 @@ def numpy_attention(query, key, value, causal, window, segments, slopes, cap):
     return out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
