@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gptjax.data.batches import Batches
 from gptjax.loading import load_experiment
-from gptjax.training import loop
+from gptjax.training import train
 from gptjax.training.workshop import enable_compilation_cache, prepare
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         alone.on_devices(step, shop.mesh)
     each = (time.perf_counter() - began) / 300
     with tempfile.TemporaryDirectory() as folder:
-        figures = loop.train(e, Path(folder) / "run")
+        figures = train.train(e, Path(folder) / "run")
     step_seconds = figures["seconds"] / (steps - 1)
     print(f"a batch, made alone: {each * 1e3:.2f} ms, {shop.batches.tokens_per_step / each:,.0f} tokens/s")
     print(f"a step: {step_seconds * 1e3:.1f} ms; making its batch alone is {each / step_seconds:.2%} of it")

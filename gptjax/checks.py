@@ -8,7 +8,8 @@ from gptjax.schema import replace_at, type_problems, value_at
 
 POSITIVE = """model.context_length model.num_layers model.embed_dim model.num_heads model.rope_base model.rope_factor
     model.norm_epsilon optim.learning_rate optim.epsilon train.steps train.batch_size train.microbatches
-    train.keep_last train.log_every train.prefetch mesh.model data.tokenizer_vocab_size
+    train.keep_last train.log_every train.prefetch train.max_skipped train.stuck_seconds train.skip_spikes
+    mesh.model data.tokenizer_vocab_size
     model.vocab_size model.num_kv_heads model.head_dim model.ffn_dim model.window model.rope_original_length
     model.attention_softcap model.logit_softcap data.max_documents optim.clip_norm mesh.data""".split()
 NOT_NEGATIVE = """seed model.init_std objective.z_loss optim.final_learning_rate optim.warmup_steps

@@ -5,12 +5,13 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptjax import __version__
-from gptjax.errors import GptjaxError
+from gptjax.errors import EXIT_BUG, EXIT_INTERRUPTED, GptjaxError, RunError
 
 if TYPE_CHECKING:
     from gptjax.training.run import Run
@@ -20,10 +21,12 @@ HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them
   gptjax train FILE [--run-dir DIR] [--section.field VALUE ...]    train, or go on with, an experiment
   gptjax sample RUN PROMPT [--max-length N] [...]                  continue a text
   gptjax eval RUN [--json] [...]                                   loss over the whole validation text
+  gptjax verify RUN                                                compare every checksum of every checkpoint
+  gptjax replay RUN --step N                                       make a step again, and look for NaN and Inf in it
 
   gptjax VERB --help       all options of a verb; gptjax train FILE --help lists every field with its value
 
-exit codes: 0 done, 1 a bug (with a traceback), 2 bad input, 3 training had to stop,
+exit codes: 0 done, 1 a bug (with a traceback), 2 bad input or a damaged file, 3 training had to stop,
             75 interrupted with the state saved (the same command goes on), 130 interrupted before that
 """
 
@@ -44,15 +47,31 @@ def main() -> None:
     except GptjaxError as e:
         _stop(f"gptjax {verb}: {e}", e.exit_code)
     except KeyboardInterrupt:
-        _stop(f"gptjax {verb}: interrupted", 130)
+        print(f"gptjax {verb}: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # at once: threads that still save are not waited for
     except BrokenPipeError:  # the reader of our output went away: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        _stop(traceback.format_exc(), EXIT_BUG)
 
 
 def _stop(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
+    if _is_one_of_several() and code != EXIT_INTERRUPTED:
+        sys.stdout.flush()
+        os._exit(code)  # at once: on the usual way out jax waits for the others, which may be gone
     sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 def _parse(kind: Any, arguments: list[str], usage: str) -> Any:
@@ -91,6 +110,8 @@ def train(arguments: list[str]) -> None:
 
         run_dir: Path | None = None  # folder of the run; None: runs/NAME
         resume: bool = False  # insist that a run stands there to go on with
+        allow_changes: bool = False  # go on with other values or data than the run was trained with
+        from_step: int | None = None  # go back to this checkpoint; later ones are set aside
         experiment: Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = loaded
 
     options = _parse(Options, arguments[named:], f"train {arguments[0] if named else 'FILE'}")
@@ -101,19 +122,22 @@ def train(arguments: list[str]) -> None:
     import jax
 
     from gptjax.lab.report import plot_loss
-    from gptjax.training import loop
+    from gptjax.training import train as training
+    from gptjax.training.loop import say
     from gptjax.training.run import open_run
 
     folder = options.run_dir or Path("runs") / experiment.name
-    figures = loop.train(experiment, folder, options.resume)
+    figures = training.train(experiment, folder, options.resume, options.allow_changes, options.from_step)
     run = open_run(folder)
     plot = plot_loss(run) if jax.process_index() == 0 else None
     if experiment.train.sample_tokens and jax.process_count() == 1:
         print(_final_samples(run), flush=True)
-    loop.say(
-        f"{folder}: val loss {figures['val_loss']:.4f} nats a token, {figures['val_bits_per_byte']:.4f} bits a byte; "
-        f"{figures['steps']:,} steps, {figures['tokens']:,} tokens in {figures['seconds']:.0f} s"
-        + (f"; loss curve in {plot}" if plot else "")
+    val = "not finite"
+    if figures["val_loss"] is not None:
+        val = f"{figures['val_loss']:.4f} nats a token, {figures['val_bits_per_byte']:.4f} bits a byte"
+    say(
+        f"{folder}: val loss {val}; {figures['steps']:,} steps, {figures['tokens']:,} tokens in "
+        f"{figures['seconds']:.0f} s" + (f"; loss curve in {plot}" if plot else "")
     )
 
 
@@ -189,7 +213,7 @@ def evaluate(arguments: list[str]) -> None:
 
     run = open_run(options.run)
     _start_jax()
-    from gptjax.training.loop import evaluate_run
+    from gptjax.training.evaluation import evaluate_run
 
     figures = evaluate_run(run, options.checkpoint)
     if options.json:
@@ -200,4 +224,67 @@ def evaluate(arguments: list[str]) -> None:
         print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value:.4f}")
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "sample": sample, "eval": evaluate}
+def verify(arguments: list[str]) -> None:
+    """RUN -> one line for each checkpoint: whole, or what is wrong with it."""
+    from tyro.conf import Positional
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Compare every file of every checkpoint with its checksum. Reads only; no device is used."""
+
+        run: Positional[Path]  # a run folder
+
+    options: Options = _parse(Options, arguments, "verify")
+    from gptjax.training import checkpoint
+    from gptjax.training.run import open_run
+
+    run = open_run(options.run)
+    run.metrics()
+    run.tokenizer()
+    damaged, found = 0, checkpoint.listing(run.checkpoints)
+    for c in found:
+        why = checkpoint.problem(c)
+        if why and not c.folder.exists():
+            continue  # removed by the run itself while we looked
+        damaged += why is not None
+        size = sum(size for size, _ in c.files.values())
+        loss = "" if c.val_loss is None else f", val loss {c.val_loss:.4f}"
+        print(
+            f"step {c.step:>8,}  "
+            + (f"DAMAGED  {why}" if why else f"whole    {len(c.files)} files, {size:,} bytes{loss}")
+        )
+    for path, why in checkpoint.unfinished(run.checkpoints):
+        print(f"not a checkpoint: {path}: {why}")
+    if damaged or not found:
+        raise RunError(f"{run.folder}: {damaged} of {len(found)} checkpoints are damaged" if found else
+                       f"{run.folder}: has no checkpoint")  # fmt: skip
+
+
+def replay(arguments: list[str]) -> None:
+    """RUN and a step -> the step made again, and where its numbers are not finite."""
+    from tyro.conf import Positional
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Make a step of a run again from the checkpoint before it; name the first module without finite numbers."""
+
+        run: Positional[Path]  # a run folder
+        step: int  # counted as in metrics.jsonl: 1 is the first update
+
+    options: Options = _parse(Options, arguments, "replay")
+    from gptjax.training.run import open_run
+
+    run = open_run(options.run)
+    _start_jax()
+    from gptjax.training.diagnosis import replay as make_again
+
+    print("\n".join(make_again(run, options.step)))
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "sample": sample,
+    "eval": evaluate,
+    "verify": verify,
+    "replay": replay,
+}

@@ -126,6 +126,9 @@ class Train:
     keep_last: int = 2  # newest checkpoints to keep
     keep_best: int = 1  # checkpoints with the lowest validation loss to keep besides
     log_every: int = 10  # steps between lines of metrics.jsonl
+    skip_spikes: float | None = None  # skip updates whose loss lies this many sigma above the last 128 (usual: 6)
+    max_skipped: int = 8  # updates skipped in a row, for that or for a non-finite loss, that stop the run
+    stuck_seconds: float = 600.0  # without any progress, after which a process shows its stacks and ends
     prefetch: int = 2  # batches made ahead of the step that needs them
     sample_prompt: str = ""  # what the samples at the end begin with; "": a new document
     sample_tokens: int = 200  # length of each of the two samples at the end; 0: no samples

@@ -7,7 +7,7 @@ a traceback; anything that is not a `GptjaxError` is a bug and keeps its traceba
 EXIT_DONE = 0  # the verb did all it was asked
 EXIT_BUG = 1  # an unexpected exception, with its traceback
 EXIT_BAD_INPUT = 2  # config, data, path or prompt refused
-EXIT_FAILED = 3  # training had to stop: non-finite loss, a checkpoint that could not be written
+EXIT_FAILED = 3  # training had to stop: non-finite numbers, a failed save, a process that is stuck or gone
 EXIT_INTERRUPTED = 75  # Ctrl-C or SIGTERM: state saved, the same command continues (sysexits' EX_TEMPFAIL)
 
 
@@ -31,7 +31,7 @@ class DataError(GptjaxError):
 
 
 class RunError(GptjaxError):
-    """A run folder that is not one, cannot be written, or belongs to another experiment."""
+    """A run folder that is not one, cannot be written, is damaged, is in use, or belongs to another experiment."""
 
 
 class PromptError(GptjaxError):

@@ -4,8 +4,9 @@ Weights and activations name their axes (`("embed", "heads", "head_dim")`); ever
 `RULES`. The mesh is in Auto mode: XLA places the collectives, the constraints here say where arrays must lie.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gptjax import config
+from gptjax.errors import RunError
 
 RULES: dict[str, str | None] = {
     # weights: "embed" over data is FSDP, the others over model are tensor parallelism
@@ -42,6 +44,37 @@ def join_cluster() -> None:
         jax.distributed.initialize(address, count, number)
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         jax.distributed.initialize()
+
+
+def on_first_process(action: Callable[[], Any]) -> Any:
+    """What `action` returns on process 0, the only one to call it, on all of them; what it raises is raised on all.
+
+    The result must be JSON. A `GptjaxError` keeps its kind on process 0 and is a `RunError` elsewhere.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except Exception as e:
+            error = e
+    text = _broadcast(json.dumps([result, error and f"process 0: {error}"]).encode())
+    if error is not None:
+        raise error
+    result, message = json.loads(text)
+    if message is not None:
+        raise RunError(message)
+    return result
+
+
+def _broadcast(text: bytes) -> bytes:
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    size = int(broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(text[:size])] = np.frombuffer(text, np.uint8)[:size]
+    return bytes(np.asarray(broadcast_one_to_all(padded), np.uint8))
 
 
 def wait_for_all(name: str) -> None:

@@ -14,10 +14,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.name)
 def test_notebook_runs(notebook, tmp_path):
-    from gptjax.training import loop
+    from gptjax.training import train
 
     e = tiny_run(tmp_path)
-    loop.train(e, tmp_path / "run")
+    train.train(e, tmp_path / "run")
     done = subprocess.run(
         [sys.executable, notebook], env=os.environ | {"RUN": str(tmp_path / "run")}, capture_output=True, text=True
     )

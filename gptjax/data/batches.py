@@ -5,11 +5,14 @@ random phase from epoch to epoch, so that a token is read in ever new surroundin
 for exactly once (all but the very first, which nothing precedes).
 """
 
+import hashlib
+import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -97,12 +100,27 @@ class WindowedStream:
         return Windows(ids, valid, documents)
 
 
+class Place(NamedTuple):
+    """Where a run stands in its data: what a checkpoint keeps, so that no example is skipped or read twice."""
+
+    step: int = 0  # updates made
+    samples: int = 0  # examples read, over the whole run
+    tokens: int = 0  # tokens read, over the whole run
+    next: int = 0  # number of the next example in this order
+    order: str = ""  # what decides which example has which number: see `Batches.order`
+
+
 @dataclass
 class Batches:
-    """The training batches and the validation pass of an experiment."""
+    """The training batches and the validation pass of an experiment.
+
+    A run begins at example 0. One whose batch size was changed on the way goes on from the example at which it stood;
+    one whose text or context length was changed begins a new order of examples.
+    """
 
     store: Store
     experiment: Experiment
+    origin: Place = field(default_factory=Place, init=False)  # where the run began, or was gone on with
     seconds: float = field(default=0.0, init=False)  # spent making training batches, in whatever thread
 
     def __post_init__(self) -> None:
@@ -121,13 +139,31 @@ class Batches:
         shares = np.array(e.data.weights or [w.answers for w in self.train_streams], np.float64)
         self.source_of, self.rank_of, self.per_cycle = mixture(shares / shares.sum(), (e.seed, 2))
         self.make = OBJECTIVES[e.objective.name]
+        decides = [self.store.key, length, track, e.seed, e.data.weights]
+        self.order = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+    def start_at(self, place: Place) -> None:
+        """Goes on from where a checkpoint stood in the data."""
+        self.origin = place if place.order == self.order else place._replace(next=0, order=self.order)
+
+    def place(self, step: int) -> Place:
+        """Where the run stands after `step` updates, in this order from its origin."""
+        o, steps = self.origin, step - self.origin.step
+        samples = steps * self.experiment.train.batch_size
+        tokens = o.tokens + steps * self.tokens_per_step
+        return Place(step, o.samples + samples, tokens, o.next + samples, self.order)
+
+    def samples(self, step: int) -> np.ndarray:
+        """The numbers of the examples that the update from `step` to step + 1 reads: int64 [microbatches, rows]."""
+        t = self.experiment.train
+        return self.place(step).next + np.arange(t.batch_size).reshape(t.microbatches, -1)
 
     @property
     def tokens_per_step(self) -> int:
         return self.experiment.train.batch_size * self.experiment.model.context_length
 
     def rows(self, samples: np.ndarray) -> Batch:
-        """The training examples with these numbers, counted from 0 over the whole run: [len(samples), length]."""
+        """The training examples with these numbers in this order: [len(samples), length]."""
         cycles, places = np.divmod(samples, CYCLE)
         sources = self.source_of[places]
         within = cycles * self.per_cycle[sources] + self.rank_of[places]
@@ -140,8 +176,7 @@ class Batches:
 
         `chosen` picks columns of the second axis, for a host that needs only some.
         """
-        t = self.experiment.train
-        samples = step * t.batch_size + np.arange(t.batch_size).reshape(t.microbatches, -1)
+        samples = self.samples(step)
         samples = samples if chosen is None else samples[:, chosen]
         batch = self.rows(samples.ravel())
         return jax.tree.map(lambda x: x.reshape(*samples.shape, -1), batch)
@@ -194,7 +229,7 @@ def _local_columns(layout: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     return np.unique(np.concatenate(columns))
 
 
-def prefetch(make: Callable[[int], Batch], steps: range, depth: int) -> Iterator[Batch]:
+def prefetch(make: Callable[[int], Batch], steps: range, depth: int) -> Generator[Batch, None, None]:
     """`make(step)` for each step, made up to `depth` ahead in a thread of its own; its errors are raised here."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
     stop = threading.Event()

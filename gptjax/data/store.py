@@ -28,6 +28,7 @@ from gptjax.data.tokenizer import (
     Tokenizer,
     bpe_files,
 )
+from gptjax.durable import write_durably
 from gptjax.errors import DataError
 
 FORMAT_VERSION = 1
@@ -120,7 +121,7 @@ def _build(data: Data, folder: Path) -> None:
         parts += [((False, text, True) for text in corpus.read(source, data)) for source in names(data.val_source)]
         lengths = [_write(scratch / f"{i}", tokens, stream) for i, stream in enumerate(parts)]
         description = {"format": FORMAT_VERSION, "lengths": lengths}
-        _write_durably(scratch / "store.json", json.dumps(description).encode())
+        write_durably(scratch / "store.json", json.dumps(description))
         try:
             scratch.rename(folder)
         except OSError:  # another process was first, with the same content
@@ -200,7 +201,7 @@ def _write(prefix: Path, tokens: Tokenizer, parts: Iterator[tuple[bool, str, boo
             output.flush()
             os.fsync(output.fileno())
     for side, name in sides.items():
-        _write_durably(Path(f"{prefix}.{name}.documents"), np.array(starts[side], np.int64).tobytes())
+        write_durably(Path(f"{prefix}.{name}.documents"), np.array(starts[side], np.int64).tobytes())
     return {name: lengths[side] for side, name in sides.items()}
 
 
@@ -249,10 +250,3 @@ def _load(data: Data, folder: Path) -> Store:
                 f"give more text or {mend} data.val_fraction"
             )
     return Store(folder, folder.name, tokens, tuple(train), tuple(validation))
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

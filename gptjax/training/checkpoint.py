@@ -1,118 +1,219 @@
-"""Checkpoints: Orbax writes and reshards the arrays, a note written last vouches for them. No other file knows Orbax.
+"""Checkpoints: Orbax writes and reshards the arrays, gptjax vouches for them. No other file knows Orbax.
 
-`checkpoints/00000500/arrays/` is Orbax's; `checkpoint.json` beside it holds the step, the validation loss, and the size
-and SHA-256 of every file, and appears only when they are all on disk. What has no such note, or does not match it, is
-not a checkpoint.
+checkpoints/00000500/arrays/         what Orbax wrote
+checkpoints/00000500/manifest.json   step, validation loss, place in the data; size and SHA-256 of every file
+checkpoints/00000500/committed       SHA-256 of the manifest: written last, when all else is on disk
+checkpoints/set-aside/               what failed its checksums, or came after a step that the run was taken back to
+
+What has no `committed` is not a checkpoint; what does not match its manifest is never loaded.
 """
 
-import hashlib
+import atexit
 import json
 import os
+import re
 import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from gptjax.errors import RunError, TrainingFailed
-from gptjax.training.state import TrainState
+from gptjax.data.batches import Place
+from gptjax.durable import digest, read_json, read_text, sync_folder, write_durably
+from gptjax.errors import EXIT_FAILED, RunError, TrainingFailed
+from gptjax.training.state import TrainState, leaf_name
 
-FORMAT_VERSION = 1
-NOTE = "checkpoint.json"
+FORMAT_VERSION = 2
+ARRAYS, MANIFEST, COMMITTED, SET_ASIDE = "arrays", "manifest.json", "committed", "set-aside"
+NOTE_1 = "checkpoint.json"  # format 1 (release 0.1.0) had this one file as manifest and marker
+DELETING = ".deleting"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A vouched-for checkpoint on disk."""
+    """A committed checkpoint on disk."""
 
     folder: Path
     step: int
-    val_loss: float | None  # of this very step, where it was evaluated
-    files: dict[str, tuple[int, str]]  # path below `arrays` -> bytes, SHA-256
+    format: int = FORMAT_VERSION
+    val_loss: float | None = None  # of this very step, where it was evaluated
+    place: Place | None = None  # in the data; format 1 did not keep it
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)  # path below `arrays` -> bytes, SHA-256
+    damage: str | None = None  # what is wrong with the manifest itself
 
 
 def listing(folder: Path) -> list[Checkpoint]:
-    """The checkpoints of a run, oldest first."""
-    found = []
-    for note in sorted(folder.glob(f"*/{NOTE}")):
-        values = json.loads(note.read_text())
-        if values["format"] != FORMAT_VERSION:
-            raise RunError(f"{note}: has format {values['format']}; this gptjax reads {FORMAT_VERSION}")
-        files = {name: (size, digest) for name, (size, digest) in values["files"].items()}
-        found.append(Checkpoint(note.parent, values["step"], values["val_loss"], files))
-    return found
+    """The committed checkpoints of a run, oldest first, damaged ones among them."""
+    found = (_read(path) for path in _step_folders(folder) if _is_committed(path))
+    return sorted((c for c in found if c is not None), key=lambda c: c.step)
+
+
+def problem(checkpoint: Checkpoint) -> str | None:
+    """What of a checkpoint is not as it was written, named by its file; None for a whole one."""
+    arrays = checkpoint.folder / ARRAYS
+    if checkpoint.damage:
+        return checkpoint.damage
+    if not checkpoint.files:
+        return f"{checkpoint.folder / MANIFEST}: names no files"
+    there = set(_files(arrays))
+    for name, (size, expected) in checkpoint.files.items():
+        path = arrays / name
+        if name not in there:
+            return f"{path}: is missing, or no plain file of the checkpoint"
+        if path.stat().st_size != size:
+            return f"{path}: has {path.stat().st_size:,} bytes, {size:,} were written"
+        if digest(path) != expected:
+            return f"{path}: is not what was written (its SHA-256 differs)"
+    if unknown := sorted(there - checkpoint.files.keys()):
+        return f"{arrays / unknown[0]}: is not in the manifest"
+    return None
 
 
 def choose(folder: Path, which: str = "last") -> Checkpoint:
-    """The checkpoint called "last", "best" (lowest validation loss) or by its step. Raises `RunError` for none such."""
+    """The checkpoint called "last", "best" (lowest validation loss) or by its step, with every checksum compared.
+
+    A damaged last one is passed over, which is said on stderr. Raises `RunError` where there is none such.
+    """
     checkpoints = listing(folder)
     if not checkpoints:
         raise RunError(f"{folder}: has no checkpoint yet; train the run first")
     if which == "last":
-        return checkpoints[-1]
-    if which == "best":
-        evaluated = [c for c in checkpoints if c.val_loss is not None]
-        return min(evaluated, key=lambda c: c.val_loss or 0.0) if evaluated else checkpoints[-1]
+        return _newest_whole(folder, checkpoints, lambda c, why: _warn(f"step {c.step} cannot be used: {why}"))
+    evaluated = [c for c in checkpoints if c.val_loss is not None]
+    best = min(evaluated, key=lambda c: c.val_loss or 0.0).step if evaluated else checkpoints[-1].step
+    wanted = str(best) if which == "best" else which
     for checkpoint in checkpoints:
-        if which == str(checkpoint.step):
+        if wanted == str(checkpoint.step):
+            if why := problem(checkpoint):
+                raise RunError(
+                    f"step {checkpoint.step} cannot be used: {why}; --checkpoint last takes the newest whole"
+                )
             return checkpoint
     steps = ", ".join(str(c.step) for c in checkpoints)
     raise RunError(f"{folder}: has no checkpoint {which!r}; there are last, best and the steps {steps}")
 
 
-def restore(checkpoint: Checkpoint, abstract: Any) -> Any:
-    """The state, laid out as `abstract` says. Raises `RunError` where a file is not what was written."""
+def choose_to_go_on(folder: Path, step: int | None = None) -> Checkpoint | None:
+    """The checkpoint that a run goes on from: the newest whole one, or that of `step`; None before the first.
+
+    For the holder of the run's lock: clears away what saves and deletes left unfinished, sets aside what is damaged,
+    and what came after `step`, and says so on stderr. Raises `RunError` where nothing whole is left to go on from.
+    """
+    tidy(folder)
+    checkpoints = listing(folder)
+    if step is not None:
+        if step not in {c.step for c in checkpoints}:
+            steps = ", ".join(str(c.step) for c in checkpoints) or "none"
+            raise RunError(f"{folder}: has no checkpoint of step {step} to go back to; there are {steps}")
+        if why := problem(next(c for c in checkpoints if c.step == step)):
+            raise RunError(f"step {step} cannot be used: {why}; go back to another")
+        for later in [c for c in checkpoints if c.step > step]:
+            _set_aside(later.folder, f"rolled-back-to-{step}", f"step {later.step}: the run goes back to step {step}")
+        return next(c for c in checkpoints if c.step == step)
+    if not checkpoints and not (folder / SET_ASIDE).exists():
+        return None
+    return _newest_whole(
+        folder, checkpoints, lambda c, why: _set_aside(c.folder, "damaged", f"step {c.step} cannot be used: {why}")
+    )
+
+
+def unfinished(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What lies among the checkpoints and is none, and why."""
+    for path in sorted(folder.iterdir()) if folder.exists() else []:
+        if path.name == SET_ASIDE:
+            continue
+        if path.name.endswith(DELETING):
+            yield path, "its removal was cut off"
+        elif path not in _step_folders(folder):
+            yield path, "is not gptjax's"
+        elif not _is_committed(path):
+            yield path, "was never committed, or its marker is gone"
+
+
+def tidy(folder: Path) -> None:
+    """Clears away what was never a checkpoint, and says so. What has a manifest is set aside instead of removed."""
+    for path, why in list(unfinished(folder)):
+        if path.name.endswith(DELETING):
+            shutil.rmtree(path)
+        elif path not in _step_folders(folder):
+            _warn(f"{path}: {why}; it is left alone")
+        elif (path / MANIFEST).exists():
+            _set_aside(path, "uncommitted", f"{path.name}: {why}")
+        else:
+            _warn(f"{path}: {why}; it is no checkpoint, and is cleared away")
+            shutil.rmtree(path)
+
+
+def saved_arrays(checkpoint: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dotted name -> shape and dtype of every array in a checkpoint, without reading it.
+
+    Raises `RunError` where the pieces that an array is stored in are larger than itself: they could take any memory.
+    """
     import orbax.checkpoint as ocp
 
-    verify(checkpoint)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        try:
-            return reader.restore(checkpoint.folder / "arrays", args=ocp.args.StandardRestore(abstract))
-        except ValueError as e:
-            raise RunError(f"{checkpoint.folder}: does not hold the state of this experiment: {e}") from None
+        tree = reader.metadata(checkpoint.folder / ARRAYS).item_metadata.tree
+    found = {}
+    for leaf in jax.tree.leaves(tree):
+        pieces = leaf.storage.chunk_shape if leaf.storage else None
+        if pieces and any(piece > max(size, 1) for piece, size in zip(pieces, leaf.shape, strict=True)):
+            raise RunError(f"{checkpoint.folder}: {leaf.name} of shape {leaf.shape} is stored in pieces of {pieces}")
+        found[leaf.name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return found
 
 
-def verify(checkpoint: Checkpoint) -> None:
-    """Raises `RunError` naming the first file that is missing or differs from what was written."""
-    arrays = checkpoint.folder / "arrays"
-    if not checkpoint.files:
-        raise RunError(f"{checkpoint.folder}: its {NOTE} names no files; the checkpoint cannot be used, remove it")
-    for name, (size, digest) in checkpoint.files.items():
-        path = arrays / name
-        if not path.is_file():
-            raise RunError(f"{path}: is missing; the checkpoint cannot be used, remove {checkpoint.folder}")
-        if path.stat().st_size != size or _digest(path) != digest:
-            raise RunError(
-                f"{path}: is not what was written; the checkpoint cannot be used, remove {checkpoint.folder}"
-            )
+def restore(checkpoint: Checkpoint, abstract: Any) -> Any:
+    """The arrays of a checkpoint that was found whole, laid out as `abstract` says, which has the saved tree."""
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        return reader.restore(checkpoint.folder / ARRAYS, args=ocp.args.StandardRestore(abstract))
 
 
 class Writer:
-    """Saves in the background, keeps the last and the best, and raises what went wrong with a save at the next call."""
+    """Saves in the background, keeps the last and the best, and raises what went wrong with a save at the next call.
+
+    A process that ends without `close` finishes its save first, or ends with exit code 3.
+    """
 
     def __init__(self, folder: Path, keep_last: int, keep_best: int):
         import orbax.checkpoint as ocp
 
         self.folder, self.keep_last, self.keep_best = folder, keep_last, keep_best
+        self.checksum_seconds = 0.0  # spent in the background on all checksums so far
         self._newest = max((c.step for c in listing(folder)), default=-1)
         self._args = ocp.args.StandardSave
         self._arrays = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
+        atexit.register(self._at_exit)
 
-    def save(self, state: TrainState, val_loss: float | None = None) -> None:
-        """Starts saving this state, unless its step is saved already; returns when the arrays have been copied."""
+    def save(self, state: TrainState, place: Place, val_loss: float | None = None) -> None:
+        """Starts saving this state, unless its step is saved already; returns when the arrays have been copied.
+
+        Raises `TrainingFailed`, and saves nothing, where a number in it is not finite.
+        """
         self.wait()
         step = int(state.step)
         if step == self._newest:
             return
+        if step < self._newest:
+            raise TrainingFailed(
+                f"{self.folder}: step {self._newest} is there already; step {step} is not saved over it"
+            )
+        self._check_finite(state, step)
         target = self.folder / f"{step:08d}"
         if jax.process_index() == 0 and target.exists():
-            shutil.rmtree(target)  # left by a save that was cut off: nothing vouches for it
-        self._arrays.save(target / "arrays", args=self._args(state))
-        self._saving = self._thread.submit(self._commit, target, step, val_loss)
+            shutil.rmtree(target)  # left by a save that failed: it was never committed
+        self._arrays.save(target / ARRAYS, args=self._args(state))
+        self._saving = self._thread.submit(self._commit, target, place, val_loss)
         self._newest = step
 
     def wait(self) -> None:
@@ -124,8 +225,8 @@ class Writer:
             saving.result()
         except Exception as e:
             raise TrainingFailed(
-                f"{self.folder}: step {self._newest} could not be saved ({e}); the others are whole. Make room "
-                "or mend the disk; the same command goes on from the last of them"
+                f"{self.folder}: step {self._newest} could not be saved ({_first_line(e)}); the others are whole. Make "
+                "room or mend the disk; the same command goes on from the last of them"
             ) from e
 
     def close(self) -> None:
@@ -133,10 +234,27 @@ class Writer:
         try:
             self.wait()
         finally:
+            atexit.unregister(self._at_exit)
             self._arrays.close()
             self._thread.shutdown()
 
-    def _commit(self, target: Path, step: int, val_loss: float | None) -> None:
+    def _at_exit(self) -> None:
+        try:
+            self.close()
+        except TrainingFailed as e:
+            print(e, file=sys.stderr, flush=True)
+            os._exit(EXIT_FAILED)  # an exit handler has no other way to change the exit code
+
+    def _check_finite(self, state: TrainState, step: int) -> None:
+        names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(state)]
+        finite = np.asarray(jax.jit(_finite_leaves, out_shardings=state.step.sharding)(state))
+        if bad := [name for name, good in zip(names, finite, strict=True) if not good]:
+            raise TrainingFailed(
+                f"step {step}: {bad[0]} (and {len(bad) - 1} others) of the state hold numbers that are not finite; "
+                "it is not saved. The checkpoints before it are whole; lower optim.learning_rate"
+            )
+
+    def _commit(self, target: Path, place: Place, val_loss: float | None) -> None:
         """When Orbax has written and renamed everything: vouch for it, then tidy up.
 
         Orbax's own `post_finalization_callback` is called before the rename, when there is nothing to vouch for yet.
@@ -144,11 +262,14 @@ class Writer:
         self._arrays.wait_until_finished()
         if jax.process_index() != 0:
             return
-        arrays = target / "arrays"
-        paths = [path for path in sorted(arrays.rglob("*")) if path.is_file()]
-        files = {str(path.relative_to(arrays)): (path.stat().st_size, _digest(path)) for path in paths}
-        note = {"format": FORMAT_VERSION, "step": step, "val_loss": val_loss, "files": files}
-        write_durably(target / NOTE, json.dumps(note, indent=1) + "\n")
+        began = time.perf_counter()
+        arrays = target / ARRAYS
+        files = {name: ((arrays / name).stat().st_size, digest(arrays / name)) for name in _files(arrays)}
+        self.checksum_seconds += time.perf_counter() - began
+        manifest = {"format": FORMAT_VERSION, "val_loss": val_loss, "place": place._asdict(), "files": files}
+        write_durably(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        sync_folder(self.folder)
+        write_durably(target / COMMITTED, _marker(target))
         self._prune()
 
     def _prune(self) -> None:
@@ -157,25 +278,103 @@ class Writer:
         kept = {c.step for c in [*checkpoints[-self.keep_last :], *evaluated[: self.keep_best]]}
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
-                (checkpoint.folder / NOTE).unlink()  # first, so that no listed checkpoint is ever half deleted
-                shutil.rmtree(checkpoint.folder)
+                condemned = checkpoint.folder.with_name(checkpoint.folder.name + DELETING)
+                checkpoint.folder.rename(condemned)  # at one stroke: what is listed is never half deleted
+                sync_folder(self.folder)
+                shutil.rmtree(condemned)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a file so that, whatever happens, either the old or the new content is there."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+def state_bytes(abstract: Any) -> int:
+    """What the arrays of a state take, about what its checkpoint takes on disk."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+
+
+def _newest_whole(
+    folder: Path, checkpoints: list[Checkpoint], on_damage: Callable[[Checkpoint, str], None]
+) -> Checkpoint:
+    for checkpoint in reversed(checkpoints):
+        why = problem(checkpoint)
+        if why is None:
+            if checkpoint is not checkpoints[-1]:
+                _warn(f"falling back to step {checkpoint.step}, the newest checkpoint that is whole")
+            return checkpoint
+        if checkpoint.folder.exists():  # else the run itself has removed it while we looked
+            on_damage(checkpoint, why)
+    raise RunError(
+        f"{folder}: no whole checkpoint is left to go on from ({folder / SET_ASIDE} has what was set aside); "
+        "bring one back from a copy, or train in another --run-dir"
+    )
+
+
+def _set_aside(path: Path, reason: str, message: str) -> None:
+    number = 1
+    while (target := path.parent / SET_ASIDE / f"{path.name}-{reason}{f'-{number}' if number > 1 else ''}").exists():
+        number += 1
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+    sync_folder(path.parent)
+    _warn(f"{message}; it is set aside in {target}")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    paths = folder.iterdir() if folder.is_dir() else iter(())
+    return [path for path in paths if re.fullmatch(r"\d{8,}", path.name) and path.is_dir() and not path.is_symlink()]
+
+
+def _is_committed(path: Path) -> bool:
+    return (path / COMMITTED).exists() or (path / NOTE_1).exists()
+
+
+def _marker(folder: Path) -> str:
+    return f"sha256 {digest(folder / MANIFEST)}\n"
+
+
+def _read(folder: Path) -> Checkpoint | None:
+    """What a checkpoint says of itself; None where it has just been removed. Raises `RunError` for a later format."""
+    step = int(folder.name)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        values = _vouched(folder)
+        place = Place(**values["place"]) if "place" in values else None
+        if step != (place.step if place else values["step"]):
+            raise ValueError("it is of another step than its folder")
+        files = {str(name): (int(size), str(sha)) for name, (size, sha) in values["files"].items()}
+        checkpoint = Checkpoint(folder, step, values["format"], values["val_loss"], place, files)
+    except FileNotFoundError as e:
+        return Checkpoint(folder, step, damage=f"{e.filename}: is missing") if _is_committed(folder) else None
+    except (RunError, KeyError, TypeError, ValueError, AttributeError) as e:
+        return Checkpoint(folder, step, damage=f"{folder / MANIFEST}: is not what was committed ({_first_line(e)})")
+    if checkpoint.format not in (1, FORMAT_VERSION):
+        raise RunError(
+            f"{folder}: is a checkpoint of format {checkpoint.format}, and this gptjax reads 1 and {FORMAT_VERSION}; "
+            "use the release that wrote it, or a newer one"
+        )
+    return checkpoint
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _vouched(folder: Path) -> dict[str, Any]:
+    if (folder / NOTE_1).exists():
+        return read_json(folder / NOTE_1)
+    if read_text(folder / COMMITTED) != _marker(folder):
+        raise ValueError("its SHA-256 differs")
+    return read_json(folder / MANIFEST)
+
+
+def _files(arrays: Path) -> list[str]:
+    """The plain files below a folder, by their relative names; links are neither listed nor followed."""
+    found = []
+    for root, _, names in os.walk(arrays):
+        paths = (Path(root, name) for name in names)
+        found += [str(path.relative_to(arrays)) for path in paths if path.is_file() and not path.is_symlink()]
+    return sorted(found)
+
+
+def _finite_leaves(state: TrainState) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)])
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e) or type(e).__name__).splitlines()[0][:300]

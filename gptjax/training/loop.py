@@ -1,34 +1,35 @@
-"""Training from an experiment to a finished run folder: update, evaluate, save, and say how it goes."""
+"""The loop of a run: update, evaluate, save, and say how it goes."""
 
+import contextlib
 import math
 import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
-from gptjax import sharding
-from gptjax.checks import check
-from gptjax.config import Experiment
 from gptjax.data.batches import prefetch
-from gptjax.data.store import find_store
 from gptjax.errors import Interrupted, TrainingFailed
 from gptjax.training import checkpoint
+from gptjax.training.diagnosis import diagnose
+from gptjax.training.evaluation import Figures, evaluate
 from gptjax.training.metrics import MetricsLog, Progress, flops_per_token, memory_bytes, num_params, peak_flops
 from gptjax.training.optim import make_schedule
-from gptjax.training.run import Run, check_data, check_folder, open_run, start_run
+from gptjax.training.run import Run
 from gptjax.training.state import TrainState
 from gptjax.training.step import Metrics
-from gptjax.training.workshop import Workshop, check_start, first_state, one_device, prepare, summary
+from gptjax.training.watch import Watch
+from gptjax.training.workshop import Workshop
 
-Figures = dict[str, Any]
+LAG = 8  # steps after which a step is looked at: the devices are never waited for because of it
+SPIKE = 10.0  # times the usual loss, from which on a loss is worth a warning
 
 
 def say(text: str) -> None:
@@ -37,86 +38,32 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def train(experiment: Experiment, folder: Path, resume: bool = False) -> Figures:
-    """Trains an experiment in a run folder, or goes on with the run that stands there; returns its final figures.
-
-    `resume` insists that a run stands there. Raises `GptjaxError`s, each with what to do; `Interrupted` after the first
-    Ctrl-C or SIGTERM, with the state saved.
-    """
-    began = time.perf_counter()
-    check(experiment, jax.device_count())
-    if resume:
-        open_run(folder)
-    if jax.process_index() == 0:
-        check_folder(folder)
-    shop = prepare(experiment)
-    check_start(shop)
-    run = start_run(folder, shop.experiment, shop.store)
-    if figures := run.result():
-        say(f"{folder}: finished already; nothing to do")
-        return figures
-    with jax.set_mesh(shop.mesh):
-        state = first_state(shop, run)
-        say(summary(shop, int(state.step)))
-        return Fit(shop, run, int(state.step), began).run(state)
-
-
-def evaluate(shop: Workshop, state: TrainState) -> Figures:
-    """Loss over the whole validation text: nats a token, and bits a byte, which do not depend on the tokenizer.
-
-    Bits a byte count the bytes of the tokens that are asked for; `end_of_text` has none, its cost is spread over them.
-    """
-    piece_bytes = np.zeros(shop.experiment.model.vocab_size or 0)
-    piece_bytes[: shop.store.tokenizer.vocab_size] = [len(piece) for piece in shop.store.tokenizer.pieces]
-    nats, answers, num_bytes = [], [], 0.0
-    for batch in shop.batches.validation():
-        num_bytes += float((piece_bytes[batch.targets] * batch.weights).sum())
-        total, count = shop.eval_step(state, sharding.place(batch, ("batch", "length"), shop.mesh))
-        nats.append(total)
-        answers.append(count)
-    total_nats, total_answers = (float(np.sum(np.array(jax.device_get(x), np.float64))) for x in (nats, answers))
-    return {
-        "val_loss": total_nats / total_answers,
-        "val_bits_per_byte": total_nats / math.log(2) / max(num_bytes, 1.0),
-        "val_tokens": int(total_answers),
-        "val_bytes": int(num_bytes),
-    }
-
-
-def evaluate_run(run: Run, which: str = "last") -> Figures:
-    """`evaluate` for a checkpoint of a run folder, on one device; with the step and size of the model."""
-    store = find_store(run.provenance()["data"], run.experiment.data)
-    shop = prepare(run.experiment, one_device(), store)
-    check_data(run, shop.store)
-    chosen = checkpoint.choose(run.checkpoints, which)
-    with jax.set_mesh(shop.mesh):
-        state = checkpoint.restore(chosen, shop.abstract)
-        began = time.perf_counter()
-        figures = evaluate(shop, state)
-    seconds = time.perf_counter() - began
-    tokens = chosen.step * shop.batches.tokens_per_step
-    return figures | {
-        "steps": chosen.step,
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": figures["val_tokens"] / seconds,
-        "num_params": num_params(shop.experiment.model)["total"],
-    }
-
-
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], str | None]]:
-    """Notes the first SIGINT or SIGTERM, which the yielded function then names; a second SIGINT stops at once."""
+def stop_requests() -> Iterator[Callable[[int], str | None]]:
+    """Notes the first SIGINT or SIGTERM; a second SIGINT stops at once.
+
+    The yielded function takes the step just made and names the signal that asked to stop after it. With several
+    processes, jax agrees on a step that none of them has made yet, so that all of them stop after the same one.
+    """
     asked: list[str] = []
+    alone = jax.process_count() == 1
 
     def note(number: int, frame: Any) -> None:
-        asked.append(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+        asked.append(signal.Signals(number).name)
+        if not alone:
+            os.kill(os.getpid(), signal.SIGTERM)  # which jax is listening for
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def asked_to_stop(step: int) -> str | None:
+        if alone:
+            return asked[0] if asked else None
+        return "asked to stop" if multihost_utils.reached_preemption_sync_point(step) else None
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda: asked[0] if asked else None
+        yield asked_to_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -145,75 +92,119 @@ class Stopwatch:
 class Fit:
     """The loop: what changes from step to step besides the state."""
 
-    def __init__(self, shop: Workshop, run: Run, first: int, began: float):
+    def __init__(self, shop: Workshop, run: Run, first: int, began: float, watch: Watch):
         t = shop.experiment.train
-        self.shop, self.folder, self.first, self.began = shop, run, first, began
+        self.shop, self.folder, self.first, self.began, self.watch = shop, run, first, began, watch
         self.log = MetricsLog(run.folder, shop.experiment, first)
-        earlier = [line for line in run.metrics() if line["step"] <= first]
+        earlier = [line for line in run.metrics() if line["step"] <= first and "event" not in line]
         self.latest: Figures = {name: value for line in earlier for name, value in line.items()}
         self.best = min((line["val_loss"] for line in earlier if "val_loss" in line), default=math.inf)
-        self.watch = Stopwatch(self.latest.get("seconds", 0.0))
+        self.clock = Stopwatch(self.latest.get("seconds", 0.0))
         self.progress = Progress(t.steps, first)
         self.rate = make_schedule(shop.experiment.optim, t.steps)
         self.peak, self.peak_source = peak_flops()
         self.waited = 0.0  # seconds that steps waited for their batch
+        self.skipped = 0  # updates not taken, over the whole run
+        self.unread: deque[tuple[int, Metrics]] = deque()  # of the last steps, which the devices may not have made yet
         self.writer = checkpoint.Writer(run.checkpoints, t.keep_last, t.keep_best)
 
     def run(self, state: TrainState) -> Figures:
         """From a state to the finished run and its figures."""
+        self.skipped = int(state.health.skipped)
         try:
             with stop_requests() as asked_to_stop:
-                self._steps(state, asked_to_stop)
-        finally:
-            self.progress.close()
-            self.log.close()
-            self.writer.close()
+                state = self._steps(state, asked_to_stop)
+            if "val_loss" not in self.latest:  # killed after the last checkpoint, and the figures were lost
+                self._evaluate(int(state.step), state)
+        except KeyboardInterrupt:
+            raise  # at once: a save in flight is not waited for, and was not committed
+        except BaseException:
+            try:
+                self._close()
+            except TrainingFailed as e:
+                say(str(e))  # besides the error that is on its way already
+            raise
+        self._close()
         figures = self._result()
         if jax.process_index() == 0:
             self.folder.write_result(figures)
         return figures
 
-    def _steps(self, state: TrainState, asked_to_stop: Callable[[], str | None]) -> None:
+    def _close(self) -> None:
+        self.progress.close()
+        self.log.close()
+        self.writer.close()
+
+    def _steps(self, state: TrainState, asked_to_stop: Callable[[int], str | None]) -> TrainState:
         t = self.shop.experiment.train
         make = partial(self.shop.batches.on_devices, mesh=self.shop.mesh)
-        batches = prefetch(make, range(self.first, t.steps), t.prefetch)
-        for step in range(self.first + 1, t.steps + 1):
-            began = time.perf_counter()
-            batch = next(batches)
-            if step > self.first + 1:  # as the stopwatch, which leaves the first step out
-                self.waited += time.perf_counter() - began
-            state, metrics = self.shop.train_step(state, batch)
-            stopping = asked_to_stop()
-            logs, evaluates, saves = (
-                step == t.steps or (every > 0 and step % every == 0)
-                for every in (t.log_every, t.eval_every, t.checkpoint_every)
-            )
-            if not (logs or evaluates or saves or stopping or step == self.first + 1):
-                continue
-            jax.block_until_ready(metrics)
-            self.watch.pause(step)
-            self._report(step, metrics, logs)
-            val_loss = self._evaluate(step, state) if evaluates else None
-            if saves or stopping or (val_loss is not None and val_loss == self.best and t.keep_best):
-                self.writer.save(state, val_loss)
-            if stopping and step < t.steps:
-                batches.close()
-                self.writer.wait()
-                raise Interrupted(f"{stopping}: step {step} is saved; the same command goes on from there")
-            self.watch.start(step)
+        with contextlib.closing(prefetch(make, range(self.first, t.steps), t.prefetch)) as batches:
+            for step in range(self.first + 1, t.steps + 1):
+                self.watch.beat(f"step {step}")
+                began = time.perf_counter()
+                batch = next(batches)
+                if step > self.first + 1:  # as the stopwatch, which leaves the first step out
+                    self.waited += time.perf_counter() - began
+                state, metrics = self.shop.train_step(state, batch)
+                self.unread.append((step, metrics))
+                stopping = asked_to_stop(step)
+                logs, evaluates, saves = (
+                    step == t.steps or (every > 0 and step % every == 0)
+                    for every in (t.log_every, t.eval_every, t.checkpoint_every)
+                )
+                if not (logs or evaluates or saves or stopping or step == self.first + 1):
+                    self._examine(state, LAG)
+                    continue
+                jax.block_until_ready(metrics)
+                self.clock.pause(step)
+                self._examine(state)
+                self._report(step, metrics, logs)
+                val_loss = self._evaluate(step, state) if evaluates else None
+                if saves or stopping or (val_loss is not None and val_loss == self.best and t.keep_best):
+                    self._save(step, state, val_loss)
+                if stopping and step < t.steps:
+                    self.writer.wait()
+                    raise Interrupted(f"{stopping}: step {step} is saved; the same command goes on from there")
+                self.clock.start(step)
+        return state
+
+    def _examine(self, state: TrainState, leave: int = 0) -> None:
+        """Looks at the oldest of the unread steps, all but `leave`: was any skipped, did any loss jump?"""
+        while len(self.unread) > leave:
+            step, metrics = self.unread.popleft()
+            m = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.skipped = int(m["skipped"])
+            samples = self.shop.batches.samples(step - 1)
+            examples = [int(samples.min()), int(samples.max())]
+            about = f"loss {m['loss']:.4g}, gradient norm {m['grad_norm']:.4g}, examples {examples[0]} to {examples[1]}"
+            if m["skipped_in_row"]:
+                say(f"warning: step {step} is skipped: {about}")
+                self.log.event(step, "skipped", why=about, examples=examples)
+            elif m["loss"] > SPIKE * m["usual_loss"]:
+                say(f"warning: step {step}: the loss jumped: {about}; it was {m['usual_loss']:.4g} on average")
+                self.log.event(step, "spike", why=about, examples=examples)
+            if m["skipped_in_row"] >= self.shop.experiment.train.max_skipped:
+                found = diagnose(self.shop, state._replace(step=state.step * 0 + (step - 1)), step - 1)
+                raise TrainingFailed(
+                    f"step {step}: {m['skipped_in_row']:.0f} updates in a row were skipped (train.max_skipped), the "
+                    f"last with {about}; {found}. The checkpoints are whole. Lower optim.learning_rate, warm up for "
+                    f"longer or clip harder; gptjax replay {self.folder.folder} --step {step} looks at it again"
+                )
+
+    def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
+        self.watch.beat(f"the save of step {step}")
+        self.log.sync()
+        self.writer.save(state, self.shop.batches.place(step), val_loss)
 
     def _report(self, step: int, metrics: Metrics, logs: bool) -> None:
         loss, grad_norm, answers = (float(metrics[name]) for name in ("loss", "grad_norm", "answers"))
-        if not math.isfinite(loss + grad_norm):
-            raise TrainingFailed(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint is good. Lower "
-                "optim.learning_rate, warm up for longer, or clip harder (optim.clip_norm)"
-            )
         if step == self.first + 1:
             say(f"  first step done {time.perf_counter() - self.began:.1f} s after the start; peak of the machine "
                 f"{self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})")  # fmt: skip
+        if not math.isfinite(loss + grad_norm):
+            return  # skipped: `_examine` has told of it
         per_step = self.shop.batches.tokens_per_step
-        speed = self.watch.rate * per_step
+        speed = self.clock.rate * per_step
         figures = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -222,19 +213,25 @@ class Fit:
         }
         if not math.isnan(speed):
             mfu = speed * flops_per_token(self.shop.experiment.model) / self.peak
-            figures |= {"tokens_per_second": speed, "mfu": mfu, "seconds": self.watch.seconds}
+            figures |= {"tokens_per_second": speed, "mfu": mfu, "seconds": self.clock.seconds}
         if logs:
             self.log.write(step, **figures)
         self.latest |= figures
         self._show(step)
 
     def _show(self, step: int, always: bool = False) -> None:
-        if not math.isnan(self.watch.rate):
-            left = (self.shop.experiment.train.steps - step) / self.watch.rate
+        if not math.isnan(self.clock.rate) and "loss" in self.latest:
+            left = (self.shop.experiment.train.steps - step) / self.clock.rate
             self.progress.show(step, self.latest | {"seconds_left": left}, always)
 
-    def _evaluate(self, step: int, state: TrainState) -> float:
-        figures = evaluate(self.shop, state)
+    def _evaluate(self, step: int, state: TrainState) -> float | None:
+        """The validation loss; None where it is not finite, which is no reason to stop."""
+        figures = evaluate(self.shop, state, lambda: self.watch.beat(f"the evaluation after step {step}"))
+        if not math.isfinite(figures["val_loss"]):
+            say(f"warning: step {step}: the validation loss is {figures['val_loss']}")
+            self.log.event(step, "validation loss is not finite")
+            self.latest |= figures | {"val_loss": None, "val_bits_per_byte": None}
+            return None
         self.latest |= figures
         self.best = min(self.best, figures["val_loss"])
         self.log.write(step, **figures)
@@ -243,17 +240,20 @@ class Fit:
 
     def _result(self) -> Figures:
         e, latest = self.shop.experiment, self.latest
-        seconds, per_step = self.watch.seconds, self.shop.batches.tokens_per_step
-        speed = (e.train.steps - 1) * per_step / seconds if seconds else 0.0  # the first step compiles: it is not timed
+        seconds, place = self.clock.seconds, self.shop.batches.place(e.train.steps)
+        timed = place.tokens - self.shop.batches.tokens_per_step  # the first step compiles: it is not timed
+        speed = timed / seconds if seconds else 0.0
         return {
             "val_loss": latest["val_loss"],
             "val_bits_per_byte": latest["val_bits_per_byte"],
             "val_tokens": latest["val_tokens"],
             "val_bytes": latest["val_bytes"],
-            "best_val_loss": self.best,
-            "train_loss": latest["loss"],
+            "best_val_loss": self.best if math.isfinite(self.best) else None,
+            "train_loss": latest.get("loss"),
             "steps": e.train.steps,
-            "tokens": e.train.steps * per_step,
+            "skipped": self.skipped,
+            "samples": place.samples,
+            "tokens": place.tokens,
             "seconds": seconds,
             "tokens_per_second": speed,
             "mfu": speed * flops_per_token(e.model) / self.peak,

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from gptjax.config import Experiment, Model
-from gptjax.errors import GptjaxError
+from gptjax.durable import write_durably
+from gptjax.errors import GptjaxError, RunError
 from gptjax.model.gpt import init_params
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
@@ -97,30 +99,57 @@ class MetricsLog:
             self._file = open(os.devnull, "a")  # noqa: SIM115 - one process writes for all
             return
         path = folder / "metrics.jsonl"
-        if path.exists():
-            kept = [
-                line
-                for line in path.read_text().splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line)["step"] <= resume_step
-            ]
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text("".join(kept))
-            scratch.replace(path)
+        kept = [line for line, values in read_metrics(path) if values["step"] <= resume_step]
+        write_durably(path, "".join(kept))
         self._file = path.open("a")
         self._trackers = [TRACKERS[name](folder, experiment) for name in experiment.train.track]
 
     def write(self, step: int, **figures: float) -> None:
-        self._file.write(json.dumps({"step": step} | figures) + "\n")
-        self._file.flush()
+        """One line, and the same in the trackers."""
+        self._append(step, figures)
         for tracker in self._trackers:
             tracker.write(step, figures)
 
-    def close(self) -> None:
+    def event(self, step: int, name: str, **details: Any) -> None:
+        """One line that tells of something out of the ordinary."""
+        self._append(step, {"event": name} | details)
+
+    def sync(self) -> None:
+        """Returns when everything up to now is on disk: a checkpoint must not outlive the lines before it."""
         if self._file.name != os.devnull:
             os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+    def _append(self, step: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a metrics.jsonl, as text and read; none where there is no file, and an unfinished last one left out.
+
+    Raises `RunError` naming a line that is damaged.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                values = json.loads(line)
+                if not isinstance(values["step"], int):
+                    raise ValueError("its step is no whole number")
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise RunError(
+                    f"{path}, line {number}: is damaged ({e}); remove that line to go on without it"
+                ) from None
+            yield line, values
 
 
 class TensorBoard:

@@ -6,11 +6,15 @@ metrics.jsonl     one line a logged step: the source of truth, of which plots ar
 checkpoints/      see checkpoint.py
 tokenizer/        see data/tokenizer.py
 result.json       the final figures
+lock.json         who is training here, while someone is; see lock.py
+processes/        what each process of a job over several does; see watch.py
 """
 
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,15 +25,18 @@ from typing import Any
 
 import jax
 
-from gptjax import sharding
 from gptjax.config import Experiment, diff
 from gptjax.data import tokenizer
+from gptjax.data.batches import Place
 from gptjax.data.store import Store
+from gptjax.durable import read_json, read_text, write_durably
 from gptjax.errors import RunError
-from gptjax.training.checkpoint import write_durably
+from gptjax.training import lock, watch
+from gptjax.training.metrics import read_metrics
 
 FORMAT_VERSION = 1
 EXPERIMENT, PROVENANCE, METRICS, RESULT = "experiment.json", "provenance.json", "metrics.jsonl", "result.json"
+UNBORN = {lock.NAME, watch.FOLDER, "tokenizer", PROVENANCE}  # what a folder may hold before it has an experiment
 
 
 @dataclass(frozen=True)
@@ -47,46 +54,59 @@ class Run:
         return tokenizer.load(self.folder / "tokenizer")
 
     def provenance(self) -> dict[str, Any]:
-        return json.loads((self.folder / PROVENANCE).read_text())
+        return read_json(self.folder / PROVENANCE)
 
     def result(self) -> dict[str, Any] | None:
         """The final figures; None while the run is not finished."""
         path = self.folder / RESULT
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def write_result(self, figures: dict[str, Any]) -> None:
         write_durably(self.folder / RESULT, json.dumps({"format": FORMAT_VERSION} | figures, indent=2) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; an unfinished last line is left out."""
-        path = self.folder / METRICS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [values for _, values in read_metrics(self.folder / METRICS)]
 
 
 def open_run(folder: Path) -> Run:
-    """The run in a folder. Raises `RunError` where there is none."""
+    """The run in a folder. Raises `RunError` where there is none, or where links lead out of it."""
     path = folder / EXPERIMENT
     if not path.is_file():
         why = "does not exist" if not folder.exists() else f"is no run folder: it holds no {EXPERIMENT}"
         raise RunError(f"{folder}: {why}; name a folder that gptjax train made, runs/quickstart for instance")
+    _check_contained(folder)
     try:
-        return Run(folder, Experiment.from_json(path.read_text()))
-    except (ValueError, TypeError, AttributeError) as e:
+        return Run(folder, Experiment.from_json(read_text(path)))
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise RunError(f"{path}: is damaged ({e}); it cannot be read as an experiment") from None
+
+
+def _check_contained(folder: Path) -> None:
+    """A run folder may come from a stranger: everything in it must be a plain file or folder that lies in it."""
+    home = folder.resolve()
+    for root, folders, files in os.walk(folder):
+        for path in (Path(root, name) for name in [*folders, *files]):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise RunError(f"{path}: is a link that leads out of the run folder; gptjax does not follow it")
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise RunError(f"{path}: is neither a file nor a folder; remove it")
 
 
 def check_folder(folder: Path) -> None:
     """Raises `RunError` at once where a run could not be kept."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: is a file; choose another --run-dir")
-    if folder.exists() and not (folder / EXPERIMENT).exists() and any(folder.iterdir()):
-        raise RunError(f"{folder}: holds other files and no run; choose another --run-dir, or empty it")
+    there = list(folder.iterdir()) if folder.exists() and not (folder / EXPERIMENT).exists() else []
+    if strange := [path for path in there if path.name not in UNBORN and not _is_scratch(path)]:
+        raise RunError(
+            f"{folder}: holds other files and no run ({strange[0].name}); choose another --run-dir, or empty it"
+        )
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
-        probe.write_text("probe")
+        write_durably(probe, "probe")
         probe.unlink()
         if new:
             folder.rmdir()  # until there is a run to keep in it
@@ -94,31 +114,74 @@ def check_folder(folder: Path) -> None:
         raise RunError(f"{folder}: cannot be written ({e.strerror}); choose another --run-dir") from None
 
 
-def start_run(folder: Path, experiment: Experiment, store: Store) -> Run:
-    """The run folder of a resolved experiment: a new one, or the one that stands there if it is the same experiment.
-
-    Raises `RunError` with the difference where another experiment or other data stands there.
-    """
-    run = Run(folder, experiment)
-    if jax.process_index() == 0:
-        if (folder / EXPERIMENT).exists():
-            _check_same(run, store)
-        else:
-            (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-            store.tokenizer.save(folder / "tokenizer")
-            write_durably(folder / PROVENANCE, json.dumps(_provenance(store), indent=2) + "\n")
-            write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
-    sharding.wait_for_all("the run folder stands")
-    return run
-
-
-def _check_same(run: Run, store: Store) -> None:
-    if differences := diff(open_run(run.folder).experiment, run.experiment):
-        lines = [f"  - {path}: {old!r} there, {new!r} now" for path, (old, new) in differences.items()]
+def check_room(folder: Path, needed: int) -> None:
+    """Raises `RunError` where the disk of a run folder has no room for a checkpoint of `needed` bytes."""
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < needed:
         raise RunError(
-            f"{run.folder}: holds another experiment; take the same values, or another --run-dir:\n" + "\n".join(lines)
+            f"{folder}: has {free / 1e9:.2f} GB free, and one checkpoint takes {needed / 1e9:.2f} GB; make room, or "
+            "choose another --run-dir"
         )
-    check_data(run, store)
+
+
+Changes = dict[str, tuple[Any, Any]]  # dotted field, or "data" -> (value there, value now)
+
+
+def start_run(folder: Path, experiment: Experiment, store: Store, allow_changes: bool = False) -> Changes:
+    """Makes the run folder of a resolved experiment; or returns how the one that stands there differs from it.
+
+    For the holder of the lock. Raises `RunError` with the differences, unless they are allowed.
+    """
+    for scratch in filter(_is_scratch, folder.iterdir()):
+        scratch.unlink()  # of a process that was killed while it wrote
+    if not (folder / EXPERIMENT).exists():
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        store.tokenizer.save(folder / "tokenizer")
+        write_durably(folder / PROVENANCE, json.dumps(_provenance(store), indent=2) + "\n")
+        write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
+        return {}
+    run = open_run(folder)
+    changes = diff(run.experiment, experiment)
+    if (key := run.provenance()["data"]) != store.key:
+        changes["data"] = (key, store.key)
+    if changes and not allow_changes:
+        raise RunError(
+            f"{folder}: holds another experiment; take the same values, choose another --run-dir, or go on with the "
+            "new values by --allow-changes:\n" + "\n".join(lines(changes))
+        )
+    if run.tokenizer().pieces != store.tokenizer.pieces:
+        raise RunError(
+            f"{folder}: was trained with another tokenizer, so its ids mean other text; choose another --run-dir"
+        )
+    return changes
+
+
+def lines(changes: Changes) -> list[str]:
+    """Each change as a line of its own."""
+    named = {"data": "data (SHA-256 of text, tokenizer and split)"}
+    return [f"  - {named.get(path, path)}: {old!r} there, {new!r} now" for path, (old, new) in changes.items()]
+
+
+def accept_changes(run: Run, experiment: Experiment, store: Store, changes: Changes, place: Place) -> None:
+    """Makes an experiment the run's own from this place on; provenance.json keeps what was changed, and when."""
+    provenance = run.provenance()
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    change = {"when": now, "step": place.step, "samples": place.samples, "tokens": place.tokens, "fields": changes}
+    provenance["changes"] = [*provenance.get("changes", []), change]
+    write_durably(run.folder / PROVENANCE, json.dumps(provenance | {"data": store.key}, indent=2) + "\n")
+    write_durably(run.folder / EXPERIMENT, experiment.to_json())
+
+
+def set_aside_later(run: Run, step: int) -> None:
+    """Keeps, under other names, the figures of a run that goes on from an earlier step or in another way."""
+    for name in (METRICS, RESULT):
+        path = run.folder / name
+        if path.exists():
+            number = 1
+            while (kept := path.with_stem(f"{path.stem}-before-step-{step}-again-{number}")).exists():
+                number += 1
+            shutil.copy2(path, kept) if name == METRICS else path.rename(kept)
 
 
 def check_data(run: Run, store: Store) -> None:
@@ -126,8 +189,12 @@ def check_data(run: Run, store: Store) -> None:
     if (key := run.provenance()["data"]) != store.key:
         raise RunError(
             f"{run.folder}: was trained on data {key}, but {run.experiment.data.source!r} is now {store.key}; "
-            "bring the old text back, or train in another --run-dir"
+            "bring the old text back"
         )
+
+
+def _is_scratch(path: Path) -> bool:
+    return re.fullmatch(r"\..+\.\d+", path.name) is not None and path.is_file()
 
 
 def _provenance(store: Store) -> dict[str, Any]:

@@ -13,14 +13,30 @@ from gptjax import sharding
 from gptjax.config import Experiment
 from gptjax.model.gpt import init_params, weight_axes
 
+RECENT = 128  # losses that a new one is compared with
+
+
+class Health(NamedTuple):
+    """What decides whether the next update is taken."""
+
+    skipped: Array  # int32: updates not taken over the whole run, because the loss was not finite or a spike
+    in_row: Array  # int32: how many of them were the last ones
+    losses: Array  # float32 [RECENT]: of the last updates that were taken, a ring
+
 
 class TrainState(NamedTuple):
     """Everything that the next update depends on, besides the data."""
 
-    step: Array  # int32: updates made so far
+    step: Array  # int32: batches read so far
     params: Any  # float32 weights
     opt_state: Any
     key: Array  # uint32: the run's random key, as data; each use folds in its own name and step
+    health: Health
+
+
+def new_health() -> Health:
+    """Before the first update."""
+    return Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(RECENT))
 
 
 def named_key(key: Array, name: str) -> Array:
@@ -32,7 +48,7 @@ def init_state(experiment: Experiment, tx: optax.GradientTransformation) -> Trai
     """The state before the first update."""
     key = jax.random.key_data(jax.random.key(experiment.seed))
     params = init_params(experiment.model, named_key(key, "params"))
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key, new_health())
 
 
 def abstract_state(experiment: Experiment, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
@@ -67,6 +83,52 @@ def create_state(experiment: Experiment, tx: optax.GradientTransformation, abstr
     # It runs once: on a CPU half the compile time is saved by optimising it less, and it is no slower for it.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda: init_state(experiment, tx), out_shardings=layout, compiler_options=options)()
+
+
+SIZES = {  # axis of a weight -> the field that decides its size
+    "layers": "model.num_layers",
+    "embed": "model.embed_dim",
+    "vocab": "model.vocab_size",
+    "heads": "model.num_heads",
+    "kv_heads": "model.num_kv_heads",
+    "head_dim": "model.head_dim",
+    "ffn": "model.ffn_dim",
+    "positions": "model.context_length",
+}
+
+
+def mismatches(saved: dict[str, jax.ShapeDtypeStruct], abstract: Any, experiment: Experiment) -> list[str]:
+    """How saved arrays differ from the state of an experiment: the leaf, both values, and the field that decides it."""
+    wanted = {leaf_name(path): x for path, x in jax.tree.leaves_with_path(abstract)}
+    axes = {
+        leaf_name(path): names
+        for path, names in jax.tree.leaves_with_path(
+            weight_axes(experiment.model), is_leaf=lambda x: isinstance(x, tuple)
+        )
+    }
+    found = []
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, here = saved.get(name), wanted.get(name)
+        if there is None or here is None:
+            part = "model" if name.startswith("params.") else "optim"
+            found.append(f"{name}: {_form(there)} saved, {_form(here)} now; the fields of {part} differ")
+        elif there.shape != here.shape:
+            owner = next((a for weight, a in axes.items() if name.endswith(f".{weight}")), ())
+            sizes = zip(owner, there.shape, here.shape, strict=True) if len(owner) == len(there.shape) else ()
+            fields = ", ".join(SIZES[axis] for axis, x, y in sizes if x != y) or "optim"
+            found.append(f"{name}: {_form(there)} saved, {_form(here)} now; decided by {fields}")
+        elif there.dtype != here.dtype:
+            found.append(f"{name}: {_form(there)} saved, {_form(here)} now; it would have to be rounded")
+    return found
+
+
+def _form(x: jax.ShapeDtypeStruct | None) -> str:
+    return "nothing" if x is None else f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The dotted name of a leaf, as checkpoints have it: "params.blocks.ffn.up"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

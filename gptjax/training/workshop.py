@@ -21,10 +21,11 @@ from gptjax.errors import ConfigError, RunError
 from gptjax.model.attention import choose_kernel
 from gptjax.model.gpt import GPT
 from gptjax.training import checkpoint
+from gptjax.training.checkpoint import Checkpoint
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.optim import evaluation_params, make_optimizer
 from gptjax.training.run import Run, open_run
-from gptjax.training.state import TrainState, abstract_state, create_state
+from gptjax.training.state import TrainState, abstract_state, create_state, mismatches, new_health
 from gptjax.training.step import Metrics, eval_step, train_step
 
 
@@ -69,7 +70,7 @@ def prepare(experiment: Experiment, mesh: jax.sharding.Mesh | None = None, store
     batches, model, tx = Batches(store, e), GPT(e.model), make_optimizer(e)
     abstract = abstract_state(e, tx, mesh)
     layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
-    step = partial(train_step, model=model, tx=tx, z_loss=e.objective.z_loss)
+    step = partial(train_step, model=model, tx=tx, z_loss=e.objective.z_loss, skip_spikes=e.train.skip_spikes)
     return Workshop(
         experiment=e,
         store=store,
@@ -82,10 +83,10 @@ def prepare(experiment: Experiment, mesh: jax.sharding.Mesh | None = None, store
     )
 
 
-def first_state(shop: Workshop, run: Run) -> TrainState:
-    """The newest checkpoint of the run; or a new state, with random weights or those of `experiment.init`."""
-    if checkpoint.listing(run.checkpoints):
-        return checkpoint.restore(checkpoint.choose(run.checkpoints), shop.abstract)
+def first_state(shop: Workshop, chosen: Checkpoint | None) -> TrainState:
+    """The state in a checkpoint; or a new one, with random weights or those of `experiment.init`."""
+    if chosen is not None:
+        return restore_state(chosen, shop.abstract, shop.experiment)
     state = create_state(shop.experiment, shop.tx, shop.abstract)
     if shop.experiment.init is None:
         return state
@@ -93,6 +94,27 @@ def first_state(shop: Workshop, run: Run) -> TrainState:
     params = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), loaded, shop.abstract.params)
     layout = jax.tree.map(lambda x: x.sharding, shop.abstract.opt_state)
     return state._replace(params=params, opt_state=jax.jit(shop.tx.init, out_shardings=layout)(params))
+
+
+def restore_state(chosen: Checkpoint, abstract: TrainState, experiment: Experiment) -> TrainState:
+    """The state in a checkpoint that `choose` found whole, laid out as `abstract` says.
+
+    Raises `RunError` naming every array that has another shape or dtype than the experiment's, and the field behind it.
+    """
+    wanted = abstract._asdict()
+    if chosen.format == 1:
+        del wanted["health"]
+    if found := mismatches(checkpoint.saved_arrays(chosen), wanted, experiment):
+        more = f"\n  and {len(found) - 8} others" if len(found) > 8 else ""
+        raise RunError(
+            f"{chosen.folder}: does not hold the state of this experiment; take the fields that it was trained with:\n"
+            + "\n".join(f"  - {line}" for line in found[:8])
+            + more
+        )
+    saved = checkpoint.restore(chosen, wanted)
+    if chosen.format == 1:
+        saved["health"] = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new_health(), abstract.health)
+    return TrainState(**saved)
 
 
 def check_start(shop: Workshop) -> None:
@@ -119,7 +141,7 @@ def load_params(run: Run, which: str) -> tuple[Any, int]:
     """The weights to evaluate and sample with, of the checkpoint called `which`, on one device; and its step."""
     chosen = checkpoint.choose(run.checkpoints, which)
     abstract = abstract_state(run.experiment, make_optimizer(run.experiment), one_device())
-    state = checkpoint.restore(chosen, abstract)
+    state = restore_state(chosen, abstract, run.experiment)
     return evaluation_params(state.params, state.opt_state), chosen.step
 
 

@@ -16,7 +16,8 @@ import pytest
 from conftest import tiny_run
 
 from gptjax.errors import ConfigError, DataError, RunError, TrainingFailed
-from gptjax.training import checkpoint, loop
+from gptjax.training import checkpoint, loop, train
+from gptjax.training.evaluation import evaluate_run
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.run import open_run
 from gptjax.training.workshop import load_params, one_device, prepare
@@ -40,7 +41,7 @@ def saved_state(folder, step):
 
 def test_a_run_leaves_everything_that_is_promised(tmp_path):
     e = tiny_run(tmp_path, **{"train.track": ("tensorboard",)})
-    figures = loop.train(e, tmp_path / "run")
+    figures = train.train(e, tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert run.result() == {"format": 1} | figures
     wanted = {"val_loss", "val_bits_per_byte", "steps", "tokens", "seconds", "tokens_per_second", "num_params"}
@@ -60,22 +61,22 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path):
     assert figures["val_bits_per_byte"] == pytest.approx(bits)
 
     (run.folder / "result.json").unlink()  # as if killed after the last checkpoint: only the figures are made again
-    assert loop.train(e, tmp_path / "run")["val_loss"] == figures["val_loss"]
+    assert train.train(e, tmp_path / "run")["val_loss"] == figures["val_loss"]
 
     before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
-    assert loop.train(e, tmp_path / "run") == run.result(), "a finished run is left alone"
+    assert train.train(e, tmp_path / "run") == run.result(), "a finished run is left alone"
     assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
     # the figures of a run are those that evaluating its last checkpoint gives
     (tmp_path / "corpus.txt").unlink()  # its tokens are in the cache
-    again = loop.evaluate_run(run)
+    again = evaluate_run(run)
     assert again["val_loss"] == pytest.approx(figures["val_loss"], rel=1e-6)
 
 
 def test_nothing_is_recompiled_in_a_run_with_evaluation(tmp_path, monkeypatch):
     shops = []
-    prepared = loop.prepare
-    monkeypatch.setattr(loop, "prepare", lambda e: shops.append(prepared(e)) or shops[-1])
-    loop.train(tiny_run(tmp_path, **{"train.microbatches": 2}), tmp_path / "run")
+    prepared = train.prepare
+    monkeypatch.setattr(train, "prepare", lambda e: shops.append(prepared(e)) or shops[-1])
+    train.train(tiny_run(tmp_path, **{"train.microbatches": 2}), tmp_path / "run")
     assert shops[0].train_step._cache_size() == 1
     assert shops[0].eval_step._cache_size() == 1
 
@@ -92,7 +93,7 @@ def test_nothing_is_recompiled_in_a_run_with_evaluation(tmp_path, monkeypatch):
 )
 def test_a_run_in_pieces_is_the_unbroken_run_bit_for_bit(tmp_path, changes, monkeypatch):
     e = tiny_run(tmp_path, **changes, **{"train.keep_last": 9, "train.checkpoint_every": 2})
-    whole = loop.train(e, tmp_path / "whole")
+    whole = train.train(e, tmp_path / "whole")
     # stopped after steps 1 and 4, each time by the signal that a scheduler sends
     real = loop.stop_requests
     for stop in (1, 4):
@@ -108,9 +109,9 @@ def test_a_run_in_pieces_is_the_unbroken_run_bit_for_bit(tmp_path, changes, monk
 
         monkeypatch.setattr(loop, "stop_requests", stopping)
         with pytest.raises(loop.Interrupted, match=f"step {stop} is saved"):
-            loop.train(e, tmp_path / "parts")
+            train.train(e, tmp_path / "parts")
     monkeypatch.setattr(loop, "stop_requests", real)
-    parts = loop.train(e, tmp_path / "parts", resume=True)
+    parts = train.train(e, tmp_path / "parts", resume=True)
     for step in (2, 4, 6):
         states = (saved_state(tmp_path / name, step) for name in ("whole", "parts"))
         jax.tree.map(np.testing.assert_array_equal, *states)
@@ -124,7 +125,7 @@ def test_last_and_best_checkpoints_are_kept(tmp_path):
     e = tiny_run(
         tmp_path, **{"train.steps": 8, "train.checkpoint_every": 1, "train.eval_every": 1, "train.keep_last": 2}
     )
-    loop.train(e, tmp_path / "run")
+    train.train(e, tmp_path / "run")
     run = open_run(tmp_path / "run")
     losses = {x["step"]: x["val_loss"] for x in run.metrics() if "val_loss" in x}
     best = min(losses, key=losses.__getitem__)
@@ -136,7 +137,7 @@ def test_last_and_best_checkpoints_are_kept(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_never_loaded(tmp_path):
-    loop.train(tiny_run(tmp_path), tmp_path / "run")
+    train.train(tiny_run(tmp_path), tmp_path / "run")
     run = open_run(tmp_path / "run")
     last = checkpoint.choose(run.checkpoints)
     name, (size, _) = max(last.files.items(), key=lambda item: item[1][0])
@@ -155,45 +156,45 @@ def test_a_damaged_checkpoint_is_never_loaded(tmp_path):
 
 def test_another_experiment_in_the_folder_is_refused_with_the_difference(tmp_path):
     e = tiny_run(tmp_path)
-    loop.train(e, tmp_path / "run")
+    train.train(e, tmp_path / "run")
     with pytest.raises(RunError) as caught:
-        loop.train(e.override({"optim.learning_rate": 0.5, "seed": 3}), tmp_path / "run")
+        train.train(e.override({"optim.learning_rate": 0.5, "seed": 3}), tmp_path / "run")
     assert "optim.learning_rate: 0.01 there, 0.5 now" in str(caught.value) and "seed: 0 there, 3 now" in str(
         caught.value
     )
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(corpus.read_text()[:-1] + "!")
     with pytest.raises(RunError, match="was trained on data"):
-        loop.train(e, tmp_path / "run")
+        train.train(e, tmp_path / "run")
 
 
 def test_folders_that_cannot_hold_a_run_are_refused(tmp_path):
     e = tiny_run(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file"):
-        loop.train(e, tmp_path / "file")
+        train.train(e, tmp_path / "file")
     with pytest.raises(RunError, match="holds other files and no run"):
-        loop.train(e, tmp_path)
+        train.train(e, tmp_path)
     with pytest.raises(RunError, match="does not exist"):
-        loop.train(e, tmp_path / "nothing", resume=True)
+        train.train(e, tmp_path / "nothing", resume=True)
     with pytest.raises(ConfigError, match=r"model\.vocab_size = 5: the tokenizer has 257"):
-        loop.train(e.override({"model.vocab_size": 5}), tmp_path / "run")
+        train.train(e.override({"model.vocab_size": 5}), tmp_path / "run")
     with pytest.raises(DataError, match="fewer than one window"):
-        loop.train(e.override({"model.context_length": 100_000}), tmp_path / "run")
+        train.train(e.override({"model.context_length": 100_000}), tmp_path / "run")
 
 
 def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     e = tiny_run(tmp_path)
-    loop.train(e, tmp_path / "first")
+    train.train(e, tmp_path / "first")
     first, _ = load_params(open_run(tmp_path / "first"), "last")
     still = {"optim.learning_rate": 1e-30, "optim.weight_decay": 0.0, "train.steps": 3, "init": str(tmp_path / "first")}
-    loop.train(e.override(still), tmp_path / "second")
+    train.train(e.override(still), tmp_path / "second")
     second, _ = load_params(open_run(tmp_path / "second"), "last")
     jax.tree.map(np.testing.assert_array_equal, first, second)
     with pytest.raises(RunError, match="was trained with another tokenizer"):
-        loop.train(e.override(still | {"data.tokenizer": "char"}), tmp_path / "third")
+        train.train(e.override(still | {"data.tokenizer": "char"}), tmp_path / "third")
     with pytest.raises(RunError, match=r"blocks\.ffn\.up: \(2, 16, 64\) there, \(2, 16, 32\) here"):
-        loop.train(e.override(still | {"model.ffn_dim": 32}), tmp_path / "third")
+        train.train(e.override(still | {"model.ffn_dim": 32}), tmp_path / "third")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -201,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         tmp_path, **{"optim.learning_rate": 1e30, "optim.clip_norm": None, "optim.warmup_steps": 0, "train.steps": 9}
     )
     with pytest.raises(TrainingFailed, match=r"loss (nan|inf)|gradient norm (nan|inf)"):
-        loop.train(e, tmp_path / "run")
+        train.train(e, tmp_path / "run")
     assert open_run(tmp_path / "run").result() is None
 
 

@@ -1,0 +1,62 @@
+"""Files that last: written so that a crash leaves the old content or the new, read so that a bad one does no harm."""
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import RunError
+
+LARGEST_TEXT = 1 << 28  # bytes: no file of JSON in a run folder comes near it
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replaces a file so that, whatever happens, either the old or the new content is there."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when what was made, renamed or removed in a folder is on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+    """The content of a plain file. Raises `RunError` for a link, a device or a giant: it may be a stranger's."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise RunError(f"{path}: is a link or a device, not a plain file; gptjax does not follow it")
+    if status.st_size > largest:
+        raise RunError(f"{path}: has {status.st_size:,} bytes, more than the {largest:,} that such a file may have")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise RunError(f"{path}: is damaged ({e})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises `RunError` where it does not."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        raise RunError(f"{path}: is damaged ({e})") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: is damaged (a JSON object was expected)")
+    return value
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

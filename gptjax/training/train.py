@@ -1,0 +1,100 @@
+"""From an experiment to a finished run folder: who may write it, what stands there already, where to go on."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import jax
+
+from gptjax import sharding
+from gptjax.checks import check
+from gptjax.config import Experiment
+from gptjax.errors import Interrupted, RunError, TrainingFailed
+from gptjax.training import checkpoint
+from gptjax.training.evaluation import Figures
+from gptjax.training.lock import Lock, hold
+from gptjax.training.loop import Fit, say
+from gptjax.training.run import (
+    Run,
+    accept_changes,
+    check_folder,
+    check_room,
+    lines,
+    open_run,
+    set_aside_later,
+    start_run,
+)
+from gptjax.training.watch import Watch
+from gptjax.training.workshop import Workshop, check_start, first_state, prepare, summary
+
+
+def train(
+    experiment: Experiment,
+    folder: Path,
+    resume: bool = False,
+    allow_changes: bool = False,
+    from_step: int | None = None,
+) -> Figures:
+    """Trains an experiment in a run folder, or goes on with the run that stands there; returns its final figures.
+
+    `resume` insists that a run stands there; `allow_changes` goes on with other values than those it was trained with;
+    `from_step` takes it back to that checkpoint and sets aside what came after. Raises `GptjaxError`s, each with what
+    to do; `Interrupted` after the first Ctrl-C or SIGTERM, with the state saved.
+    """
+    began = time.perf_counter()
+    check(experiment, jax.device_count())
+    if resume or from_step is not None:
+        open_run(folder)
+    locks: list[Lock] = []
+    with contextlib.ExitStack() as held:
+        sharding.on_first_process(lambda: check_folder(folder))
+        sharding.on_first_process(lambda: locks.append(held.enter_context(hold(folder))))
+        watch = Watch(folder, experiment.train.stuck_seconds, locks[0].touch if locks else None)
+        failure: BaseException | None = None
+        try:
+            return _train(prepare(experiment), folder, watch, began, allow_changes, from_step)
+        except jax.errors.JaxRuntimeError as e:
+            failure = e
+            if jax.process_count() == 1:
+                raise
+            raise TrainingFailed(f"{watch.doing}: {str(e).splitlines()[0]}; {watch.explain()}") from e
+        except BaseException as e:
+            failure = None if isinstance(e, Interrupted) else e
+            raise
+        finally:
+            watch.close(failure)
+
+
+def _train(
+    shop: Workshop, folder: Path, watch: Watch, began: float, allow_changes: bool, from_step: int | None
+) -> Figures:
+    check_start(shop)
+    run, first = Run(folder, shop.experiment), sharding.on_first_process
+    first(lambda: check_room(folder, checkpoint.state_bytes(shop.abstract)))
+    changes = first(lambda: start_run(folder, shop.experiment, shop.store, allow_changes))
+    figures = first(run.result)
+    if figures and not changes and from_step is None:
+        say(f"{folder}: finished already; nothing to do")
+        return figures
+    watch.beat("looking for a checkpoint")
+    step = first(lambda: (c := checkpoint.choose_to_go_on(run.checkpoints, from_step)) and c.step)
+    chosen = next((c for c in checkpoint.listing(run.checkpoints) if c.step == step), None)
+    if step is not None and chosen is None:
+        raise RunError(f"{folder}: is not the same folder for all processes; put it on a disk that they share")
+    if step is not None and step > shop.experiment.train.steps:
+        raise RunError(f"{folder}: stands at step {step} already; train.steps must be more, or go back by --from-step")
+    if chosen and chosen.place is None and changes:
+        raise RunError(f"{chosen.folder}: is of format 1 and does not say where it stands in the data; go on without "
+                       "changes until the next checkpoint, then make them")  # fmt: skip
+    with jax.set_mesh(shop.mesh):
+        state = first_state(shop, chosen)
+        shop.batches.start_at((chosen and chosen.place) or shop.batches.place(int(state.step)))
+        place = shop.batches.place(int(state.step))
+        if changes or from_step is not None:
+            first(lambda: set_aside_later(run, place.step))
+        if changes:
+            first(lambda: accept_changes(run, shop.experiment, shop.store, changes, place))
+            say("\n".join([f"{folder}: goes on from step {place.step}, {place.samples:,} examples and {place.tokens:,} "
+                           "tokens, with changes:", *lines(changes)]))  # fmt: skip
+        say(summary(shop, place.step))
+        return Fit(shop, run, place.step, began, watch).run(state)

@@ -1,0 +1,60 @@
+"""Real `gptjax train` processes for the tests: one, or several that make up a job on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gptjax.config import Experiment
+
+ROOT = Path(__file__).parent.parent
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+
+def write_experiment(folder: Path, experiment: Experiment) -> Path:
+    """An experiment file that holds exactly this value."""
+    path = folder / f"{experiment.name}.py"
+    path.write_text(
+        f"from gptjax.config import Experiment\nexperiment = Experiment.from_json({experiment.to_json()!r})\n"
+    )
+    return path
+
+
+def start(experiment: Path, run: Path, *options: str, **environment: str) -> subprocess.Popen:
+    """One process; what it says on stdout and stderr comes out of `communicate`."""
+    command = [sys.executable, "-m", "gptjax", "train", str(experiment), "--run-dir", str(run), *options]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | QUICK | environment
+    )
+
+
+def start_job(count: int, experiment: Path, run: Path, *options: str, **environment: str) -> list[subprocess.Popen]:
+    """The processes of one job, which find each other over a port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    job |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"} | environment
+    return [start(experiment, run, *options, **job, JAX_PROCESS_ID=str(i)) for i in range(count)]
+
+
+def steps_logged(run: Path) -> list[int]:
+    """The steps in metrics.jsonl so far, complete lines only."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Returns when a run has logged this step; raises if the process ends or the time is over."""
+    deadline = time.monotonic() + seconds
+    while max(steps_logged(run), default=0) < step:
+        if process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode} before step {step}: {process.communicate()[1]}")
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"step {step} did not come in {seconds} s: {process.communicate()[1]}")
+        time.sleep(0.02)
