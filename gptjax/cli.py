@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from gptjax import __version__
-from gptjax.errors import EXIT_BUG, EXIT_INTERRUPTED, GptjaxError, RunError
+from gptjax.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, GptjaxError, RunError
 
 if TYPE_CHECKING:
     from gptjax.training.run import Run
@@ -60,9 +60,9 @@ def main() -> None:
 
 def _stop(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
-    if _is_one_of_several() and code != EXIT_INTERRUPTED:
+    if code == EXIT_FAILED or (_is_one_of_several() and code != EXIT_INTERRUPTED):
         sys.stdout.flush()
-        os._exit(code)  # at once: on the usual way out jax waits for the others, which may be gone
+        os._exit(code)  # at once: on the usual way out jax waits for the other processes, which may be gone
     sys.exit(code)
 
 
@@ -82,12 +82,20 @@ def _parse(kind: Any, arguments: list[str], usage: str) -> Any:
 
 def _start_jax() -> None:
     """Quiet libraries, a cache of compiled programs, and the other processes of a cluster job."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("absl", "asyncio"):  # of a save that fails Orbax logs hundreds of lines; gptjax says it in one
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisablehook
     from gptjax import sharding
     from gptjax.training.workshop import enable_compilation_cache
 
     enable_compilation_cache()
     sharding.join_cluster()
+
+
+def _unraisablehook(what: "sys.UnraisableHookArgs") -> None:
+    """Python's own, but for what TensorStore reports once for every array when a save was given up."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def train(arguments: list[str]) -> None:

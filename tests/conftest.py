@@ -15,10 +15,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the p
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from gptjax.config import Experiment, Model
-from gptjax.training.workshop import enable_compilation_cache
+from gptjax.training import checkpoint, train
+from gptjax.training.run import open_run
+from gptjax.training.state import leaf_name
+from gptjax.training.workshop import enable_compilation_cache, one_device, prepare, restore_state
 
 enable_compilation_cache()  # in the temporary folder: what one test compiled, the next one finds
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -53,3 +57,41 @@ def real_data() -> Path:
     if "GPTJAX_DATA" not in os.environ:
         pytest.skip("GPTJAX_DATA is not set: it names the folder with the real data")
     return Path(os.environ["GPTJAX_DATA"]).resolve()
+
+
+@pytest.fixture
+def single_device(monkeypatch):
+    """Runs on one of the eight devices, so that batches need not divide by eight and compiling is quick."""
+    use_one_device(monkeypatch)
+
+
+def use_one_device(monkeypatch) -> None:
+    """What the fixture `single_device` does, for fixtures of a wider scope."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr("gptjax.sharding.make_mesh", lambda mesh: one_device())
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of a run of 6 steps with checkpoints 2, 4 and 6 on one device. Copy it before you harm it."""
+    folder = tmp_path_factory.mktemp("finished")
+    e = tiny_run(folder, **{"train.checkpoint_every": 2, "train.eval_every": 2, "train.keep_last": 3})
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_device(patch)
+        train.train(e, folder / "run")
+    return folder / "run"
+
+
+def restored(folder: Path, which: str = "last") -> dict:
+    """Everything that a checkpoint of a run holds, as host arrays by their dotted names."""
+    run = open_run(folder)
+    shop = prepare(run.experiment, one_device())
+    state = restore_state(checkpoint.choose(run.checkpoints, which), shop.abstract, shop.experiment)
+    return {leaf_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    """Two of what `restored` gives have the same bits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].tobytes() == b[name].tobytes(), name

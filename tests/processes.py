@@ -27,7 +27,12 @@ def start(experiment: Path, run: Path, *options: str, **environment: str) -> sub
     """One process; what it says on stdout and stderr comes out of `communicate`."""
     command = [sys.executable, "-m", "gptjax", "train", str(experiment), "--run-dir", str(run), *options]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | QUICK | environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | QUICK | environment,
     )
 
 

@@ -8,13 +8,14 @@ checkpoints/set-aside/               what failed its checksums, or came after a 
 What has no `committed` is not a checkpoint; what does not match its manifest is never loaded.
 """
 
-import atexit
 import json
 import os
 import re
 import shutil
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -193,7 +194,7 @@ class Writer:
         self._arrays = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        atexit.register(self._at_exit)
+        _before_threads_end(weakref.WeakMethod(self._at_exit))
 
     def save(self, state: TrainState, place: Place, val_loss: float | None = None) -> None:
         """Starts saving this state, unless its step is saved already; returns when the arrays have been copied.
@@ -206,7 +207,7 @@ class Writer:
             return
         if step < self._newest:
             raise TrainingFailed(
-                f"{self.folder}: step {self._newest} is there already; step {step} is not saved over it"
+                f"{self.folder}: step {self._newest} is there already; step {step} is not saved beside it"
             )
         self._check_finite(state, step)
         target = self.folder / f"{step:08d}"
@@ -234,13 +235,12 @@ class Writer:
         try:
             self.wait()
         finally:
-            atexit.unregister(self._at_exit)
             self._arrays.close()
             self._thread.shutdown()
 
     def _at_exit(self) -> None:
         try:
-            self.close()
+            self.wait()
         except TrainingFailed as e:
             print(e, file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)  # an exit handler has no other way to change the exit code
@@ -372,9 +372,18 @@ def _files(arrays: Path) -> list[str]:
     return sorted(found)
 
 
+def _before_threads_end(action: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Calls `action`, if its object still lives, when the interpreter ends but its thread pools still work.
+
+    Handlers of `atexit` come too late: Orbax can start no more threads then, and a save in flight is lost.
+    """
+    threading._register_atexit(lambda: (call := action()) and call())  # type: ignore[attr-defined]
+
+
 def _finite_leaves(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)])
 
 
 def _first_line(e: Exception) -> str:
-    return (str(e) or type(e).__name__).splitlines()[0][:300]
+    line = (str(e) or type(e).__name__).splitlines()[0]
+    return line if len(line) < 300 else f"{line[:120]} ... {line[-160:]}"
