@@ -1,0 +1,291 @@
+"""A run in pieces is the unbroken run: every bit of the state and every example, at every step."""
+
+import dataclasses
+import hashlib
+import json
+import random
+import signal
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import assert_same, restored, tiny_run, write_corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from processes import start, start_job, wait_for_step, write_experiment
+
+from gptjax.config import Experiment
+from gptjax.errors import Interrupted, RunError
+from gptjax.training import checkpoint, loop, train
+from gptjax.training.run import open_run
+
+pytestmark = pytest.mark.usefixtures("single_device")
+
+
+class Crash(Exception):
+    """What a run dies of in these tests."""
+
+
+class Recorder:
+    """Notes the bits of state and batch after every step of `train`, and breaks a run off after chosen steps."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.seen: dict[int, str] = {}  # step -> hash of what was read and what came out, never twice another one
+        self.stop: tuple[int, str] | None = None
+        self._prepare, self._asked = train.prepare, False
+        patch.setattr(train, "prepare", self.prepare)
+        patch.setattr(loop, "stop_requests", self.stop_requests)
+
+    def prepare(self, experiment):
+        shop = self._prepare(experiment)
+
+        def step(state, batch):
+            number, samples = int(state.step), shop.batches.samples(int(state.step))
+            state, metrics = shop.train_step(state, batch)
+            content = [*map(np.asarray, jax.tree.leaves((state, batch))), samples]
+            bits = hashlib.sha256(b"".join(x.tobytes() for x in content)).hexdigest()
+            assert self.seen.setdefault(number + 1, bits) == bits, f"step {number + 1} differs from the unbroken run's"
+            if self.stop == (number + 1, "crash"):
+                raise Crash
+            return state, metrics
+
+        return dataclasses.replace(shop, train_step=step)
+
+    def stop_requests(self):
+        recorder = self
+
+        class Requests:
+            def __enter__(self):
+                return lambda step: "SIGTERM" if recorder.stop == (step, "signal") else None
+
+            def __exit__(self, *_):
+                return None
+
+        return Requests()
+
+    def run(self, experiment: Experiment, folder: Path, stops: list[tuple[int, str]]) -> dict:
+        """Trains to the end, broken off at each of `stops` in turn."""
+        for self.stop in stops:
+            with pytest.raises((Crash, Interrupted)):
+                train.train(experiment, folder)
+        self.stop = None
+        return train.train(experiment, folder)
+
+
+def check_in_pieces(changes: dict, stops: list[tuple[int, str]]) -> None:
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        sources = changes.pop("sources", 1)
+        if sources > 1:
+            (folder / "b").mkdir()
+            changes |= {"data.source": (str(write_corpus(folder)), str(write_corpus(folder / "b", 3000)))}
+        e = tiny_run(folder, **changes)
+        recorder = Recorder(patch)
+        whole = recorder.run(e, folder / "whole", [])
+        assert sorted(recorder.seen) == list(range(1, e.train.steps + 1))
+        parts = recorder.run(e, folder / "parts", stops)
+        last = {x: restored(folder / x) for x in ("whole", "parts")}
+        assert_same(last["whole"], last["parts"])
+        assert parts["val_loss"] == whole["val_loss"] and parts["best_val_loss"] == whole["best_val_loss"]
+        losses = [
+            [(x["step"], x["loss"]) for x in open_run(folder / x).metrics() if "loss" in x] for x in ("whole", "parts")
+        ]
+        assert losses[0] == losses[1], "metrics.jsonl has every step once, with the same loss"
+        assert not (folder / "parts" / "lock.json").exists()
+
+
+RUNS = st.fixed_dictionaries(
+    {
+        "train.steps": st.integers(4, 9),
+        "train.checkpoint_every": st.sampled_from([1, 2, 3]),
+        "train.microbatches": st.sampled_from([1, 2]),
+        "train.eval_every": st.sampled_from([0, 2]),
+        "model.dropout": st.sampled_from([0.0, 0.2]),
+        "optim.ema_decay": st.sampled_from([None, 0.9]),
+        "optim.name": st.sampled_from(["adamw", "lion", "adafactor", "sgd", "muon", "schedule_free"]),
+        "data.tokenizer": st.sampled_from(["byte", "char"]),
+        "train.skip_spikes": st.sampled_from([None, 6.0]),
+        "sources": st.sampled_from([1, 2]),
+    }
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(changes=RUNS, data=st.data())
+def test_any_run_in_any_pieces_is_the_unbroken_run_bit_for_bit(changes, data):
+    if changes["optim.name"] == "schedule_free":
+        changes |= {"optim.schedule": "constant"}
+    steps = changes["train.steps"]
+    kinds = st.tuples(st.integers(1, steps - 1), st.sampled_from(["signal", "crash"]))
+    stops = sorted(data.draw(st.lists(kinds, min_size=1, max_size=3, unique_by=lambda stop: stop[0])))
+    check_in_pieces(dict(changes), stops)
+
+
+def test_a_run_stopped_three_times_is_the_unbroken_run_bit_for_bit():
+    """By a signal, by a crash with a save in flight, and by a signal again; dropout, accumulation and averages on."""
+    changes = {"model.dropout": 0.1, "train.microbatches": 2, "optim.ema_decay": 0.9, "train.checkpoint_every": 2}
+    check_in_pieces(changes, [(1, "signal"), (4, "crash"), (5, "signal")])
+
+
+def test_a_run_stopped_exactly_at_an_epochs_end_is_the_unbroken_run_bit_for_bit(tmp_path):
+    e = tiny_run(tmp_path)
+    windows = train.prepare(e).batches.train_streams[0].windows
+    rows = next(n for n in range(8, windows + 1) if windows % n == 0)  # a batch that divides the epoch
+    end = windows // rows
+    changes = {"train.batch_size": rows, "train.steps": end + 2, "train.checkpoint_every": end, "train.eval_every": 0}
+    check_in_pieces(changes | {"train.log_every": 1}, [(end, "signal"), (end + 1, "signal")])
+
+
+def test_a_finished_run_or_one_killed_before_its_result_is_only_reported(tmp_path, capfd):
+    e = tiny_run(tmp_path)
+    figures = train.train(e, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"val_loss"', '"other"'))  # as if the last lines had been lost
+    assert train.train(e, tmp_path / "run")["val_loss"] == figures["val_loss"]
+    capfd.readouterr()
+    train.train(e, tmp_path / "run")
+    assert "finished already; nothing to do" in capfd.readouterr().err
+
+
+def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twice(tmp_path):
+    e = tiny_run(tmp_path, **{"train.steps": 4, "train.checkpoint_every": 2, "train.eval_every": 0})
+    train.train(e, tmp_path / "run")
+    more = e.override({"train.steps": 8, "train.batch_size": 12, "train.checkpoint_every": 100})
+    with pytest.raises(RunError, match=r"train\.batch_size: 8 there, 12 now(.|\n)*--allow-changes|--allow-changes"):
+        train.train(more, tmp_path / "run")
+
+    read: list[int] = []
+    prepared = train.prepare
+
+    def recording(experiment):
+        shop = prepared(experiment)
+        samples = shop.batches.samples
+
+        def train_step(state, batch):
+            numbers = samples(int(state.step)).ravel()
+            read.extend(numbers.tolist())
+            np.testing.assert_array_equal(np.asarray(batch.tokens).reshape(-1, 16), shop.batches.rows(numbers).tokens)
+            return shop.train_step(state, batch)
+
+        return dataclasses.replace(shop, train_step=train_step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prepare", recording)
+        figures = train.train(more, tmp_path / "run", allow_changes=True)
+    assert read == list(range(4 * 8, 4 * 8 + 4 * 12))
+    assert figures["samples"] == 4 * 8 + 4 * 12 and figures["tokens"] == 16 * figures["samples"]
+    run = open_run(tmp_path / "run")
+    assert run.experiment.train.batch_size == 12
+    (change,) = run.provenance()["changes"]
+    assert change["step"] == 4 and change["samples"] == 32 and change["fields"]["train.batch_size"] == [8, 12]
+    assert json.loads((tmp_path / "run" / "result-before-step-4-again-1.json").read_text())["steps"] == 4
+    # resumed once more, it still knows how many it has read
+    again = more.override({"train.steps": 9})
+    assert train.train(again, tmp_path / "run", allow_changes=True)["samples"] == 4 * 8 + 5 * 12
+
+    # other text: a new order of examples from its first, and counted all the same
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(corpus.read_text()[:-1] + "!")
+    with pytest.raises(RunError, match="data \\(SHA-256 of text, tokenizer and split\\)"):
+        train.train(again, tmp_path / "run")
+    last = again.override({"train.steps": 10})
+    read.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prepare", recording)
+        assert train.train(last, tmp_path / "run", allow_changes=True)["samples"] == 4 * 8 + 6 * 12
+    assert read == list(range(12))
+
+
+@pytest.mark.parametrize("change", [{"model.num_heads": 4}, {"model.ffn": "relu"}, {"model.positions": "alibi"}])
+def test_the_same_shapes_with_another_meaning_are_refused(finished_run, change):
+    (field,) = change
+    e = open_run(finished_run).experiment
+    other = {"model.head_dim": 16 // 4, "model.num_kv_heads": 4} if field == "model.num_heads" else {}
+    with pytest.raises(RunError, match=f"{field}: .* there, .* now"):
+        train.train(e.override(change | other), finished_run)
+
+
+def test_another_tokenizer_is_refused_even_with_permission(tmp_path):
+    e = tiny_run(tmp_path)
+    train.train(e, tmp_path / "run")
+    with pytest.raises(RunError, match="was trained with another tokenizer"):
+        train.train(e.override({"data.tokenizer": "char"}), tmp_path / "run", allow_changes=True)
+
+
+def unbroken(mine: Path, folder: Path) -> dict:
+    process = start(mine, folder)
+    assert process.wait(300) == 0, process.communicate()[1]
+    return restored(folder)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_real_signal_saves_and_the_same_command_finishes_bit_for_bit(tmp_path, number):
+    e = tiny_run(tmp_path, **{"train.steps": 60, "train.checkpoint_every": 1000, "train.eval_every": 0})
+    mine = write_experiment(tmp_path, e.override({"train.sample_tokens": 0}))
+    whole = unbroken(mine, tmp_path / "whole")
+    process = start(mine, tmp_path / "run")
+    wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "is saved; the same command goes on from there" in errors and "Traceback" not in errors
+    assert 0 < checkpoint.choose(tmp_path / "run" / "checkpoints").step < 60
+    assert_same(unbroken(mine, tmp_path / "run"), whole)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once_and_corrupts_nothing(tmp_path):
+    e = tiny_run(tmp_path, **{"train.steps": 3000, "train.checkpoint_every": 5, "train.eval_every": 0})
+    mine = write_experiment(tmp_path, e)
+    draw = random.Random(0)
+    for _ in range(4):
+        process = start(mine, tmp_path / "run")
+        before = max((c.step for c in checkpoint.listing(tmp_path / "run" / "checkpoints")), default=0)
+        wait_for_step(tmp_path / "run", before + 20, process)
+        process.send_signal(signal.SIGINT)
+        process.stderr.readline()
+        wait = draw.uniform(0, 0.1)
+        try:
+            process.wait(wait)
+        except Exception:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (75, 130)
+        found = checkpoint.listing(tmp_path / "run" / "checkpoints")
+        assert found and all(checkpoint.problem(c) is None for c in found)
+        assert found[-1].step >= before + 15
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_stop_as_one_and_hand_over_to_one_and_back(tmp_path):
+    """SIGTERM to one of two saves the same step on both; one process goes on from there, then two again."""
+    e = tiny_run(tmp_path, **{"train.steps": 200, "model.dropout": 0.1, "train.eval_every": 0, "train.keep_last": 9})
+    mine = write_experiment(tmp_path, e.override({"train.checkpoint_every": 1000, "train.sample_tokens": 0}))
+    one = unbroken(mine, tmp_path / "one")
+    run = tmp_path / "run"
+    stopped = []
+    for attempt in (2, 1, 2):
+        job = start_job(attempt, mine, run) if attempt > 1 else [start(mine, run)]
+        wait_for_step(run, (stopped[-1] if stopped else 0) + 8, job[0])
+        job[-1].send_signal(signal.SIGTERM)
+        for process in job:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 75, errors
+        stopped.append(checkpoint.choose(run / "checkpoints").step)
+        assert stopped == sorted(set(stopped))
+    assert open_run(run).provenance()["processes"] == 2
+    for process in start_job(2, mine, run):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    losses = [{x["step"]: x["loss"] for x in open_run(p).metrics() if "loss" in x} for p in (run, tmp_path / "one")]
+    assert losses[0].keys() == losses[1].keys()
+    for step, loss in losses[0].items():
+        assert loss == pytest.approx(losses[1][step], abs=1e-5 * max(1, step / 20)), step
+    end = restored(run)
+    for name in one:
+        np.testing.assert_allclose(end[name], one[name], atol=2e-3, err_msg=name)
