@@ -35,11 +35,13 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        return self.forward is None and self.backward is None and not self.samples
+        return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
 
     def __str__(self) -> str:
         if self.healthy:
             return "every module's output and gradient are finite"
+        if self.forward is None and self.backward is None:
+            return "every module's output and every gradient is finite, their norm overflows"
         forward = f"the first module without a finite output is {self.forward or 'none'}"
         backward = f"from the loss down, the first without a finite gradient is {self.backward or 'none'}"
         return f"{forward}; {backward}; examples without a finite loss: {list(self.samples) or 'none alone'}"

@@ -201,7 +201,7 @@ class Progress:
 
     def show(self, step: int, figures: dict[str, float], always: bool = False) -> None:
         """`figures`: loss, tokens_per_second, mfu, seconds_left, and val_loss once there is one."""
-        val = f" | val {figures['val_loss']:.4f}" if "val_loss" in figures else ""
+        val = f" | val {figures['val_loss']:.4f}" if figures.get("val_loss") is not None else ""
         left = int(figures["seconds_left"])
         line = (
             f"step {step:>{len(str(self.total))}}/{self.total} | loss {figures['loss']:.4f}{val}"
