@@ -82,11 +82,13 @@ def finished_run(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def restored(folder: Path, which: str = "last") -> dict:
+def restored(folder: Path, which: str = "last", folder_of_checkpoints: Path | None = None) -> dict:
     """Everything that a checkpoint of a run holds, as host arrays by their dotted names."""
     run = open_run(folder)
     shop = prepare(run.experiment, one_device())
-    state = restore_state(checkpoint.choose(run.checkpoints, which), shop.abstract, shop.experiment)
+    state = restore_state(
+        checkpoint.choose(folder_of_checkpoints or run.checkpoints, which), shop.abstract, shop.experiment
+    )
     return {leaf_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
 
 

@@ -23,11 +23,13 @@ def write_experiment(folder: Path, experiment: Experiment) -> Path:
     return path
 
 
-def start(experiment: Path, run: Path, *options: str, **environment: str) -> subprocess.Popen:
-    """One process; what it says on stdout and stderr comes out of `communicate`."""
-    command = [sys.executable, "-m", "gptjax", "train", str(experiment), "--run-dir", str(run), *options]
+def start(
+    experiment: Path, run: Path, *options: str, command: list[str] | None = None, **environment: str
+) -> subprocess.Popen:
+    """One process, of `gptjax train` or another command; what it says comes out of `communicate`."""
+    train = [sys.executable, "-m", "gptjax", "train", str(experiment), "--run-dir", str(run), *options]
     return subprocess.Popen(
-        command,
+        command or train,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -36,14 +38,14 @@ def start(experiment: Path, run: Path, *options: str, **environment: str) -> sub
     )
 
 
-def start_job(count: int, experiment: Path, run: Path, *options: str, **environment: str) -> list[subprocess.Popen]:
+def start_job(count: int, experiment: Path, run: Path, *options: str, **more) -> list[subprocess.Popen]:
     """The processes of one job, which find each other over a port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    job |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"} | environment
-    return [start(experiment, run, *options, **job, JAX_PROCESS_ID=str(i)) for i in range(count)]
+    job |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    return [start(experiment, run, *options, **job | more, JAX_PROCESS_ID=str(i)) for i in range(count)]
 
 
 def steps_logged(run: Path) -> list[int]:

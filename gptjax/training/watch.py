@@ -57,7 +57,7 @@ class Watch:
         self._thread.join()
         if self._count > 1:
             self._show("failed" if failure else "ended", str(failure or ""))
-            time.sleep(2 * LOOK_SECONDS if failure else 0)  # the others end first, and in their own words
+            self._linger(failure is not None)
 
     def explain(self) -> str:
         """What became of the others, for an error in what is done together: waits until one is known to be gone."""
@@ -131,4 +131,10 @@ class Watch:
             self._show("failed", why)
         print(f"gptjax: process {self._me}: {why}. The last checkpoint is whole; the same command goes on from it",
               file=sys.stderr, flush=True)  # fmt: skip
+        self._linger(self._count > 1)
         os._exit(EXIT_FAILED)
+
+    def _linger(self, failed: bool) -> None:
+        """Lets the others say what they have to: when process 0 has gone, jax aborts them in the midst of a word."""
+        if failed and self._me == 0:
+            time.sleep(2 * LOOK_SECONDS)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -113,7 +114,7 @@ RUNS = st.fixed_dictionaries(
 
 
 @pytest.mark.slow
-@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(changes=RUNS, data=st.data())
 def test_any_run_in_any_pieces_is_the_unbroken_run_bit_for_bit(changes, data):
     if changes["optim.name"] == "schedule_free":
@@ -261,31 +262,59 @@ def test_a_second_ctrl_c_stops_at_once_and_corrupts_nothing(tmp_path):
         assert found[-1].step >= before + 15
 
 
+MOVE = """
+import sys
+from pathlib import Path
+import jax
+from gptjax import sharding
+sharding.join_cluster()
+from gptjax.training import checkpoint
+from gptjax.training.run import open_run
+from gptjax.training.workshop import prepare, restore_state
+assert jax.process_count() == 2
+run = open_run(Path(sys.argv[1]))
+shop = prepare(run.experiment)
+found = checkpoint.choose(run.checkpoints)
+with jax.set_mesh(shop.mesh):
+    writer = checkpoint.Writer(Path(sys.argv[2]), 1, 0)
+    writer.save(restore_state(found, shop.abstract, shop.experiment), found.place)
+    writer.close()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_stop_as_one_and_hand_over_to_one_and_back(tmp_path):
     """SIGTERM to one of two saves the same step on both; one process goes on from there, then two again."""
-    e = tiny_run(tmp_path, **{"train.steps": 200, "model.dropout": 0.1, "train.eval_every": 0, "train.keep_last": 9})
-    mine = write_experiment(tmp_path, e.override({"train.checkpoint_every": 1000, "train.sample_tokens": 0}))
-    one = unbroken(mine, tmp_path / "one")
+    e = tiny_run(tmp_path, **{"train.steps": 60, "model.dropout": 0.1, "train.eval_every": 0, "train.keep_last": 9})
+    e = e.override({"train.checkpoint_every": 1000, "train.sample_tokens": 0, "model.bias": False})
+    mine = write_experiment(tmp_path, e.override({"optim.learning_rate": 1e-3}))
+    unbroken(mine, tmp_path / "one")
     run = tmp_path / "run"
-    stopped = []
-    for attempt in (2, 1, 2):
-        job = start_job(attempt, mine, run) if attempt > 1 else [start(mine, run)]
-        wait_for_step(run, (stopped[-1] if stopped else 0) + 8, job[0])
+    stopped = [0]
+    for count in (2, 1, 2):
+        job = start_job(count, mine, run) if count > 1 else [start(mine, run)]
+        wait_for_step(run, stopped[-1] + 3, job[0])
         job[-1].send_signal(signal.SIGTERM)
         for process in job:
             _, errors = process.communicate(timeout=120)
             assert process.returncode == 75, errors
-        stopped.append(checkpoint.choose(run / "checkpoints").step)
-        assert stopped == sorted(set(stopped))
+            step = checkpoint.choose(run / "checkpoints").step
+            assert f"step {step} is saved" in errors
+        assert step > stopped[-1]
+        stopped.append(step)
     assert open_run(run).provenance()["processes"] == 2
+    # the arrays that one process reads are those that two read and wrote again
+    script = tmp_path / "move.py"
+    script.write_text(MOVE)
+    command = [sys.executable, str(script), str(run), str(tmp_path / "moved")]
+    for process in start_job(2, mine, run, command=command):
+        assert process.wait(120) == 0, process.communicate()[1]
+    moved = restored(run), restored(run, folder_of_checkpoints=tmp_path / "moved")
+    assert_same(*moved)
     for process in start_job(2, mine, run):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     losses = [{x["step"]: x["loss"] for x in open_run(p).metrics() if "loss" in x} for p in (run, tmp_path / "one")]
     assert losses[0].keys() == losses[1].keys()
     for step, loss in losses[0].items():
-        assert loss == pytest.approx(losses[1][step], abs=1e-5 * max(1, step / 20)), step
-    end = restored(run)
-    for name in one:
-        np.testing.assert_allclose(end[name], one[name], atol=2e-3, err_msg=name)
+        assert loss == pytest.approx(losses[1][step], abs=1e-5), step
