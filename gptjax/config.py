@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gptjax.errors import ConfigError
-from gptjax.schema import leaves, replace_at, unknown, value_at
+from gptjax.schema import leaves, replace_at, type_problems, unknown, value_at
 
 FORMAT_VERSION = 1
 
@@ -185,13 +185,18 @@ class Experiment:
 
     @classmethod
     def from_json(cls, text: str) -> "Experiment":
-        """Raises `ConfigError` for a field or format that this version does not know."""
+        """Raises `ConfigError` for a field, a type or a format that this version does not know."""
         values = json.loads(text)
         if (version := values.pop("format", None)) != FORMAT_VERSION:
             raise ConfigError(
                 [f"format is {version}; this gptjax reads {FORMAT_VERSION}: use the release that wrote it"]
             )
-        return cls().override(**values)
+        if strange := values.keys() - {f.name for f in dataclasses.fields(cls)}:
+            raise ConfigError([unknown(name, list(leaves(cls))) for name in sorted(strange)])
+        experiment = cls().override(**values)
+        if problems := type_problems(experiment):
+            raise ConfigError(list(problems.values()))
+        return experiment
 
 
 def diff(a: Experiment, b: Experiment) -> dict[str, tuple[Any, Any]]:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import TINY, tiny_run
+
+from gptjax.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,7 +124,7 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["fly"], "no such verb: 'fly'; there are train, sample, eval"),
+    (["fly"], "no such verb: 'fly'; there are train, sample, eval, verify, replay"),
     (["train"], "no experiment file was given"),
     (["train", "nothing.py"], "nothing.py: no such experiment file"),
     (["train", "{0}/mine.py"], "nothing.txt': no such file or folder"),
@@ -165,3 +168,33 @@ def test_the_shakespeare_recipe_says_where_its_text_is(tmp_path, monkeypatch):
     assert code == 2 and "Traceback" not in err
     assert "GPTJAX_DATA is not set" in err and "https://" in err
     assert not (tmp_path / "run").exists(), "nothing is left of a run that could not start"
+
+
+def test_verify_prints_one_line_a_checkpoint_and_fails_where_one_is_damaged(finished, tmp_path):
+    _, run, _, _ = finished
+    copy = shutil.copytree(run, tmp_path / "run")
+    code, out, err = gptjax("verify", copy)
+    steps = [c.step for c in checkpoint.listing(copy / "checkpoints")]
+    assert code == 0 and len(out.splitlines()) == len(steps) and err == ""
+    for line, step in zip(out.splitlines(), steps, strict=True):
+        assert line.startswith(f"step {step:>8}  whole") and "bytes" in line
+    path = max((copy / "checkpoints").rglob("arrays/*"), key=lambda p: p.stat().st_size * p.is_file())
+    path.write_bytes(path.read_bytes()[:-1])
+    (copy / "checkpoints" / "00000099").mkdir()
+    code, out, err = gptjax("verify", copy)
+    assert code == 2 and f"DAMAGED  {path}" in out and f"1 of {len(steps)} checkpoints are damaged" in err
+    assert "not a checkpoint" in out and "00000099" in out
+    assert path.exists() and (copy / "checkpoints" / "00000099").exists(), "it only reads"
+    metrics = copy / "metrics.jsonl"
+    metrics.write_text("{]\n" + metrics.read_text())
+    code, _, err = gptjax("verify", copy)
+    assert code == 2 and "metrics.jsonl, line 1: is damaged" in err
+
+
+def test_replay_makes_a_step_again(finished):
+    _, run, _, _ = finished
+    code, out, _ = gptjax("replay", run, "--step", "2")
+    assert code == 0 and "step 2, made again from" in out and "every module's output and gradient are finite" in out
+    assert "the same" in out and "NOT" not in out
+    code, _, err = gptjax("replay", run, "--step", "1000")
+    assert code == 2 and "the run has steps 1 to" in err

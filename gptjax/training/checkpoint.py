@@ -8,6 +8,7 @@ checkpoints/set-aside/               what failed its checksums, or came after a 
 What has no `committed` is not a checkpoint; what does not match its manifest is never loaded.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -266,10 +267,11 @@ class Writer:
         arrays = target / ARRAYS
         files = {name: ((arrays / name).stat().st_size, digest(arrays / name)) for name in _files(arrays)}
         self.checksum_seconds += time.perf_counter() - began
-        manifest = {"format": FORMAT_VERSION, "val_loss": val_loss, "place": place._asdict(), "files": files}
-        write_durably(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        values = {"format": FORMAT_VERSION, "val_loss": val_loss, "place": place._asdict(), "files": files}
+        manifest = json.dumps(values, indent=1) + "\n"
+        write_durably(target / MANIFEST, manifest)
         sync_folder(self.folder)
-        write_durably(target / COMMITTED, _marker(target))
+        write_durably(target / COMMITTED, _marker(manifest))
         self._prune()
 
     def _prune(self) -> None:
@@ -329,8 +331,8 @@ def _is_committed(path: Path) -> bool:
     return (path / COMMITTED).exists() or (path / NOTE_1).exists()
 
 
-def _marker(folder: Path) -> str:
-    return f"sha256 {digest(folder / MANIFEST)}\n"
+def _marker(manifest: str) -> str:
+    return f"sha256 {hashlib.sha256(manifest.encode()).hexdigest()}\n"
 
 
 def _read(folder: Path) -> Checkpoint | None:
@@ -345,7 +347,7 @@ def _read(folder: Path) -> Checkpoint | None:
         checkpoint = Checkpoint(folder, step, values["format"], values["val_loss"], place, files)
     except FileNotFoundError as e:
         return Checkpoint(folder, step, damage=f"{e.filename}: is missing") if _is_committed(folder) else None
-    except (RunError, KeyError, TypeError, ValueError, AttributeError) as e:
+    except (RunError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         return Checkpoint(folder, step, damage=f"{folder / MANIFEST}: is not what was committed ({_first_line(e)})")
     if checkpoint.format not in (1, FORMAT_VERSION):
         raise RunError(
@@ -358,9 +360,10 @@ def _read(folder: Path) -> Checkpoint | None:
 def _vouched(folder: Path) -> dict[str, Any]:
     if (folder / NOTE_1).exists():
         return read_json(folder / NOTE_1)
-    if read_text(folder / COMMITTED) != _marker(folder):
+    text = read_text(folder / MANIFEST)
+    if read_text(folder / COMMITTED) != _marker(text):
         raise ValueError("its SHA-256 differs")
-    return read_json(folder / MANIFEST)
+    return json.loads(text)
 
 
 def _files(arrays: Path) -> list[str]:
