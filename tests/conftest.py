@@ -71,7 +71,7 @@ def use_one_device(monkeypatch) -> None:
     monkeypatch.setattr("gptjax.sharding.make_mesh", lambda mesh: one_device())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
     """The folder of a run of 6 steps with checkpoints 2, 4 and 6 on one device. Copy it before you harm it."""
     folder = tmp_path_factory.mktemp("finished")

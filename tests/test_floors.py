@@ -5,7 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"gptjax", "gptjax.errors", "gptjax.schema", "gptjax.config", "gptjax.checks", "gptjax.loading", "gptjax.sharding"},
+    {
+        "gptjax",
+        "gptjax.errors",
+        "gptjax.schema",
+        "gptjax.config",
+        "gptjax.checks",
+        "gptjax.loading",
+        "gptjax.sharding",
+        "gptjax.durable",
+    },
     {"gptjax.model", "gptjax.data"},
     {"gptjax.training", "gptjax.inference"},
     {"gptjax.tuning", "gptjax.interop", "gptjax.probing"},

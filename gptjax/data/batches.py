@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from gptjax import sharding
 from gptjax.config import Experiment
 from gptjax.data.objectives import OBJECTIVES, Batch, Windows
-from gptjax.data.store import Store, Stream
+from gptjax.data.store import Store, Stream, check_ids
 from gptjax.errors import DataError
 
 CYCLE = 1024  # samples after which every source of a mixture has had exactly its share
@@ -169,7 +169,9 @@ class Batches:
         within = cycles * self.per_cycle[sources] + self.rank_of[places]
         parts = [w.shuffled(within[sources == i]) for i, w in enumerate(self.train_streams)]
         order = np.argsort(np.argsort(sources, kind="stable"), kind="stable")
-        return self.make(_take(parts, order))
+        windows = _take(parts, order)
+        check_ids(windows.ids, self.experiment.model.vocab_size, self.store.folder)
+        return self.make(windows)
 
     def batch(self, step: int, chosen: np.ndarray | None = None) -> Batch:
         """What the update from `step` to step + 1 reads: [microbatches, batch_size / microbatches, length].

@@ -33,6 +33,7 @@ from gptjax.errors import DataError
 
 FORMAT_VERSION = 1
 CHUNK = 1 << 20  # characters that are encoded at once
+LOOKED_AT = 1 << 28  # tokens of a stream that are looked through at the start; the others when they are read
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,15 @@ def chunks(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
+def check_ids(ids: np.ndarray, vocab_size: int | None, where: Path) -> None:
+    """Raises `DataError` for an id outside the vocabulary, where that is known: the file is not what was written."""
+    if vocab_size and ids.size and (largest := int(ids.max())) >= vocab_size:
+        raise DataError(
+            f"{where}: holds the id {largest}, and the vocabulary has only {vocab_size}; the tokens are damaged: "
+            "delete the folder, to have it rebuilt"
+        )
+
+
 def _load(data: Data, folder: Path) -> Store:
     lengths = json.loads((folder / "store.json").read_text())["lengths"]
     tokens = tokenizer.load(folder / "tokenizer")
@@ -237,6 +247,7 @@ def _load(data: Data, folder: Path) -> Store:
             raise DataError(
                 f"{path}: holds {len(ids)} tokens, not {lengths[number][side]}; delete {folder} to rebuild it"
             )
+        check_ids(ids[:LOOKED_AT], tokens.vocab_size, path)
         return Stream(name, ids, np.fromfile(folder / f"{number}.{side}.documents", np.int64))
 
     sources, apart = names(data.source), names(data.val_source)

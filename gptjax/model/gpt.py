@@ -5,6 +5,7 @@ of all layers are stacked along a leading "layers" axis, so that scan and unroll
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,7 @@ def init_params(model: config.Model, key: Array) -> Params:
     return meta.unbox(_declared(model, key))
 
 
+@functools.cache
 def weight_axes(model: config.Model) -> dict[str, "dict | Axes"]:
     """The names of the axes of every weight, in the shape of the params."""
     boxes = jax.eval_shape(lambda key: _declared(model, key), jax.random.key(0))

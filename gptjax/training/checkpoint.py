@@ -231,6 +231,11 @@ class Writer:
                 "room or mend the disk; the same command goes on from the last of them"
             ) from e
 
+    def check(self) -> None:
+        """Raises `TrainingFailed` if a save has failed by now; waits for nothing."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
     def close(self) -> None:
         """Waits for the last save, then lets the threads go."""
         try:

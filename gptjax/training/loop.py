@@ -145,6 +145,7 @@ class Fit:
                 batch = next(batches)
                 if step > self.first + 1:  # as the stopwatch, which leaves the first step out
                     self.waited += time.perf_counter() - began
+                self.writer.check()  # a save that failed is told of now, not at the next one
                 state, metrics = self.shop.train_step(state, batch)
                 self.unread.append((step, metrics))
                 stopping = asked_to_stop(step)

@@ -1,5 +1,6 @@
 """What a run says of itself: metrics.jsonl and its views, the progress line, and how much of the machine it uses."""
 
+import functools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ PEAKS = {
 }
 
 
+@functools.cache  # tracing a model takes a tenth of a second, and every line of the log asks for this
 def num_params(model: Model) -> dict[str, int]:
     """Weights of a model: `total`, and `multiplied`, those that take part in matrix products (6 FLOPs a token each)."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import write_corpus
+from conftest import TINY, write_corpus
 
 from gptjax.config import Data
 from gptjax.data import corpus, store
+from gptjax.data.batches import Batches
+from gptjax.data.store import open_store
 from gptjax.errors import DataError
 
 DOCUMENTS = [f"document {i}: " + "words and more " * (i % 5 + 1) for i in range(40)]
@@ -173,11 +176,11 @@ def test_a_build_that_is_killed_leaves_no_store(tmp_path):
         "import os, signal\n"
         "from gptjax.config import Data\n"
         "from gptjax.data import store\n"
-        "write = store._write_durably\n"
+        "write = store.write_durably\n"
         "def die(target, content):\n"
         "    if target.name == 'store.json': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(target, content)\n"
-        "store._write_durably = die\n"
+        "store.write_durably = die\n"
         f"store.open_store(Data(source={str(path)!r}))\n"
     )
     environment = os.environ | {"GPTJAX_CACHE": str(tmp_path / "cache")}
@@ -190,13 +193,33 @@ def test_a_build_that_is_killed_leaves_no_store(tmp_path):
     assert len([p for p in stores.iterdir() if (p / "store.json").exists()]) == 1
 
 
-def test_a_store_that_lost_bytes_is_refused(tmp_path):
+def test_a_store_that_lost_bytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))  # what is harmed here is not for other tests
     data = Data(source=str(write_corpus(tmp_path, 3000)))
     opened = store.open_store(data)
     path = opened.folder / "0.train.tokens"
     os.truncate(path, path.stat().st_size - 2)
     with pytest.raises(DataError, match=r"delete .* to rebuild it"):
         store.open_store(data)
+
+
+def test_an_id_that_the_tokenizer_does_not_have_is_refused_at_the_start_or_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    e = TINY.override({"data.source": str(write_corpus(tmp_path))})
+    opened = open_store(e.data)
+    path = opened.folder / "0.train.tokens"
+    content = bytearray(path.read_bytes())
+    content[2001] ^= 0x80  # a flipped bit makes a token 32768 more
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"holds the id 32\d\d\d, and the vocabulary has only 257"):
+        open_store(e.data)
+    monkeypatch.setattr(store, "LOOKED_AT", 10)  # as in a corpus too large to be looked through
+    batches = Batches(open_store(e.data), e.resolved(257))
+    with pytest.raises(DataError, match=r"holds the id 32\d\d\d"):
+        for step in range(50):
+            batches.batch(step)
+    shutil.rmtree(opened.folder)
+    open_store(e.data)
 
 
 def test_chunks_of_a_text_without_line_breaks():

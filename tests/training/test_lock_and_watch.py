@@ -16,7 +16,7 @@ from processes import QUICK, ROOT, start, start_job, steps_logged, wait_for_step
 from gptjax.errors import RunError
 from gptjax.training import checkpoint
 from gptjax.training.lock import ALIVE_SECONDS, hold
-from gptjax.training.watch import GONE_SECONDS, LOOK_SECONDS
+from gptjax.training.watch import GONE_SECONDS
 
 ENDLESS = {"train.steps": 100_000, "train.checkpoint_every": 10, "train.eval_every": 0, "train.log_every": 1}
 
@@ -66,6 +66,7 @@ def test_locks_of_other_machines_count_while_they_are_fresh(tmp_path, capfd):
         assert "is taken over" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_the_lock_of_a_killed_one_is_taken_over(job, tmp_path):
     (first,), run = job(1)
     second = start(tmp_path / "tiny.py", run)
@@ -111,7 +112,7 @@ def test_when_one_of_two_is_killed_or_frozen_the_other_ends_and_says_so(job, har
     pair[harmed].send_signal(harm)
     began = time.monotonic()
     _, errors = other.communicate(timeout=120)
-    assert time.monotonic() - began < GONE_SECONDS + 5 * LOOK_SECONDS + 10
+    assert time.monotonic() - began < GONE_SECONDS + 15, "the bound that the README promises"
     if harm == signal.SIGKILL and harmed == 0:  # jax itself ends a process whose coordinator is gone, by SIGABRT
         assert other.returncode != 0 and "leader task was preempted/died/restarted" in errors
     else:
@@ -139,9 +140,10 @@ def test_when_one_of_two_fails_the_other_names_its_error(tmp_path):
     )
     command = [sys.executable, str(script), "train", str(mine), "--run-dir", str(tmp_path / "run")]
     pair = start_job(2, mine, tmp_path / "run", command=command)
-    began = time.monotonic()
-    errors = [process.communicate(timeout=120)[1] for process in pair]
-    assert time.monotonic() - began < 90
+    pair[1].wait(120)
+    failed = time.monotonic()
+    errors = [process.communicate(timeout=60)[1] for process in pair]
+    assert time.monotonic() - failed < 10, "the bound that the README promises"
     assert pair[1].returncode == 1 and "OSError: the disk with the text is gone" in errors[1]
     assert pair[0].returncode == 3, errors[0]
     assert "process 1 (" in errors[0] and "failed in" in errors[0] and "the disk with the text is gone" in errors[0]

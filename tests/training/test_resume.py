@@ -131,6 +131,7 @@ def test_a_run_stopped_three_times_is_the_unbroken_run_bit_for_bit():
     check_in_pieces(changes, [(1, "signal"), (4, "crash"), (5, "signal")])
 
 
+@pytest.mark.slow
 def test_a_run_stopped_exactly_at_an_epochs_end_is_the_unbroken_run_bit_for_bit(tmp_path):
     e = tiny_run(tmp_path)
     windows = train.prepare(e).batches.train_streams[0].windows
@@ -223,9 +224,8 @@ def unbroken(mine: Path, folder: Path) -> dict:
     return restored(folder)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGINT", "SIGTERM"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_real_signal_saves_and_the_same_command_finishes_bit_for_bit(tmp_path, number):
     e = tiny_run(tmp_path, **{"train.steps": 60, "train.checkpoint_every": 1000, "train.eval_every": 0})
     mine = write_experiment(tmp_path, e.override({"train.sample_tokens": 0}))

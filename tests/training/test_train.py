@@ -107,6 +107,7 @@ def test_folders_that_cannot_hold_a_run_are_refused(tmp_path):
         train.train(e.override({"model.context_length": 100_000}), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     e = tiny_run(tmp_path)
     train.train(e, tmp_path / "first")

@@ -105,7 +105,9 @@ class Payload:
         return os.system, (f"touch {os.environ['GPTJAX_TEST_MARK']}",)
 
 
-@pytest.mark.parametrize("verb", [["verify"], ["eval"], ["sample", "line"]], ids=lambda verb: verb[0])
+@pytest.mark.parametrize(
+    "verb", [["verify"], *(pytest.param(verb, marks=pytest.mark.slow) for verb in (["eval"], ["sample", "line"]))]
+)
 def test_no_code_from_a_run_folder_runs(run, tmp_path, monkeypatch, verb):
     mark = tmp_path / "it-ran"
     monkeypatch.setenv("GPTJAX_TEST_MARK", str(mark))

@@ -1,0 +1,89 @@
+"""What saving costs while a model of 10 million parameters trains: the stall of the loop, and the checksums.
+
+    python benchmarks/checkpoint.py [--seconds 10] [--saves 5]
+
+Trains with a save every `--seconds`, and compares with the same loop without saves, in turn. Prints for each save how
+long the loop stood still (the call that starts it), how much slower the steps beside it were, and the time that all
+checksums of a checkpoint took in the background.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from gptjax.config import Experiment
+from gptjax.training import checkpoint
+from gptjax.training.metrics import num_params
+from gptjax.training.workshop import create_state, enable_compilation_cache, prepare
+
+LARGE = Experiment(name="ten-million").override(
+    model=dict(context_length=64, num_layers=12, embed_dim=264, num_heads=4, positions="rope", layers="unrolled"),
+    train=dict(steps=100_000, batch_size=4),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="between two saves")
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="a small model, to see that the script works")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    enable_compilation_cache()
+    shop = prepare(LARGE.override(model=dict(num_layers=1, embed_dim=32)) if options.tiny else LARGE)
+    with tempfile.TemporaryDirectory() as name, jax.set_mesh(shop.mesh):
+        figures = measure(shop, Path(name), options.seconds, options.saves)
+    size = num_params(shop.experiment.model)["total"]
+    print(f"{size:,} parameters, {figures['checkpoint_bytes'] / 1e6:.0f} MB a checkpoint, a save every "
+          f"{options.seconds:.0f} s, {options.saves} of them")  # fmt: skip
+    for name in ("stall_seconds", "slowdown_seconds", "checksum_seconds"):
+        values = figures[name]
+        print(f"  {name:<18} median {statistics.median(values):.3f} s ({min(values):.3f} to {max(values):.3f})")
+    share = statistics.median(figures["stall_seconds"]) / options.seconds
+    both = share + statistics.median(figures["slowdown_seconds"]) / options.seconds
+    print(f"  the loop stands still for {share:.2%} of the interval; with slower steps beside the save {both:.2%}")
+    if options.json:
+        print(json.dumps(figures | {"num_params": size, "stall_share": share, "all_share": both}))
+
+
+def measure(shop, folder: Path, seconds: float, saves: int) -> dict:
+    state = create_state(shop.experiment, shop.tx, shop.abstract)
+    writer = checkpoint.Writer(folder.absolute() / "checkpoints", 2, 1)
+    step, found = 0, {"stall_seconds": [], "slowdown_seconds": [], "checksum_seconds": []}
+
+    def run(for_seconds: float) -> tuple[float, int]:
+        """Trains for so long; returns the time it took and the steps."""
+        nonlocal state, step
+        began, first = time.perf_counter(), step
+        while time.perf_counter() - began < for_seconds:
+            state, metrics = shop.train_step(state, shop.batches.on_devices(step, shop.mesh))
+            metrics["loss"].block_until_ready()
+            step += 1
+        return time.perf_counter() - began, step - first
+
+    run(seconds / 5)
+    writer.save(state, shop.batches.place(step))  # the first one opens files and starts threads
+    writer.wait()
+    for _ in range(saves):
+        alone, steps_alone = run(seconds)
+        before = writer.checksum_seconds
+        began = time.perf_counter()
+        writer.save(state, shop.batches.place(step))
+        stall = time.perf_counter() - began
+        beside, steps_beside = run(seconds - stall)
+        writer.wait()
+        found["stall_seconds"].append(stall)
+        found["slowdown_seconds"].append(beside - steps_beside * alone / steps_alone)
+        found["checksum_seconds"].append(writer.checksum_seconds - before)
+    writer.close()
+    found["checkpoint_bytes"] = checkpoint.state_bytes(shop.abstract)
+    return found
+
+
+if __name__ == "__main__":
+    main()
