@@ -206,3 +206,27 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted():
 
 def test_nothing_of_an_epoch_depends_on_its_size_in_memory():
     assert batches_module.permute(np.array([0, 10**12 - 1]), 10**12, (1,)).max() < 10**12
+
+
+def test_a_run_goes_on_from_the_example_at_which_it_stood(tmp_path):
+    """Another batch size goes on in the same order; another context length begins one of its own; both are counted."""
+
+    def batches(**changes) -> Batches:
+        e = TINY.override({"data.source": str(write_corpus(tmp_path))} | changes)
+        return Batches(open_store(e.data), e.resolved(257))
+
+    first = batches()
+    place = first.place(10)
+    assert (place.samples, place.tokens, place.next) == (80, 80 * 16, 80)
+    larger = batches(**{"train.batch_size": 12})
+    larger.start_at(place)
+    assert larger.samples(10).ravel().tolist() == list(range(80, 92))
+    np.testing.assert_array_equal(larger.batch(10).tokens[0], first.rows(np.arange(80, 92)).tokens)
+    assert larger.place(10) == place and larger.place(12)[:4] == (12, 104, 104 * 16, 104)
+    longer = batches(**{"model.context_length": 32})
+    longer.start_at(larger.place(12))
+    assert longer.samples(12).ravel().tolist() == list(range(8))
+    assert longer.place(13)[:4] == (13, 112, 104 * 16 + 8 * 32, 8)
+    again = batches(**{"model.context_length": 32})
+    again.start_at(longer.place(13))
+    assert again.samples(13).ravel().tolist() == list(range(8, 16)), "in the order that was begun"

@@ -100,14 +100,15 @@ def test_pieces_larger_than_their_array_are_refused(run):
         load_params(open_run(run), "last")
 
 
+SLOW_VERBS = (["eval"], ["sample", "line"])
+
+
 class Payload:
     def __reduce__(self):
         return os.system, (f"touch {os.environ['GPTJAX_TEST_MARK']}",)
 
 
-@pytest.mark.parametrize(
-    "verb", [["verify"], *(pytest.param(verb, marks=pytest.mark.slow) for verb in (["eval"], ["sample", "line"]))]
-)
+@pytest.mark.parametrize("verb", [["verify"], *(pytest.param(v, marks=pytest.mark.slow) for v in SLOW_VERBS)])
 def test_no_code_from_a_run_folder_runs(run, tmp_path, monkeypatch, verb):
     mark = tmp_path / "it-ran"
     monkeypatch.setenv("GPTJAX_TEST_MARK", str(mark))
