@@ -119,7 +119,7 @@ def train(arguments: list[str]) -> None:
         run_dir: Path | None = None  # folder of the run; None: runs/NAME
         resume: bool = False  # insist that a run stands there to go on with
         allow_changes: bool = False  # go on with other values or data than the run was trained with
-        from_step: int | None = None  # go back to this checkpoint; later ones are set aside
+        from_step: int | None = None  # go back to this checkpoint (0: begin again); later ones are set aside
         experiment: Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = loaded
 
     options = _parse(Options, arguments[named:], f"train {arguments[0] if named else 'FILE'}")

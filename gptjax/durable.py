@@ -32,6 +32,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """`sync_folder` for everything below a folder, and its files as well."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with Path(root, name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(root))
+
+
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """The content of a plain file. Raises `RunError` for a link, a device or a giant: it may be a stranger's."""
     status = path.lstat()

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.data.batches import Place
-from gptjax.durable import digest, read_json, read_text, sync_folder, write_durably
+from gptjax.durable import digest, read_json, read_text, sync_folder, sync_tree, write_durably
 from gptjax.errors import EXIT_FAILED, RunError, TrainingFailed
 from gptjax.training.state import TrainState, leaf_name
 
@@ -51,6 +51,10 @@ class Checkpoint:
     damage: str | None = None  # what is wrong with the manifest itself
 
 
+class LaterFormat(RunError):
+    """A checkpoint that a later release wrote: it is not damaged, and must not be set aside."""
+
+
 def listing(folder: Path) -> list[Checkpoint]:
     """The committed checkpoints of a run, oldest first, damaged ones among them."""
     found = (_read(path) for path in _step_folders(folder) if _is_committed(path))
@@ -59,9 +63,14 @@ def listing(folder: Path) -> list[Checkpoint]:
 
 def problem(checkpoint: Checkpoint) -> str | None:
     """What of a checkpoint is not as it was written, named by its file; None for a whole one."""
+    try:
+        return checkpoint.damage or _difference(checkpoint)
+    except OSError as e:
+        return f"{e.filename or checkpoint.folder}: cannot be read ({e.strerror})"
+
+
+def _difference(checkpoint: Checkpoint) -> str | None:
     arrays = checkpoint.folder / ARRAYS
-    if checkpoint.damage:
-        return checkpoint.damage
     if not checkpoint.files:
         return f"{checkpoint.folder / MANIFEST}: names no files"
     there = set(_files(arrays))
@@ -88,9 +97,7 @@ def choose(folder: Path, which: str = "last") -> Checkpoint:
         raise RunError(f"{folder}: has no checkpoint yet; train the run first")
     if which == "last":
         return _newest_whole(folder, checkpoints, lambda c, why: _warn(f"step {c.step} cannot be used: {why}"))
-    evaluated = [c for c in checkpoints if c.val_loss is not None]
-    best = min(evaluated, key=lambda c: c.val_loss or 0.0).step if evaluated else checkpoints[-1].step
-    wanted = str(best) if which == "best" else which
+    wanted = str([*_from_the_best(checkpoints), checkpoints[-1]][0].step) if which == "best" else which
     for checkpoint in checkpoints:
         if wanted == str(checkpoint.step):
             if why := problem(checkpoint):
@@ -103,27 +110,33 @@ def choose(folder: Path, which: str = "last") -> Checkpoint:
 
 
 def choose_to_go_on(folder: Path, step: int | None = None) -> Checkpoint | None:
-    """The checkpoint that a run goes on from: the newest whole one, or that of `step`; None before the first.
+    """The checkpoint that a run goes on from: the newest whole one, or that of `step`; None at the beginning.
 
-    For the holder of the run's lock: clears away what saves and deletes left unfinished, sets aside what is damaged,
-    and what came after `step`, and says so on stderr. Raises `RunError` where nothing whole is left to go on from.
+    For the holder of the run's lock: clears away what saves and deletes left unfinished and sets aside what is damaged,
+    and says so on stderr. Raises `RunError` where nothing whole is left to go on from.
     """
     tidy(folder)
     checkpoints = listing(folder)
     if step is not None:
-        if step not in {c.step for c in checkpoints}:
+        chosen = next((c for c in checkpoints if c.step == step), None)
+        if step > 0 and chosen is None:
             steps = ", ".join(str(c.step) for c in checkpoints) or "none"
             raise RunError(f"{folder}: has no checkpoint of step {step} to go back to; there are {steps}")
-        if why := problem(next(c for c in checkpoints if c.step == step)):
+        if chosen and (why := problem(chosen)):
             raise RunError(f"step {step} cannot be used: {why}; go back to another")
-        for later in [c for c in checkpoints if c.step > step]:
-            _set_aside(later.folder, f"rolled-back-to-{step}", f"step {later.step}: the run goes back to step {step}")
-        return next(c for c in checkpoints if c.step == step)
-    if not checkpoints and not (folder / SET_ASIDE).exists():
+        return chosen
+    if not checkpoints and not any((folder / SET_ASIDE).glob("*-damaged*")):
         return None
     return _newest_whole(
         folder, checkpoints, lambda c, why: _set_aside(c.folder, "damaged", f"step {c.step} cannot be used: {why}")
     )
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Sets aside the checkpoints of a future that a run does not have any more, and says so on stderr."""
+    for c in reversed(listing(folder)):
+        if c.step > step:
+            _set_aside(c.folder, f"rolled-back-to-{step}", f"step {c.step}: the run goes back to step {step}")
 
 
 def unfinished(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -143,7 +156,7 @@ def tidy(folder: Path) -> None:
     """Clears away what was never a checkpoint, and says so. What has a manifest is set aside instead of removed."""
     for path, why in list(unfinished(folder)):
         if path.name.endswith(DELETING):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         elif path not in _step_folders(folder):
             _warn(f"{path}: {why}; it is left alone")
         elif (path / MANIFEST).exists():
@@ -214,9 +227,12 @@ class Writer:
         target = self.folder / f"{step:08d}"
         if jax.process_index() == 0 and target.exists():
             shutil.rmtree(target)  # left by a save that failed: it was never committed
-        self._arrays.save(target / ARRAYS, args=self._args(state))
-        self._saving = self._thread.submit(self._commit, target, place, val_loss)
         self._newest = step
+        try:
+            self._arrays.save(target / ARRAYS, args=self._args(state))
+        except (OSError, ValueError) as e:
+            raise self._failed(e) from e
+        self._saving = self._thread.submit(self._commit, target, place, val_loss)
 
     def wait(self) -> None:
         """Returns when nothing is in flight; raises `TrainingFailed` where the last save failed."""
@@ -226,10 +242,13 @@ class Writer:
         try:
             saving.result()
         except Exception as e:
-            raise TrainingFailed(
-                f"{self.folder}: step {self._newest} could not be saved ({_first_line(e)}); the others are whole. Make "
-                "room or mend the disk; the same command goes on from the last of them"
-            ) from e
+            raise self._failed(e) from e
+
+    def _failed(self, e: Exception) -> TrainingFailed:
+        return TrainingFailed(
+            f"{self.folder}: step {self._newest} could not be saved ({_first_line(e)}); the others are whole. Make "
+            "room or mend the disk; the same command goes on from the last of them"
+        )
 
     def check(self) -> None:
         """Raises `TrainingFailed` if a save has failed by now; waits for nothing."""
@@ -270,6 +289,7 @@ class Writer:
             return
         began = time.perf_counter()
         arrays = target / ARRAYS
+        sync_tree(target)  # Orbax leaves some of its files in the page cache
         files = {name: ((arrays / name).stat().st_size, digest(arrays / name)) for name in _files(arrays)}
         self.checksum_seconds += time.perf_counter() - began
         values = {"format": FORMAT_VERSION, "val_loss": val_loss, "place": place._asdict(), "files": files}
@@ -281,19 +301,28 @@ class Writer:
 
     def _prune(self) -> None:
         checkpoints = listing(self.folder)
-        evaluated = sorted((c for c in checkpoints if c.val_loss is not None), key=lambda c: c.val_loss or 0.0)
-        kept = {c.step for c in [*checkpoints[-self.keep_last :], *evaluated[: self.keep_best]]}
+        kept = {c.step for c in [*checkpoints[-self.keep_last :], *_from_the_best(checkpoints)[: self.keep_best]]}
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
                 condemned = checkpoint.folder.with_name(checkpoint.folder.name + DELETING)
-                checkpoint.folder.rename(condemned)  # at one stroke: what is listed is never half deleted
-                sync_folder(self.folder)
-                shutil.rmtree(condemned)
+                try:
+                    checkpoint.folder.rename(condemned)  # at one stroke: what is listed is never half deleted
+                    sync_folder(self.folder)
+                    shutil.rmtree(condemned)
+                except OSError as e:  # the save is done; what is left is cleared away at the next start
+                    _warn(f"{condemned}: could not be removed ({e.strerror})")
 
 
 def state_bytes(abstract: Any) -> int:
     """What the arrays of a state take, about what its checkpoint takes on disk."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+
+
+def _from_the_best(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """Those with a validation loss, the lowest first; of one text and context length only, those of the newest."""
+    orders = [c.place.order if c.place else "" for c in checkpoints]
+    same = [c for c, order in zip(checkpoints, orders, strict=True) if order == orders[-1] and c.val_loss is not None]
+    return sorted(same, key=lambda c: c.val_loss or 0.0)
 
 
 def _newest_whole(
@@ -345,21 +374,23 @@ def _read(folder: Path) -> Checkpoint | None:
     step = int(folder.name)
     try:
         values = _vouched(folder)
+        version = values["format"]
+        if version not in (1, FORMAT_VERSION):
+            raise LaterFormat(
+                f"{folder}: is a checkpoint of format {version}, and this gptjax reads 1 and {FORMAT_VERSION}; use the "
+                "release that wrote it, or a newer one"
+            )
         place = Place(**values["place"]) if "place" in values else None
         if step != (place.step if place else values["step"]):
             raise ValueError("it is of another step than its folder")
         files = {str(name): (int(size), str(sha)) for name, (size, sha) in values["files"].items()}
-        checkpoint = Checkpoint(folder, step, values["format"], values["val_loss"], place, files)
+        return Checkpoint(folder, step, version, values["val_loss"], place, files)
+    except LaterFormat:
+        raise
     except FileNotFoundError as e:
         return Checkpoint(folder, step, damage=f"{e.filename}: is missing") if _is_committed(folder) else None
-    except (RunError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+    except (RunError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         return Checkpoint(folder, step, damage=f"{folder / MANIFEST}: is not what was committed ({_first_line(e)})")
-    if checkpoint.format not in (1, FORMAT_VERSION):
-        raise RunError(
-            f"{folder}: is a checkpoint of format {checkpoint.format}, and this gptjax reads 1 and {FORMAT_VERSION}; "
-            "use the release that wrote it, or a newer one"
-        )
-    return checkpoint
 
 
 def _vouched(folder: Path) -> dict[str, Any]:

@@ -53,18 +53,21 @@ def hold(folder: Path) -> Iterator[Lock]:
 
 
 def _acquire(path: Path) -> TextIO:
+    kernel_knows = True
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _refusal(path, _holder(file)) from None
+        except OSError:  # the file system has no flock: only what the holder shows is left
+            kernel_knows = False
         if _is_at(path, file):
             break
         file.close()  # its holder has just removed it
     holder, here = _holder(file), socket.gethostname()
     silent = time.time() - os.fstat(file.fileno()).st_mtime
-    if holder and holder.get("host") != here and silent < ALIVE_SECONDS:
+    if holder and (holder.get("host") != here or not kernel_knows) and silent < ALIVE_SECONDS:
         file.close()
         raise _refusal(
             path, holder, f"it showed itself {silent:.0f} s ago; if it has ended, wait {ALIVE_SECONDS:.0f} s"

@@ -98,7 +98,9 @@ class Fit:
         self.log = MetricsLog(run.folder, shop.experiment, first)
         earlier = [line for line in run.metrics() if line["step"] <= first and "event" not in line]
         self.latest: Figures = {name: value for line in earlier for name, value in line.items()}
-        self.best = min((line["val_loss"] for line in earlier if "val_loss" in line), default=math.inf)
+        comparable = [line for line in earlier if "val_loss" in line and line["step"] > run.last_change_of_text()]
+        self.best = min((line["val_loss"] for line in comparable), default=math.inf)
+        self.evaluated = max((line["step"] for line in comparable), default=None)  # the last step with a loss
         self.clock = Stopwatch(self.latest.get("seconds", 0.0))
         self.progress = Progress(t.steps, first)
         self.rate = make_schedule(shop.experiment.optim, t.steps)
@@ -114,8 +116,9 @@ class Fit:
         try:
             with stop_requests() as asked_to_stop:
                 state = self._steps(state, asked_to_stop)
-            if "val_loss" not in self.latest:  # killed after the last checkpoint, and the figures were lost
-                self._evaluate(int(state.step), state)
+                if self.evaluated != int(state.step):  # killed after the last checkpoint, and the figures were lost
+                    self._evaluate(int(state.step), state)
+                self._close()
         except KeyboardInterrupt:
             raise  # at once: a save in flight is not waited for, and was not committed
         except BaseException:
@@ -124,7 +127,6 @@ class Fit:
             except TrainingFailed as e:
                 say(str(e))  # besides the error that is on its way already
             raise
-        self._close()
         figures = self._result()
         if jax.process_index() == 0:
             self.folder.write_result(figures)
@@ -132,8 +134,10 @@ class Fit:
 
     def _close(self) -> None:
         self.progress.close()
-        self.log.close()
-        self.writer.close()
+        try:
+            self.writer.close()
+        finally:
+            self.log.close()
 
     def _steps(self, state: TrainState, asked_to_stop: Callable[[int], str | None]) -> TrainState:
         t = self.shop.experiment.train
@@ -227,6 +231,7 @@ class Fit:
 
     def _evaluate(self, step: int, state: TrainState) -> float | None:
         """The validation loss; None where it is not finite, which is no reason to stop."""
+        self.evaluated = step
         figures = evaluate(self.shop, state, lambda: self.watch.beat(f"the evaluation after step {step}"))
         if not math.isfinite(figures["val_loss"]):
             say(f"warning: step {step}: the validation loss is {figures['val_loss']}")

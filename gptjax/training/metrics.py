@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from gptjax.config import Experiment, Model
 from gptjax.durable import write_durably
-from gptjax.errors import GptjaxError, RunError
+from gptjax.errors import GptjaxError, RunError, TrainingFailed
 from gptjax.model.gpt import init_params
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
@@ -118,18 +119,30 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Returns when everything up to now is on disk: a checkpoint must not outlive the lines before it."""
-        if self._file.name != os.devnull:
-            os.fsync(self._file.fileno())
+        with self._reporting():
+            if self._file.name != os.devnull:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        with self._reporting():
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
     def _append(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
+        with self._reporting():
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise TrainingFailed(
+                f"{self._file.name}: cannot be written ({e.strerror}); the checkpoints are whole. Make room or mend "
+                "the disk; the same command goes on from the last of them"
+            ) from e
 
 
 def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

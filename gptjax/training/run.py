@@ -36,6 +36,7 @@ from gptjax.training.metrics import read_metrics
 
 FORMAT_VERSION = 1
 EXPERIMENT, PROVENANCE, METRICS, RESULT = "experiment.json", "provenance.json", "metrics.jsonl", "result.json"
+CONTEXT = {"model.context_length"}  # a validation loss depends on it as on the text
 UNBORN = {lock.NAME, watch.FOLDER, "tokenizer", PROVENANCE}  # what a folder may hold before it has an experiment
 
 
@@ -63,6 +64,12 @@ class Run:
 
     def write_result(self, figures: dict[str, Any]) -> None:
         write_durably(self.folder / RESULT, json.dumps({"format": FORMAT_VERSION} | figures, indent=2) + "\n")
+
+    def last_change_of_text(self) -> int:
+        """The step from which on validation losses are of today's text and context length; -1 from the first."""
+        changes = self.provenance().get("changes", [])
+        told = [c["step"] for c in changes if any(f.startswith("data") or f in CONTEXT for f in c["fields"])]
+        return max(told, default=-1)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; an unfinished last line is left out."""
@@ -194,7 +201,7 @@ def check_data(run: Run, store: Store) -> None:
 
 
 def _is_scratch(path: Path) -> bool:
-    return re.fullmatch(r"\..+\.\d+", path.name) is not None and path.is_file()
+    return re.fullmatch(r"\.+(experiment|provenance|metrics|result|probe)\b.*\.\d+", path.name) is not None
 
 
 def _provenance(store: Store) -> dict[str, Any]:

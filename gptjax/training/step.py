@@ -86,12 +86,12 @@ def train_step(
 
 def usual_loss(state: TrainState, skip_spikes: float | None) -> tuple[Array, Array]:
     """The mean of the recent losses (infinite before there are any), and the loss above which an update is skipped."""
-    losses, taken = state.health.losses, state.step - state.health.skipped
-    known = jnp.arange(RECENT) < taken
-    mean = jnp.where(taken > 0, (losses * known).sum() / jnp.maximum(known.sum(), 1), jnp.inf)
+    losses = state.health.losses
+    known = losses > 0  # a state of format 1 has taken updates of which the loss is not known
+    mean = jnp.where(known.any(), losses.sum() / jnp.maximum(known.sum(), 1), jnp.inf)
     if skip_spikes is None:
         return mean, jnp.full((), jnp.inf)
-    return mean, jnp.where(taken >= RECENT, mean + skip_spikes * losses.std(), jnp.inf)
+    return mean, jnp.where(known.all(), mean + skip_spikes * losses.std(), jnp.inf)
 
 
 def _examined(state: TrainState, loss: Array, good: Array) -> Health:

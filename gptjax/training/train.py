@@ -38,8 +38,8 @@ def train(
     """Trains an experiment in a run folder, or goes on with the run that stands there; returns its final figures.
 
     `resume` insists that a run stands there; `allow_changes` goes on with other values than those it was trained with;
-    `from_step` takes it back to that checkpoint and sets aside what came after. Raises `GptjaxError`s, each with what
-    to do; `Interrupted` after the first Ctrl-C or SIGTERM, with the state saved.
+    `from_step` takes it back to that checkpoint (0: to the beginning) and sets aside what came after. Raises
+    `GptjaxError`s, each with what to do; `Interrupted` after the first Ctrl-C or SIGTERM, with the state saved.
     """
     began = time.perf_counter()
     check(experiment, jax.device_count())
@@ -58,8 +58,10 @@ def train(
             if jax.process_count() == 1:
                 raise
             raise TrainingFailed(f"{watch.doing}: {str(e).splitlines()[0]}; {watch.explain()}") from e
+        except Interrupted as e:
+            raise Interrupted(f"{e}{' (without --from-step)' if from_step is not None else ''}") from None
         except BaseException as e:
-            failure = None if isinstance(e, Interrupted) else e
+            failure = e
             raise
         finally:
             watch.close(failure)
@@ -68,9 +70,10 @@ def train(
 def _train(
     shop: Workshop, folder: Path, watch: Watch, began: float, allow_changes: bool, from_step: int | None
 ) -> Figures:
-    check_start(shop)
     run, first = Run(folder, shop.experiment), sharding.on_first_process
-    first(lambda: check_room(folder, checkpoint.state_bytes(shop.abstract)))
+    fresh = from_step == 0 or first(lambda: not checkpoint.listing(run.checkpoints))
+    check_start(shop, fresh)
+    first(lambda: run.result() or check_room(folder, checkpoint.state_bytes(shop.abstract)))
     changes = first(lambda: start_run(folder, shop.experiment, shop.store, allow_changes))
     figures = first(run.result)
     if figures and not changes and from_step is None:
@@ -79,10 +82,9 @@ def _train(
     watch.beat("looking for a checkpoint")
     step = first(lambda: (c := checkpoint.choose_to_go_on(run.checkpoints, from_step)) and c.step)
     chosen = next((c for c in checkpoint.listing(run.checkpoints) if c.step == step), None)
+    first(lambda: _check_choice(run, step, from_step))
     if step is not None and chosen is None:
         raise RunError(f"{folder}: is not the same folder for all processes; put it on a disk that they share")
-    if step is not None and step > shop.experiment.train.steps:
-        raise RunError(f"{folder}: stands at step {step} already; train.steps must be more, or go back by --from-step")
     if chosen and chosen.place is None and changes:
         raise RunError(f"{chosen.folder}: is of format 1 and does not say where it stands in the data; go on without "
                        "changes until the next checkpoint, then make them")  # fmt: skip
@@ -90,11 +92,27 @@ def _train(
         state = first_state(shop, chosen)
         shop.batches.start_at((chosen and chosen.place) or shop.batches.place(int(state.step)))
         place = shop.batches.place(int(state.step))
-        if changes or from_step is not None:
+        if changes or from_step is not None:  # only now, when nothing can be refused any more, is anything moved
             first(lambda: set_aside_later(run, place.step))
+            first(lambda: checkpoint.set_aside_after(run.checkpoints, place.step))
         if changes:
             first(lambda: accept_changes(run, shop.experiment, shop.store, changes, place))
             say("\n".join([f"{folder}: goes on from step {place.step}, {place.samples:,} examples and {place.tokens:,} "
                            "tokens, with changes:", *lines(changes)]))  # fmt: skip
         say(summary(shop, place.step))
         return Fit(shop, run, place.step, began, watch).run(state)
+
+
+def _check_choice(run: Run, step: int | None, from_step: int | None) -> None:
+    """Raises `RunError` where the run would be over already, or would begin again although it had come far."""
+    t = run.experiment.train
+    if step is not None and step > t.steps:
+        raise RunError(
+            f"{run.folder}: stands at step {step} already; train.steps must be more, or go back by --from-step"
+        )
+    logged = max((line["step"] for line in run.metrics()), default=0)
+    if step is None and from_step is None and 0 < 2 * t.checkpoint_every < logged:
+        raise RunError(
+            f"{run.checkpoints}: holds no checkpoint, and the run has logged step {logged} already; bring the folder "
+            "back from a copy, or begin again with --from-step 0"
+        )

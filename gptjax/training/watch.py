@@ -71,7 +71,8 @@ class Watch:
     def _run(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
             if self._tick:
-                self._tick()
+                with contextlib.suppress(OSError):  # a moment's trouble of the disk is no reason to stop watching
+                    self._tick()
             silent = time.monotonic() - self._since if self._since is not None else 0.0
             if silent > self._stuck_seconds:
                 self._end(

@@ -117,14 +117,17 @@ def restore_state(chosen: Checkpoint, abstract: TrainState, experiment: Experime
     return TrainState(**saved)
 
 
-def check_start(shop: Workshop) -> None:
-    """Raises, before anything is written, where the run could not start or could not make its samples at the end."""
+def check_start(shop: Workshop, fresh: bool = True) -> None:
+    """Raises, before anything is written, where the run could not start or could not make its samples at the end.
+
+    One that is not `fresh` has checkpoints of its own and needs the weights of `experiment.init` no more.
+    """
     e, tokens = shop.experiment, shop.store.tokenizer
     length = len(tokens.encode(e.train.sample_prompt))
     room = e.model.context_length
     if e.train.sample_tokens and length >= room:
         raise ConfigError([f"train.sample_prompt: its {length} tokens leave no room in model.context_length = {room}"])
-    if e.init is None:
+    if e.init is None or not fresh:
         return
     source = open_run(Path(e.init))
     checkpoint.choose(source.checkpoints)

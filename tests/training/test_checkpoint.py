@@ -1,5 +1,6 @@
 """Checkpoints: what is whole loads bit for bit on any mesh; what is not is noticed, named and passed over."""
 
+import errno
 import hashlib
 import json
 import os
@@ -147,6 +148,65 @@ def test_going_back_sets_later_checkpoints_aside(run, capfd):
         go_on(run, from_step=3)
 
 
+def test_a_refused_command_moves_nothing(run):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    e = open_run(run).experiment
+    for changes, options in [
+        ({"model.ffn_dim": 32}, {"from_step": 2, "allow_changes": True}),
+        ({"train.steps": 4, "optim.warmup_steps": 1}, {"allow_changes": True}),
+        ({"seed": 1}, {"from_step": 2}),
+        ({}, {"from_step": 3}),
+    ]:
+        with pytest.raises(RunError):
+            train.train(e.override(changes), run, **options)
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, (changes, options)
+
+
+def test_a_run_killed_amid_its_first_save_begins_again_and_one_that_lost_its_folder_asks_first(run, capfd):
+    whole = restored(run)
+    folder = run / "checkpoints"
+    for step in (4, 6):
+        shutil.rmtree(folder / f"{step:08d}")
+    (folder / "00000002" / "committed").unlink()  # the moment before it was written
+    metrics = run / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.open() if json.loads(line)["step"] <= 3))
+    go_on(run)
+    assert "00000002: was never committed" in capfd.readouterr().err
+    assert_same(restored(run), whole)
+
+    shutil.rmtree(folder)
+    before = metrics.read_text()
+    with pytest.raises(RunError, match=r"holds no checkpoint, and the run has logged step 6 already.*--from-step 0"):
+        go_on(run)
+    assert metrics.read_text() == before
+    go_on(run, from_step=0)
+    assert_same(restored(run), whole)
+    assert (run / "metrics-before-step-0-again-1.jsonl").read_text() == before
+
+
+def test_a_disk_that_cannot_read_or_remove_does_not_end_a_run(run, monkeypatch, capfd):
+    """Both errors are raised by hand: a broken disk cannot be had."""
+    whole, digest = restored(run), checkpoint.digest
+
+    def broken(path):
+        if "00000006" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return digest(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "digest", broken)
+        assert checkpoint.choose(run / "checkpoints").step == 4
+        assert "cannot be read (Input/output error)" in capfd.readouterr().err
+    shutil.rmtree(run / "checkpoints" / "00000006")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "Not empty")))
+        (run / "result.json").unlink()
+        train.train(open_run(run).experiment.override({"train.keep_last": 1}), run, allow_changes=True)
+    assert "could not be removed (Not empty)" in capfd.readouterr().err
+    assert steps(run)[-1] == 6
+    assert_same(restored(run), whole)
+
+
 def test_other_shapes_and_dtypes_are_refused_by_name(run):
     open_run(run)
     chosen, e = checkpoint.choose(run / "checkpoints"), open_run(run).experiment
@@ -207,8 +267,11 @@ def test_a_checkpoint_of_release_0_1_loads_and_trains_on(tmp_path, monkeypatch):
     again = {x["step"]: x["loss"] for x in open_run(tmp_path / "run").metrics() if "loss" in x}
     before = {x["step"]: x["loss"] for x in lines if "loss" in x}
     np.testing.assert_allclose([again[step] for step in before], list(before.values()), rtol=1e-4)
+    assert not [x for x in open_run(tmp_path / "run").metrics() if "event" in x], (
+        "no loss counts as a jump from nothing"
+    )
     note = tmp_path / "run" / "checkpoints" / "00000004" / "checkpoint.json"
-    note.write_text(note.read_text().replace('"format": 1', '"format": 7'))
+    note.write_text(json.dumps({"format": 7, "all": "different"}))
     with pytest.raises(RunError, match="format 7, and this gptjax reads 1 and 2; use the release that wrote it"):
         load_params(open_run(tmp_path / "run"), "4")
 
@@ -296,6 +359,22 @@ def limited(size: int, *arguments, cwd: Path) -> subprocess.CompletedProcess:
     """The gptjax command where no file may grow beyond `size` bytes, as on a full disk."""
     command = [sys.executable, "-c", LIMITED, str(size), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | QUICK, cwd=cwd)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_when_a_line_is_logged_is_reported_and_harms_nothing(tmp_path):
+    e = tiny_run(tmp_path, **{"train.steps": 200, "train.checkpoint_every": 5, "train.eval_every": 0})
+    mine = write_experiment(tmp_path, e.override({"train.sample_tokens": 0}))
+    assert start(mine, tmp_path / "other").wait(300) == 0  # everything it needs is in the caches from here on
+    size = (tmp_path / "other" / "metrics.jsonl").stat().st_size
+    ended = limited(
+        max(size - 100, 60_000) if size > 60_100 else size - 100, "train", mine, "--run-dir", tmp_path / "run", cwd=ROOT
+    )
+    assert ended.returncode == 3 and "Traceback" not in ended.stderr, ended.stderr
+    found = checkpoint.listing(tmp_path / "run" / "checkpoints")
+    assert all(checkpoint.problem(c) is None for c in found)
+    assert start(mine, tmp_path / "run").wait(300) == 0
+    assert_same(restored(tmp_path / "run"), restored(tmp_path / "other"))
 
 
 @pytest.mark.slow
