@@ -15,6 +15,7 @@ from gptjax.training.evaluation import Figures
 from gptjax.training.lock import Lock, hold
 from gptjax.training.loop import Fit, say
 from gptjax.training.run import (
+    Changes,
     Run,
     accept_changes,
     check_folder,
@@ -73,8 +74,13 @@ def _train(
     run, first = Run(folder, shop.experiment), sharding.on_first_process
     fresh = from_step == 0 or first(lambda: not checkpoint.listing(run.checkpoints))
     check_start(shop, fresh)
-    first(lambda: run.result() or check_room(folder, checkpoint.state_bytes(shop.abstract)))
-    changes = first(lambda: start_run(folder, shop.experiment, shop.store, allow_changes))
+
+    def claim() -> Changes:
+        if run.result() is None:
+            check_room(folder, checkpoint.state_bytes(shop.abstract))
+        return start_run(folder, shop.experiment, shop.store, allow_changes)
+
+    changes = first(claim)
     figures = first(run.result)
     if figures and not changes and from_step is None:
         say(f"{folder}: finished already; nothing to do")

@@ -370,6 +370,7 @@ def test_a_disk_that_is_full_when_a_line_is_logged_is_reported_and_harms_nothing
     ended = limited(
         max(size - 100, 60_000) if size > 60_100 else size - 100, "train", mine, "--run-dir", tmp_path / "run", cwd=ROOT
     )
+    assert "cannot be written (File too large)" in ended.stderr or "could not be saved" in ended.stderr
     assert ended.returncode == 3 and "Traceback" not in ended.stderr, ended.stderr
     found = checkpoint.listing(tmp_path / "run" / "checkpoints")
     assert all(checkpoint.problem(c) is None for c in found)
