@@ -195,7 +195,7 @@ def restore(checkpoint: Checkpoint, abstract: Any) -> Any:
 class Writer:
     """Saves in the background, keeps the last and the best, and raises what went wrong with a save at the next call.
 
-    A process that ends without `close` finishes its save first, or ends with exit code 3.
+    A process that ends without `close` finishes its save first (Python 3.11), or says so and ends with exit code 3.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_best: int):
@@ -414,7 +414,8 @@ def _files(arrays: Path) -> list[str]:
 def _before_threads_end(action: weakref.WeakMethod[Callable[[], None]]) -> None:
     """Calls `action`, if its object still lives, when the interpreter ends but its thread pools still work.
 
-    Handlers of `atexit` come too late: Orbax can start no more threads then, and a save in flight is lost.
+    Handlers of `atexit` come too late: Orbax can start no more threads then, and a save in flight is lost. From Python
+    3.12 on that is so here too, unless Orbax has started all that it needs; what remains is to say so and to fail.
     """
     threading._register_atexit(lambda: (call := action()) and call())  # type: ignore[attr-defined]
 

@@ -69,9 +69,11 @@ def train_step(
     usual, limit = usual_loss(state, skip_spikes)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    new = (optax.apply_updates(state.params, updates), opt_state)
-    params, opt_state = jax.tree.map(lambda x, old: jnp.where(good, x, old), new, (state.params, state.opt_state))
+    def update() -> tuple[Any, Any]:
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    params, opt_state = jax.lax.cond(good, update, lambda: (state.params, state.opt_state))
     health = _examined(state, loss, good)
     metrics = {
         "loss": loss,

@@ -336,13 +336,14 @@ def test_a_process_that_leaves_right_after_a_save_finishes_it_or_says_that_it_co
     command = [sys.executable, str(script), str(run), str(tmp_path / "saved"), how]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     saved = [c for c in checkpoint.listing(tmp_path / "saved") if checkpoint.problem(c) is None]
-    if how == "full":
+    assert how != "raise" or "SystemError: something else went wrong" in ended.stderr, "the traceback survives"
+    if how == "full" or (sys.version_info >= (3, 12) and ended.returncode == 3):
+        # from Python 3.12 on no thread can be started at the end any more, and Orbax needs some: then it says so
         assert ended.returncode == 3 and "could not be saved" in ended.stderr, ended.stderr
         assert not saved
     else:
         assert ended.returncode == (1 if how == "raise" else 0), ended.stderr
         assert [c.step for c in saved] == [6]
-        assert how == "leave" or "SystemError: something else went wrong" in ended.stderr, "the traceback survives"
 
 
 LIMITED = """
