@@ -96,6 +96,25 @@ def _model_rules(m: Model, need: Need) -> None:
         f"model.head_dim = {head_dim}: RoPE turns pairs of numbers; make it even",
     )
     need(
+        m.positions != "rope"
+        or head_dim % 2 != 0
+        or (0 < m.rope_fraction <= 1 and round(head_dim * m.rope_fraction) % 2 == 0),
+        f"model.rope_fraction = {m.rope_fraction}: must be above 0, at most 1, and turn an even part of the "
+        f"{head_dim} numbers of a head",
+    )
+    need(
+        m.rope_fraction == 1 or m.positions == "rope",
+        f"model.rope_fraction = {m.rope_fraction}: there is no RoPE; set model.positions = 'rope'",
+    )
+    need(
+        not m.parallel_residual or m.norm_placement == "pre",
+        "model.parallel_residual = True: needs model.norm_placement = 'pre'",
+    )
+    need(
+        m.head == "linear" or m.tie_embeddings,
+        "model.head = 'mlm': reads its answers off the token embedding; set model.tie_embeddings = True",
+    )
+    need(
         m.rope_scaling == "none" or m.positions == "rope",
         f"model.rope_scaling = {m.rope_scaling!r}: there is no RoPE to scale; set model.positions = 'rope'",
     )
@@ -105,7 +124,7 @@ def _model_rules(m: Model, need: Need) -> None:
     )
     need(
         m.rope_scaling != "none" or m.rope_factor == 1,
-        f"model.rope_factor = {m.rope_factor}: has no effect; set model.rope_scaling to linear, ntk or yarn",
+        f"model.rope_factor = {m.rope_factor}: has no effect; set model.rope_scaling to linear, ntk, yarn or llama3",
     )
     need(
         m.attention_kernel != "cudnn" or (m.attention_softcap is None and m.dropout == 0 and m.dtype == "bfloat16"),

@@ -34,12 +34,15 @@ class Model:
     ffn: Literal["gelu", "gelu_exact", "relu", "relu2", "swiglu", "geglu"] = "gelu"  # gelu is the tanh form
     positions: Literal["learned", "rope", "alibi", "none"] = "learned"  # how the model knows token order
     rope_base: float = 10_000.0  # theta of RoPE
-    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"  # how RoPE stretches to longer contexts
+    rope_fraction: float = 1.0  # share of each head that RoPE turns (GPT-NeoX: 0.25)
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"  # how RoPE stretches to longer contexts
     rope_factor: float = 1.0  # how many times longer than rope_original_length the context may be
     rope_original_length: int | None = None  # context that RoPE was trained on; None: context_length / rope_factor
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rmsnorm has a scale and never a bias
     norm_placement: Literal["pre", "post"] = "pre"  # pre: x + f(norm(x)); post: norm(x + f(x)), no final norm
     norm_epsilon: float = 1e-5  # added to the variance
+    parallel_residual: bool = False  # x + attention(norm(x)) + ffn(norm(x)), each with its own norm (GPT-NeoX)
+    embedding_norm: bool = False  # normalise what goes into the first block (BERT)
     bias: bool = True  # biases in the linear layers and in layernorm
     causal: bool = True  # False: every token sees the whole text (BERT)
     window: int | None = None  # a token sees this many tokens, itself included; None: all of them
@@ -48,6 +51,7 @@ class Model:
     logit_softcap: float | None = None  # c tanh(logit / c) on the output (Gemma 2: 30)
     dropout: float = 0.0  # rate on embeddings, attention weights and both residual branches
     tie_embeddings: bool = True  # the head is the transposed token embedding
+    head: Literal["linear", "mlm"] = "linear"  # mlm: dense, activation and norm before it, a bias after it (BERT)
     init_std: float = 0.02  # standard deviation of every matrix at the start (GPT-2)
     init_depth_scaled: bool = True  # divide it by sqrt(2 num_layers) where a branch joins the residual (GPT-2)
     layers: Literal["scan", "unrolled"] = "scan"  # unrolled runs faster, scan compiles faster; same checkpoint

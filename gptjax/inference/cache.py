@@ -1,20 +1,54 @@
-"""The key/value cache: what a model keeps of the tokens it has read, so that the next one costs one step."""
+"""The key/value cache: what a model keeps of the tokens it has read, so that the next one costs one step.
+
+A cache never overflows: it rolls. The token at place p lies in slot p mod slots, and a token that has been overwritten
+is out of sight, as a sliding window would have it.
+"""
+
+import dataclasses
 
 import jax.numpy as jnp
 
 from gptjax import config
 from gptjax.model.attention import KVCache
+from gptjax.model.gpt import Cache
 
 
-def empty_cache(model: config.Model, batch: int, length: int) -> KVCache:
-    """Room for `length` tokens of `batch` texts: keys and values [layers, batch, length, kv_heads, head_dim]."""
-    m = model.resolved()
-    shape = (m.num_layers, batch, length, m.num_kv_heads, m.head_dim)
-    return KVCache(jnp.zeros(shape, m.dtype), jnp.zeros(shape, m.dtype))
+def bucket(length: int) -> int:
+    """The length that is compiled for, so that few ever are: the next of 32, 48, 64, 96, 128, 192, 256, ..."""
+    size = 32
+    while size < length:
+        size *= 2
+    return size * 3 // 4 if size > 32 and length <= size * 3 // 4 else size
 
 
-def cache_bytes(model: config.Model, batch: int, length: int) -> int:
-    """What `empty_cache` takes."""
+def rolls(model: config.Model) -> bool:
+    """Whether texts may be longer than the context: where no position is looked up in a table of that length."""
+    return model.positions != "learned"
+
+
+def within_sight(model: config.Model, total: int) -> config.Model:
+    """The model for texts of `total` tokens: beyond the context every token sees the last `context_length` tokens."""
+    if total <= model.context_length:
+        return model
+    return dataclasses.replace(model, window=min(model.window or total, model.context_length))
+
+
+def slots_for(model: config.Model, total: int, at_once: int = 1) -> int:
+    """Slots for texts of `total` tokens, of which `at_once` are read in one call once the cache is not empty."""
+    seen = min(total, within_sight(model, total).window or total)
+    return bucket(min(seen + at_once - 1, total) if seen < total else total)
+
+
+def empty_cache(model: config.Model, rows: int, slots: int) -> Cache:
+    """Room for the last `slots` tokens of each text: per layer keys and values [rows, kv_heads, slots, head_dim]."""
     m = model.resolved()
     assert m.num_kv_heads and m.head_dim
-    return 2 * m.num_layers * batch * length * m.num_kv_heads * m.head_dim * jnp.dtype(m.dtype).itemsize
+    shape = (rows, m.num_kv_heads, slots, m.head_dim)
+    return tuple(KVCache(jnp.zeros(shape, m.dtype), jnp.zeros(shape, m.dtype)) for _ in range(m.num_layers))
+
+
+def cache_bytes(model: config.Model, rows: int, slots: int) -> int:
+    """What `empty_cache` takes: 2 x layers x rows x slots x kv_heads x head_dim numbers."""
+    m = model.resolved()
+    assert m.num_kv_heads and m.head_dim
+    return 2 * m.num_layers * rows * slots * m.num_kv_heads * m.head_dim * jnp.dtype(m.dtype).itemsize

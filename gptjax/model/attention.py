@@ -15,10 +15,32 @@ from gptjax.sharding import constrain
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far; of one layer [B, K, M, H], or of all with a leading axis."""
+    """Keys and values that one layer has made of the tokens so far: [B, M, slots, H]."""
 
     keys: Array
     values: Array
+
+
+class Cached(NamedTuple):
+    """What a layer is given to go on from: its cache, and where in it the new tokens belong."""
+
+    layer: KVCache
+    slots: Array  # int32 [B, Q]: the slot of each new token; one beyond the last is not kept
+    empty: bool = False  # nothing has been read yet, so that the new tokens see each other only
+
+
+def write(cache: Array, new: Array, slots: Array) -> Array:
+    """Puts new [B, Q, M, H] into the slots [B, Q] of a cache [B, M, slots, H]."""
+    new = new.astype(cache.dtype).swapaxes(1, 2)
+    if slots.shape[1] > 1:
+        rows = jnp.arange(cache.shape[0])[:, None]
+        return cache.at[rows, :, slots].set(new.swapaxes(1, 2), mode="drop")
+
+    def write_row(row: Array, cache: Array) -> Array:
+        one = jax.lax.dynamic_slice_in_dim(new, row, 1)
+        return jax.lax.dynamic_update_slice(cache, one, (row, 0, slots[row, 0], 0))
+
+    return jax.lax.fori_loop(0, cache.shape[0], write_row, cache)  # in place; a scatter of bfloat16 copies the cache
 
 
 def choose_kernel(model: config.Model, backend: str, decoding: bool = False) -> tuple[str, str]:
@@ -70,30 +92,28 @@ class Attention(nn.Module):
         self.drop_weights = nn.Dropout(m.dropout, deterministic=False)
 
     def __call__(
-        self, x: Array, rope: tuple[Array, Array] | None, sight: ops.Sight, cache: KVCache | None = None
+        self, x: Array, rope: tuple[Array, Array] | None, sight: ops.Sight, cache: Cached | None = None
     ) -> tuple[Array, KVCache | None]:
-        """x [B, Q, embed] -> ([B, Q, embed], the cache with these tokens added at `sight.query_places`)."""
+        """x [B, Q, embed] -> ([B, Q, embed], the cache with the keys and values of x in their slots)."""
         m = self.config
         query, key, value = self.project(x)
         if rope is not None:
             query, key = ops.rotate(query, rope), ops.rotate(key, rope)
         query = constrain(query, "batch", "length", "heads", "head_dim")
+        grown = None
         if cache is not None:
-            start = (0, sight.query_places[0], 0, 0)
-            key = jax.lax.dynamic_update_slice(cache.keys, key.astype(cache.keys.dtype), start)
-            value = jax.lax.dynamic_update_slice(cache.values, value.astype(cache.values.dtype), start)
-            cache = KVCache(key, value)
-        mixed = self.attend(query, key.astype(m.dtype), value.astype(m.dtype), sight, decoding=cache is not None)
-        y = jnp.einsum("bqnh,nhe->bqe", mixed, self.out)
+            grown = KVCache(*(write(*pair, cache.slots) for pair in zip(cache.layer, (key, value), strict=True)))
+            if not cache.empty:
+                key, value = (x.swapaxes(1, 2) for x in grown)
+        mixed = self.attend(query, key, value, sight, decoding=cache is not None and not cache.empty)
+        y = ops.project(mixed, self.out, 2)
         y = y + self.out_bias if m.bias else y
-        return constrain(y, "batch", "length", "features"), cache
+        return constrain(y, "batch", "length", "features"), grown
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries [B, Q, N, H], keys and values [B, Q, M, H], before any position is worked in."""
         m = self.config
-        query = jnp.einsum("bqe,enh->bqnh", x, self.query)
-        key = jnp.einsum("bqe,emh->bqmh", x, self.key)
-        value = jnp.einsum("bqe,emh->bqmh", x, self.value)
+        query, key, value = ops.project(x, self.query), ops.project(x, self.key), ops.project(x, self.value)
         if m.bias:
             query, key, value = query + self.query_bias, key + self.key_bias, value + self.value_bias
         if m.qk_norm:
@@ -107,15 +127,14 @@ class Attention(nn.Module):
         mask = ops.visible(sight, m.causal, m.window)
         bias = None
         if m.positions == "alibi":
-            distance = abs(sight.query_places[:, None] - sight.key_places[None, :])
-            bias = -ops.alibi_slopes(m.num_heads)[:, None, None] * distance
+            bias = -ops.alibi_slopes(m.num_heads)[:, None, None] * abs(ops.distances(sight))[:, None]
         if choose_kernel(m, jax.default_backend(), decoding)[0] == "cudnn":
             plain = m.window is None and sight.query_segments is None
             return jax.nn.dot_product_attention(
                 query,
                 key,
                 value,
-                bias=None if bias is None else bias[None].astype(query.dtype),
+                bias=None if bias is None else bias.astype(query.dtype),
                 mask=None if plain else mask,
                 is_causal=plain and m.causal,
                 implementation="cudnn",

@@ -5,7 +5,7 @@ from jax import Array
 
 from gptjax import config
 from gptjax.model import ops
-from gptjax.model.attention import Attention, KVCache
+from gptjax.model.attention import Attention, Cached, KVCache
 from gptjax.model.ffn import FFN
 from gptjax.model.weights import declare
 
@@ -41,7 +41,7 @@ class Dropout(nn.Module):
 
 
 class Block(nn.Module):
-    """pre: x + f(norm(x)); post: norm(x + f(x)); f is attention, then FFN."""
+    """pre: x + f(norm(x)); post: norm(x + f(x)); f is attention, then FFN, or both side by side."""
 
     config: config.Model
 
@@ -52,12 +52,14 @@ class Block(nn.Module):
         self.dropout = Dropout(m.dropout)
 
     def __call__(
-        self, x: Array, cache: KVCache | None, rope: tuple[Array, Array] | None, sight: ops.Sight
+        self, x: Array, rope: tuple[Array, Array] | None, sight: ops.Sight, cache: Cached | None = None
     ) -> tuple[Array, KVCache | None]:
         """x [B, Q, embed] -> (x after this layer, this layer's cache): the body of the scan over layers."""
         pre = self.config.norm_placement == "pre"
-        mixed, cache = self.attention(self.attention_norm(x) if pre else x, rope, sight, cache)
+        mixed, grown = self.attention(self.attention_norm(x) if pre else x, rope, sight, cache)
+        if self.config.parallel_residual:
+            return x + self.dropout(mixed) + self.dropout(self.ffn(self.ffn_norm(x))), grown
         x = x + self.dropout(mixed)
         x = x if pre else self.attention_norm(x)
         x = x + self.dropout(self.ffn(self.ffn_norm(x) if pre else x))
-        return (x if pre else self.ffn_norm(x)), cache
+        return (x if pre else self.ffn_norm(x)), grown

@@ -36,13 +36,13 @@ class FFN(nn.Module):
         m = self.config
         activation = ops.ACTIVATIONS[m.ffn]
         rows = x.reshape(-1, x.shape[-1])  # plain matrix products: on a CPU the backward pass is 17% faster for it
-        hidden = rows @ self.up
+        hidden = ops.project(rows, self.up)
         hidden = hidden + self.up_bias if m.bias else hidden
         if self.gated:
-            gate = rows @ self.gate
+            gate = ops.project(rows, self.gate)
             hidden = activation(gate + self.gate_bias if m.bias else gate) * hidden
         else:
             hidden = activation(hidden)
-        y = constrain(hidden, "batch", "ffn") @ self.down
+        y = ops.project(constrain(hidden, "batch", "ffn"), self.down)
         y = (y + self.down_bias if m.bias else y).reshape(x.shape)
         return constrain(y, "batch", "length", "features")

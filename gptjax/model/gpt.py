@@ -6,6 +6,8 @@ of all layers are stacked along a leading "layers" axis, so that scan and unroll
 
 import dataclasses
 import functools
+from operator import itemgetter
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jax import Array
 
 from gptjax import config
 from gptjax.model import ops
-from gptjax.model.attention import KVCache
+from gptjax.model.attention import Cached, KVCache
 from gptjax.model.block import Block, Dropout, Norm
 from gptjax.model.weights import Axes, Declared, declare
 from gptjax.sharding import constrain
@@ -39,17 +41,29 @@ class Embedding(nn.Module):
             self.positions = declare(self, "positions", ("positions", "embed"), init)
         if not m.tie_embeddings:
             self.head = declare(self, "head", ("embed", "vocab"), init)
+        if m.embedding_norm:
+            self.norm = Norm(m)
+        if m.head == "mlm":
+            self.transform = declare(self, "transform", ("embed", "features"), init)
+            self.transform_bias = declare(self, "transform_bias", ("features",), nn.initializers.zeros)
+            self.transform_norm = Norm(m)
+            self.head_bias = declare(self, "head_bias", ("vocab",), nn.initializers.zeros)
 
     def encode(self, tokens: Array, positions: Array) -> Array:
         """int32 tokens [B, Q] and positions [Q] or [B, Q] -> [B, Q, embed]."""
-        x = self.tokens[tokens]
-        return x + self.positions[positions] if self.config.positions == "learned" else x
+        m = self.config
+        x = ops.look_up(self.tokens, tokens).astype(m.dtype)
+        x = x + self.positions[positions] if m.positions == "learned" else x
+        return self.norm(x) if m.embedding_norm else x
 
     def decode(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 logits [B, Q, vocab]."""
-        if self.config.tie_embeddings:
-            return jnp.einsum("bqe,ve->bqv", x, self.tokens, preferred_element_type=jnp.float32)
-        return jnp.einsum("bqe,ev->bqv", x, self.head, preferred_element_type=jnp.float32)
+        m = self.config
+        if m.head == "mlm":
+            x = ops.project(x, self.transform) + self.transform_bias
+            x = self.transform_norm(ops.ACTIVATIONS[m.ffn](x))
+        logits = ops.logits(x, self.tokens, self.head if not m.tie_embeddings else None)
+        return logits + self.head_bias.astype(jnp.float32) if m.head == "mlm" else logits
 
 
 class GPT(nn.Module):
@@ -68,7 +82,7 @@ class GPT(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),
             length=m.num_layers,
             unroll=m.num_layers if m.layers == "unrolled" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -82,32 +96,12 @@ class GPT(nn.Module):
         `positions` [B, L] counts within documents and `segments` [B, L] numbers them; None: one document a row.
         """
         places = jnp.arange(tokens.shape[1])
-        x, _ = self.features(
-            tokens, places if positions is None else positions, ops.Sight(places, places, segments, segments)
-        )
-        return self.logits(x)
-
-    def decode(self, tokens: Array, cache: KVCache, start: Array) -> tuple[Array, KVCache]:
-        """Continues a text: tokens [B, Q] stand at places start, start + 1, ...; the cache holds what came before.
-
-        Returns float32 logits [B, Q, vocab] and the cache with these tokens in it. The caller makes sure that
-        start + Q is no more than the cache is long.
-        """
-        places = start + jnp.arange(tokens.shape[1])
-        sight = ops.Sight(places, jnp.arange(cache.keys.shape[2]))
-        x, grown = self.features(tokens, places, sight, cache)
-        assert grown is not None
-        return self.logits(x), grown
-
-    def features(
-        self, tokens: Array, positions: Array, sight: ops.Sight, cache: KVCache | None = None
-    ) -> tuple[Array, KVCache | None]:
-        """tokens [B, Q] -> what the head reads, [B, Q, embed], and the cache."""
+        positions = places if positions is None else positions
         m = self.config
         x = constrain(self.dropout(self.embedding.encode(tokens, positions)), "batch", "length", "features")
         rope = ops.rope_table(m, positions) if m.positions == "rope" else None
-        x, cache = self.blocks(x, cache, rope, sight)
-        return (self.final_norm(x) if m.norm_placement == "pre" else x), cache
+        x, _ = self.blocks(x, rope, ops.Sight(places, places, segments, segments))
+        return self.logits(self.final_norm(x) if m.norm_placement == "pre" else x)
 
     def logits(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 [B, Q, vocab]."""
@@ -115,6 +109,7 @@ class GPT(nn.Module):
 
 
 Params = dict[str, "Params | Array"]
+Cache = tuple[KVCache, ...]  # one for each layer
 
 
 def init_params(model: config.Model, key: Array) -> Params:
@@ -132,3 +127,43 @@ def weight_axes(model: config.Model) -> dict[str, "dict | Axes"]:
 def _declared(model: config.Model, key: Array) -> Params:
     model = dataclasses.replace(model, layers="scan")  # the same weights, and less to compile
     return GPT(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def decode(
+    model: config.Model, params: Any, tokens: Array, places: Array, cache: Cache, empty: bool = False
+) -> tuple[Array, Cache]:
+    """Goes on with texts of any lengths: tokens [B, Q] that stand at places [B, Q] of theirs.
+
+    Returns what `read_out` makes logits of, [B, Q, embed], and the cache with these tokens in it. `params` are those of
+    `layers_apart`. Places count up along a row; a negative one is padding. The cache rolls: the token at place p lies
+    in slot p mod slots. The caller makes sure that there are Q - 1 slots more than tokens to be seen. `empty`: these
+    are the first tokens, however many, and they see each other only.
+    """
+    m, slots = model, cache[0].keys.shape[2]
+    x = Embedding(m).apply({"params": params["embedding"]}, tokens, jnp.maximum(places, 0), method="encode")
+    rope = ops.rope_table(m, places) if m.positions == "rope" else None
+    last = places.max(1, keepdims=True)
+    kept = (places >= 0) & (places > last - slots)
+    held = last - (last - jnp.arange(slots)) % slots  # the place of the token in each slot: the last that belongs there
+    sight = ops.Sight(places, places if empty else held)
+    grown = []
+    for layer, before in zip(params["blocks"], cache, strict=True):
+        given = Cached(before, jnp.where(kept, places % slots, slots), empty)
+        x, after = cast(tuple[Array, KVCache], Block(m).apply({"params": layer}, x, rope, sight, given))
+        grown.append(after)
+    if m.norm_placement == "pre":
+        x = Norm(m).apply({"params": params["final_norm"]}, x)
+    return cast(Array, x), tuple(grown)
+
+
+def read_out(model: config.Model, params: Any, x: Array) -> Array:
+    """What `decode` returned, [B, Q, embed] -> float32 logits [B, Q, vocab]."""
+    logits = Embedding(model).apply({"params": params["embedding"]}, x, method="decode")
+    return ops.softcap(cast(Array, logits), model.logit_softcap)
+
+
+def layers_apart(params: Any) -> Any:
+    """The weights with those of each layer by themselves, `blocks` a tuple, so that no step copies any of them."""
+    count = jax.tree.leaves(params["blocks"])[0].shape[0]
+    layers = (jax.tree.map(itemgetter(i), params["blocks"]) for i in range(count))
+    return params | {"blocks": tuple(layers)}

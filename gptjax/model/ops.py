@@ -5,7 +5,9 @@ Sums that lose digits (norms, softmax, cross-entropy) are taken in float32 whate
 """
 
 import math
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,86 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from gptjax import config
+
+
+class Int8(NamedTuple):
+    """A matrix [*in, *out] in one byte a weight: `values * scale`, each output with a scale of its own."""
+
+    values: Array  # int8 [out, in], the axes of either side flattened
+    scale: Array  # float32 [*out]
+
+
+def quantise(weight: Array, num_inputs: int) -> Int8:
+    """Rounds a matrix whose first `num_inputs` axes are summed over to 8 bits, symmetric around 0."""
+    inputs = math.prod(weight.shape[:num_inputs])
+    rows = weight.astype(jnp.float32).reshape(inputs, -1).T
+    values, scale = _to_int8(rows)
+    return Int8(values, scale.reshape(weight.shape[num_inputs:]))
+
+
+def _to_int8(rows: Array) -> tuple[Array, Array]:
+    """float32 [R, D] -> int8 [R, D] and float32 [R]: the largest number of a row becomes 127."""
+    scale = jnp.maximum(abs(rows).max(-1), 1e-30) / 127
+    return jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
+
+
+def project(x: Array, weight: Array | Int8, num_inputs: int = 1) -> Array:
+    """[..., *in] times a weight [*in, *out] -> [..., *out] in x's dtype; `num_inputs` is the number of axes in `in`.
+
+    Sums are taken in float32. With 8-bit weights the activations of each row are rounded to 8 bits as well (LLM.int8
+    without outliers, Dettmers et al. 2022).
+    """
+    if isinstance(weight, Int8):
+        inputs = math.prod(x.shape[x.ndim - num_inputs :])
+        values, scale = _to_int8(x.astype(jnp.float32).reshape(-1, inputs))
+        sums = jnp.einsum("rd,ed->re", values, weight.values, preferred_element_type=jnp.int32)
+        y = sums * scale[:, None] * weight.scale.reshape(-1)
+        return y.astype(x.dtype).reshape(*x.shape[: x.ndim - num_inputs], *weight.scale.shape)
+    free, contracted, outputs = "abcd"[: x.ndim - num_inputs], "xy"[:num_inputs], "pqr"[: weight.ndim - num_inputs]
+    return product(f"{free}{contracted},{contracted}{outputs}->{free}{outputs}", x, weight)
+
+
+def product(spec: str, a: Array, b: Array) -> Array:
+    """`einsum` of two arrays of one dtype, with sums in float32 and the result in that dtype."""
+    return jnp.einsum(spec, a, b) if a.dtype == jnp.float32 else _narrow_product(spec, a, b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_product(spec: str, a: Array, b: Array) -> Array:
+    """XLA's CPU products are 3 to 10 times faster where the result is float32, and then rounded by itself.
+
+    The derivative is written out, so that its two products have narrow factors as well.
+    """
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+def _narrow_forward(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _narrow_product(spec, a, b), (a, b)
+
+
+def _narrow_backward(spec: str, factors: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    a, b = factors
+    left, right, out = re.split(",|->", spec)
+    return _narrow_product(f"{out},{right}->{left}", dy, b), _narrow_product(f"{left},{out}->{right}", a, dy)
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward)
+
+
+def look_up(table: Array | Int8, ids: Array) -> Array:
+    """Rows of a table [V, D]: ids [...] -> [..., D]."""
+    if isinstance(table, Int8):
+        return table.values[ids] * table.scale[ids][..., None]
+    return table[ids]
+
+
+def logits(x: Array, table: Array | Int8, head: Array | Int8 | None) -> Array:
+    """[B, Q, D] against the rows of a table [V, D], or through a head [D, V] where there is one: float32 [B, Q, V]."""
+    weight = table if head is None else head
+    if isinstance(weight, Int8):  # [V, D] in both cases
+        return project(x.astype(jnp.float32), weight)
+    spec = "bqe,ve->bqv" if head is None else "bqe,ev->bqv"
+    return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
@@ -46,44 +128,53 @@ def softcap(x: Array, cap: float | None) -> Array:
 
 
 def rope_frequencies(model: config.Model) -> tuple[Array, float]:
-    """Angle per position for each pair of numbers, float32 [H / 2], and YaRN's factor on queries and keys.
+    """Angle per position for each pair of numbers that is turned, and YaRN's factor on queries and keys.
 
     Su et al. 2021; linear: Chen et al. 2023; NTK-aware: base grown so that the slowest pair is stretched by exactly the
-    factor; YaRN: Peng et al. 2023, with its beta_fast = 32, beta_slow = 1 and attention factor 0.1 ln(factor) + 1.
+    factor; YaRN: Peng et al. 2023, with its beta_fast = 32, beta_slow = 1 and attention factor 0.1 ln(factor) + 1;
+    llama3: pairs that turn more than 4 times within the original length stay as they are, those that turn less than
+    once are stretched by the factor, with a linear passage between (Llama 3.1).
     """
     m = model.resolved()
     assert m.head_dim and m.rope_original_length
-    half, factor = m.head_dim // 2, m.rope_factor
+    half, factor = round(m.head_dim * m.rope_fraction) // 2, m.rope_factor
     exponents = jnp.arange(half, dtype=jnp.float32) / half
     if m.rope_scaling == "ntk":
-        return (m.rope_base * factor ** (m.head_dim / max(1, m.head_dim - 2))) ** -exponents, 1.0
+        return (m.rope_base * factor ** (half / max(0.5, half - 1))) ** -exponents, 1.0
     frequencies = m.rope_base**-exponents
     if m.rope_scaling == "none":
         return frequencies, 1.0
     if m.rope_scaling == "linear":
         return frequencies / factor, 1.0
 
+    turns = m.rope_original_length * frequencies / (2 * math.pi)  # that each pair makes within the original length
+    if m.rope_scaling == "llama3":
+        kept = jnp.clip((turns - 1) / (4 - 1), 0, 1)
+        return frequencies / factor * (1 - kept) + frequencies * kept, 1.0
+
     def pair_that_turns(times: float) -> float:
         """The (fractional) index of the pair that turns this often within the original length."""
         return half * math.log(m.rope_original_length / (times * 2 * math.pi)) / math.log(m.rope_base)  # type: ignore[operator]
 
-    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), m.head_dim - 1)
+    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), 2 * half - 1)
     slow = jnp.clip((jnp.arange(half) - low) / max(high - low, 0.001), 0, 1)
     return frequencies / factor * slow + frequencies * (1 - slow), 0.1 * math.log(factor) + 1
 
 
 def rope_table(model: config.Model, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines to turn queries and keys by: float32 [..., 1, H / 2] for int positions [...]."""
+    """Cosines and sines to turn queries and keys by: float32 [..., 1, R / 2] for int positions [...]."""
     frequencies, attention_factor = rope_frequencies(model)
     angles = positions[..., None, None] * frequencies
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
 def rotate(x: Array, table: tuple[Array, Array]) -> Array:
-    """Turns the pairs (x[i], x[i + H / 2]) of [B, Q, N, H] by their angles. Keeps x's dtype."""
+    """Turns the pairs (x[i], x[i + R / 2]) of the first R numbers of [B, Q, N, H] by R / 2 angles. Keeps x's dtype."""
     cos, sin = table
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    turned = 2 * cos.shape[-1]
+    a, b = jnp.split(x[..., :turned].astype(jnp.float32), 2, -1)
+    parts = [part.astype(x.dtype) for part in (a * cos - b * sin, b * cos + a * sin)]
+    return jnp.concatenate([*parts, x[..., turned:]] if turned < x.shape[-1] else parts, -1)
 
 
 def alibi_slopes(num_heads: int) -> Array:
@@ -97,7 +188,8 @@ def alibi_slopes(num_heads: int) -> Array:
 class Sight(NamedTuple):
     """What decides which keys a query may see: places in the text, and documents where they must be kept apart.
 
-    Places are int32 [Q] and [K]; segments int32 [B, Q] and [B, K] or None.
+    Places are int32 [Q] and [K], or [B, Q] and [B, K]; a key at a negative place is none. Segments are int32 [B, Q] and
+    [B, K] or None.
     """
 
     query_places: Array
@@ -106,14 +198,21 @@ class Sight(NamedTuple):
     key_segments: Array | None = None
 
 
+def distances(sight: Sight) -> Array:
+    """How far each query stands after each key: int32 [B or 1, Q, K]."""
+    return jnp.atleast_2d(sight.query_places)[:, :, None] - jnp.atleast_2d(sight.key_places)[:, None, :]
+
+
 def visible(sight: Sight, causal: bool, window: int | None) -> Array | None:
     """True where a query sees a key: bool [B or 1, 1, Q, K]; None where everything is seen."""
-    distance = sight.query_places[:, None] - sight.key_places[None, :]
+    distance = distances(sight)
     rules = []
     if causal:
-        rules.append((distance >= 0)[None, None])
+        rules.append((distance >= 0)[:, None])
     if window is not None:
-        rules.append((abs(distance) < window)[None, None])
+        rules.append((abs(distance) < window)[:, None])
+    if sight.key_places.ndim > 1:
+        rules.append((sight.key_places >= 0)[:, None, None, :])
     if sight.query_segments is not None and sight.key_segments is not None:
         rules.append((sight.query_segments[:, :, None] == sight.key_segments[:, None, :])[:, None])
     if not rules:
@@ -137,15 +236,19 @@ def attention(
     """Softmax attention; query [B, Q, N, H], key and value [B, K, M, H] -> [B, Q, N, H] in the query's dtype.
 
     M divides N: head n reads key/value head n // (N / M). `mask` is true where a key is seen, [B or 1, 1, Q, K]; a
-    query that sees no key gets the mean of the values. `bias` [N, Q, K] is added to the scores, `dropout` acts on the
-    weights.
+    query that sees no key gets the mean of the values. `bias` [B or 1, N, Q, K] is added to the scores, `dropout` acts
+    on the weights.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads, group = key.shape[2], num_heads // key.shape[2]
     # The queries that share a key head are rows of one matrix, so that every product is a plain batched one.
     rows = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, group, head_dim)
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, group * length, head_dim)
+    # On a CPU the product of one narrow row is five times slower than that of two, so a single one goes twice.
+    alone = length == group == 1 and query.dtype != jnp.float32
+    rows = jnp.concatenate([rows, rows], 2) if alone else rows
     scores = jnp.einsum("bmrh,bmkh->bmrk", rows, key.swapaxes(1, 2), preferred_element_type=jnp.float32)
+    scores = scores[:, :, :1] if alone else scores
     scores = softcap(scores, cap).reshape(batch, num_heads, length, -1)
     if bias is not None:
         scores = scores + bias
@@ -154,7 +257,9 @@ def attention(
     weights = jax.nn.softmax(scores, -1)
     weights = (dropout(weights) if dropout else weights).astype(value.dtype)
     weights = weights.reshape(batch, num_kv_heads, group * length, -1)
-    mixed = jnp.einsum("bmrk,bmkh->bmrh", weights, value.swapaxes(1, 2))
+    weights = jnp.concatenate([weights, weights], 2) if alone else weights
+    mixed = product("bmrk,bmkh->bmrh", weights, value.swapaxes(1, 2))
+    mixed = mixed[:, :, :1] if alone else mixed
     return mixed.reshape(batch, num_heads, length, head_dim).swapaxes(1, 2)
 
 

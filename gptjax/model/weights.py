@@ -6,9 +6,9 @@ import flax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
-from jax import Array
 
 from gptjax import config
+from gptjax.model.ops import Int8
 
 Axes = tuple[str, ...]
 UNDECAYED = ("bias", "scale")  # the last word of a name that is no matrix: not decayed, not for Muon
@@ -48,11 +48,18 @@ def axis_sizes(model: config.Model) -> dict[str, int]:
         "head_dim": m.head_dim,
         "ffn": m.ffn_dim,
         "positions": m.context_length,
+        "features": m.embed_dim,
     }
 
 
-def declare(module: nn.Module, name: str, axes: Axes, init: nn.initializers.Initializer) -> Array:
-    """Declares a float32 weight of a module that has a `config`, and returns it in the dtype of the computation."""
+def declare(module: nn.Module, name: str, axes: Axes, init: nn.initializers.Initializer) -> Any:
+    """Declares a float32 weight of a module that has a `config`, and returns it in the dtype of the computation.
+
+    In its place the params may hold the weight in that dtype already, or a matrix in 8 bits.
+    """
+    given: Any = module.get_variable("params", name) if module.has_variable("params", name) else None
+    if isinstance(given, Int8):
+        return given
     model: config.Model = module.config  # type: ignore[attr-defined]
     sizes = axis_sizes(model)
     shape = [sizes[axis] for axis in axes]

@@ -94,6 +94,7 @@ SIZES = {  # axis of a weight -> the field that decides its size
     "head_dim": "model.head_dim",
     "ffn": "model.ffn_dim",
     "positions": "model.context_length",
+    "features": "model.embed_dim",
 }
 
 

@@ -1,6 +1,7 @@
 """What must be true of every model, whatever its mechanisms: tested by gradients and by comparing whole models."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from conftest import tiny_model
 from gptjax.inference.cache import cache_bytes, empty_cache
 from gptjax.model import ops
 from gptjax.model.attention import choose_kernel
-from gptjax.model.gpt import GPT, init_params, weight_axes
+from gptjax.model.gpt import GPT, decode, init_params, layers_apart, read_out, weight_axes
 from gptjax.training.metrics import num_params
 
 VARIANTS = {
@@ -29,6 +30,9 @@ VARIANTS = {
     "qk-norm": dict(qk_norm=True, ffn="relu2"),
     "swiglu-free-head": dict(ffn="swiglu", tie_embeddings=False, bias=False),
     "geglu": dict(ffn="geglu"),
+    "neox": dict(positions="rope", rope_fraction=0.25, parallel_residual=True, ffn="gelu_exact"),
+    "llama3": dict(positions="rope", rope_scaling="llama3", rope_factor=2.0),
+    "bert": dict(norm_placement="post", embedding_norm=True, head="mlm", ffn="gelu_exact"),
     "relu-bfloat16": dict(ffn="relu", dtype="bfloat16"),
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -61,7 +65,7 @@ def influence(model, params, tokens, segments=None, positions=None):
 
     def from_embeddings(module, x):
         rope = ops.rope_table(model, angles) if model.positions == "rope" else None
-        y, _ = module.blocks(x, None, rope, ops.Sight(places, places, segments, segments))
+        y, _ = module.blocks(x, rope, ops.Sight(places, places, segments, segments))
         logits = module.logits(module.final_norm(y) if model.norm_placement == "pre" else y)
         return logits[0].astype(jnp.float32)
 
@@ -110,19 +114,31 @@ def test_documents_do_not_leak(changes):
 
 @every_variant
 def test_the_cache_changes_nothing(changes):
+    """Two texts, one two tokens ahead of the other, read in parts; the cache of a windowed model forgets the rest."""
     model = tiny_model(**changes)
     params, tokens = random_params(model), random_tokens(model)
-    whole = logits_of(model, params, tokens)
-    decode = jax.jit(lambda t, c, s: GPT(model).apply({"params": params}, t, c, s, method="decode"))
-    cache = empty_cache(model, 2, 16)
-    assert sum(x.nbytes for x in cache) == cache_bytes(model, 2, 16)
-    first, cache = decode(tokens[:, :5], cache, 0)
-    parts = [first]
-    for i in range(5, 12):
-        logits, cache = decode(tokens[:, i : i + 1], cache, i)
-        parts.append(logits)
+    whole = np.array(logits_of(model, params, tokens))
+    slots = 6 if model.window else 16
+    cache = empty_cache(model, 2, slots)
+    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == cache_bytes(model, 2, slots)
+
+    @partial(jax.jit, static_argnames="empty")
+    def go_on(params, tokens, places, cache, empty=False):
+        x, cache = decode(model, params, tokens, places, cache, empty)
+        return read_out(model, params, x), cache
+
+    params = layers_apart(params)
+    ahead = np.array([[2], [0]])
+    places = np.arange(7) + 0 * ahead
+    places[1, 5:] = -1
+    first, cache = go_on(params, np.where(places < 0, 0, tokens[:, :7]), places, cache, empty=True)
     tolerance = 0.06 if model.dtype == "bfloat16" else 2e-5
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=tolerance)
+    np.testing.assert_allclose(first[0], whole[0, :7], atol=tolerance)
+    np.testing.assert_allclose(first[1, :5], whole[1, :5], atol=tolerance)
+    for i, width in [(5, 1), (6, 3), (9, 1)]:
+        places = i + ahead + np.arange(width)
+        logits, cache = go_on(params, np.take_along_axis(tokens, places, 1), places, cache)
+        np.testing.assert_allclose(logits, np.take_along_axis(whole, places[..., None], 1), atol=tolerance)
 
 
 RICH = dict(dropout=0.3, positions="rope", ffn="swiglu")
