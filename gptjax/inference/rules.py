@@ -5,7 +5,6 @@ grammar allows; then, where a token is drawn, temperature, top-k, top-p and min-
 the serving engines do: repetition over prompt and continuation, presence and frequency over the continuation only.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,3 +42,150 @@ class Sampling:
         ]
         if wrong := [f"{name} = {getattr(self, name)}: {message}" for holds, name, message in rules if not holds]:
             raise PromptError("\n".join(wrong))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a choice depends on the text so far, beyond what the model makes of it."""
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.no_repeat_ngram_size
+        )
+
+
+class Rules(NamedTuple):
+    """The settings of several texts, [B] each; None where no text has that rule, so that it is not compiled in."""
+
+    temperature: Array | None
+    top_k: Array | None
+    top_p: Array | None
+    min_p: Array | None
+    repetition_penalty: Array | None
+    presence_penalty: Array | None
+    frequency_penalty: Array | None
+    no_repeat_ngram_size: Array | None
+    logit_bias: Array | None  # float32 [B, vocab]; -inf where an id is no token
+
+
+class History(NamedTuple):
+    """What has been written: `tokens[b, : lengths[b]]`, of which the first `prompts[b]` were given."""
+
+    tokens: Array  # int32 [B, T]
+    prompts: Array  # int32 [B]
+    lengths: Array  # int32 [B]
+
+
+def rules_of(samplings: Sequence[Sampling], vocab: int, rows: int) -> Rules:
+    """The rules of texts whose model has logits for `rows` ids, of which the first `vocab` are tokens.
+
+    Raises `PromptError` for a bias on an id that is no token.
+    """
+    plain = Sampling()
+
+    def column(name: str, dtype: type = np.float32, absent: float | None = None) -> Array | None:
+        values = [getattr(s, name) for s in samplings]
+        if all(v == getattr(plain, name) for v in values):
+            return None
+        return jnp.asarray(np.array([absent if v is None else v for v in values], dtype))
+
+    bias = None
+    if vocab < rows or any(s.logit_bias for s in samplings):
+        dense = np.zeros((len(samplings), rows), np.float32)
+        dense[:, vocab:] = -np.inf  # rows that pad the table are no tokens
+        for row, sampling in enumerate(samplings):
+            for token, value in sampling.logit_bias:
+                if not 0 <= token < vocab:
+                    raise PromptError(f"logit_bias: {token} is no token; there are ids 0 to {vocab - 1}")
+                dense[row, token] += value
+        bias = jnp.asarray(dense)
+    return Rules(
+        temperature=column("temperature"),
+        top_k=column("top_k", np.int32, rows),
+        top_p=column("top_p", np.float32, 1.0),
+        min_p=column("min_p", np.float32, 0.0),
+        repetition_penalty=column("repetition_penalty"),
+        presence_penalty=column("presence_penalty"),
+        frequency_penalty=column("frequency_penalty"),
+        no_repeat_ngram_size=column("no_repeat_ngram_size", np.int32),
+        logit_bias=bias,
+    )
+
+
+def penalised(logits: Array, rules: Rules, history: History, allowed: Array | None = None) -> Array:
+    """Logits [B, V] after every rule that also holds where the likeliest token is taken; -inf forbids a token.
+
+    `allowed` [B, V] is true for what a grammar lets follow.
+    """
+    shape = logits.shape
+    if rules.repetition_penalty is not None:
+        penalty = rules.repetition_penalty[:, None]
+        seen = _count(history, shape, from_prompt=True) > 0
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if rules.presence_penalty is not None or rules.frequency_penalty is not None:
+        made = _count(history, shape, from_prompt=False)
+        if rules.presence_penalty is not None:
+            logits = logits - rules.presence_penalty[:, None] * (made > 0)
+        if rules.frequency_penalty is not None:
+            logits = logits - rules.frequency_penalty[:, None] * made
+    if rules.logit_bias is not None:
+        logits = logits + rules.logit_bias
+    if rules.no_repeat_ngram_size is not None:
+        logits = _without_repeats(logits, rules.no_repeat_ngram_size, history)
+    return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+
+
+def _count(history: History, shape: tuple[int, ...], from_prompt: bool) -> Array:
+    """How often each token was written, int32 [B, V]."""
+    places = jnp.arange(history.tokens.shape[1])
+    counted = (places < history.lengths[:, None]) & (from_prompt | (places >= history.prompts[:, None]))
+    rows = jnp.arange(shape[0])[:, None]
+    return jnp.zeros(shape, jnp.int32).at[rows, history.tokens].add(counted.astype(jnp.int32))
+
+
+def _without_repeats(logits: Array, sizes: Array, history: History) -> Array:
+    """Forbids each token that would close a run of `sizes` tokens that the text already has (0: none)."""
+    tokens, lengths = history.tokens, history.lengths[:, None]
+    places = jnp.arange(tokens.shape[1])
+
+    def compare(back: Array, same: Array) -> Array:
+        """Whether also the token this far before each place is the one this far before the end."""
+        last = jnp.take_along_axis(tokens, jnp.maximum(lengths - back, 0), 1)
+        equal = (jnp.roll(tokens, back, 1) == last) & (places >= back)
+        return same & (equal | (back >= sizes[:, None]))
+
+    closes = jnp.broadcast_to((places < lengths) & (sizes[:, None] > 0), tokens.shape)
+    closes = jax.lax.fori_loop(1, sizes.max(), compare, closes)
+    return logits.at[jnp.arange(len(tokens))[:, None], tokens].min(jnp.where(closes, -jnp.inf, jnp.inf))
+
+
+def warped(logits: Array, rules: Rules) -> Array:
+    """Logits [B, V] to draw from: scaled by temperature, -inf where top-k, top-p or min-p forbid a token.
+
+    A text of temperature 0 keeps its likeliest token only.
+    """
+    if rules.temperature is not None:
+        cold = (rules.temperature == 0)[:, None]
+        logits = logits / jnp.where(cold, 1.0, rules.temperature[:, None])
+        likeliest = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
+        logits = jnp.where(cold & ~likeliest, -jnp.inf, logits)
+    least = jnp.full((logits.shape[0], 1), -jnp.inf)
+    if rules.top_k is not None or rules.top_p is not None:
+        ordered = jnp.sort(logits, -1, descending=True)
+        if rules.top_k is not None:
+            least = jnp.take_along_axis(ordered, jnp.minimum(rules.top_k, logits.shape[-1])[:, None] - 1, -1)
+        if rules.top_p is not None:
+            probabilities = jax.nn.softmax(jnp.where(ordered >= least, ordered, -jnp.inf), -1)
+            before = jnp.cumsum(probabilities, -1) - probabilities
+            p = rules.top_p[:, None]
+            within = (before < p) | (p >= 1)  # the sum of many float32 may reach 1 before the last
+            least = jnp.maximum(least, jnp.where(within, ordered, jnp.inf).min(-1, keepdims=True))
+    if rules.min_p is not None:
+        least = jnp.maximum(least, logits.max(-1, keepdims=True) + jnp.log(rules.min_p)[:, None])
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def choose(logits: Array, rules: Rules, keys: Array | None) -> Array:
+    """A token for each row of penalised logits [B, V]: int32 [B]; -1 where none is allowed.
+
+    Drawn with a random key for each row; without keys every text takes its likeliest token.
+    """
+    chosen = logits.argmax(-1) if keys is None else jax.vmap(jax.random.categorical)(keys, warped(logits, rules))
+    return jnp.where(logits.max(-1) > -jnp.inf, chosen, -1).astype(jnp.int32)

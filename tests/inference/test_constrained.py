@@ -1,0 +1,102 @@
+"""Everything that a model with random weights writes under a grammar parses: checked by json, re and by hand."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+pytest.importorskip("llguidance")
+
+from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
+from gptjax.errors import PromptError
+from gptjax.inference.constrained import Grammar
+from gptjax.inference.generate import generate
+from gptjax.inference.pretrained import Pretrained
+from gptjax.inference.rules import Sampling
+from gptjax.inference.speculative import PromptLookup, speculate
+from gptjax.inference.writer import Writer
+from gptjax.model.gpt import init_params
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "bé", "c\n"]}, "maxItems": 3},
+        "height": {"anyOf": [{"type": "null"}, {"type": "boolean"}]},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def writer_of(tokenizer):
+    model = tiny_model(vocab_size=tokenizer.vocab_size + 3, context_length=64, positions="rope")
+    return Writer(Pretrained("random", model, init_params(model, jax.random.key(0)), tokenizer))
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return writer_of(ByteTokenizer())
+
+
+def texts(writer, grammar, count=12, sampling=None, new_tokens=400):
+    guides = [grammar.guide() for _ in range(count)]
+    done = writer.complete(["The answer: "], new_tokens, sampling or Sampling(), count=count, guides=guides)
+    assert all(c.ended for c in done) and all(g.complete for g in guides)
+    return [c.text for c in done]
+
+
+def test_every_sample_fits_the_json_schema(writer):
+    found = [json.loads(text) for text in texts(writer, Grammar(writer.tokenizer, "json_schema", json.dumps(SCHEMA)))]
+    for value in found:
+        assert value.keys() <= SCHEMA["properties"].keys() and {"name", "age", "tags"} <= value.keys()
+        assert isinstance(value["name"], str) and len(value["name"]) <= 12
+        assert 0 <= value["age"] <= 150 and len(value["tags"]) <= 3 and set(value["tags"]) <= {"a", "bé", "c\n"}
+        assert value.get("height") in (None, True, False)
+    assert len({json.dumps(v) for v in found}) > 6, "they are drawn"
+
+
+@pytest.mark.parametrize("pattern", [r"[0-9]{3}-[a-z]{2,5}", r"(yes|no|né)!?", r"[0-9]{1,4}\.[^a-y]{2}"])
+def test_every_sample_matches_the_expression(writer, pattern):
+    made = texts(writer, Grammar(writer.tokenizer, "regex", pattern), sampling=Sampling(temperature=2.0))
+    assert all(re.fullmatch(pattern, text) for text in made) and len(set(made)) > 1
+    greedy = texts(writer, Grammar(writer.tokenizer, "regex", pattern), 2, Sampling(temperature=0))
+    assert greedy[0] == greedy[1] and re.fullmatch(pattern, greedy[0])
+
+
+def test_every_sample_is_of_the_grammar_even_without_an_end_of_text():
+    source = 'start: sum\nsum: DIGIT ("+" DIGIT){1,4}\nDIGIT: /[0-9]/'
+    tokenizer = CharTokenizer("0123456789+-ehnrswTa :.", has_end_of_text=False)
+    made = texts(writer_of(tokenizer), Grammar(tokenizer, "grammar", source))
+    assert all(re.fullmatch(r"\d(\+\d){1,4}", text) for text in made)
+
+
+def test_a_text_that_was_broken_off_is_not_called_whole(writer):
+    guide = Grammar(writer.tokenizer, "regex", "[a-z]{20}").guide()
+    (done,) = writer.complete(["x"], 5, Sampling(), guides=[guide])
+    assert not done.ended and not guide.complete and re.fullmatch("[a-z]{5}", done.text)
+
+
+def test_what_is_no_grammar_is_refused(writer):
+    for kind, source, message in [
+        ("regex", "(", "regex: "),
+        ("json_schema", "{", "json_schema: is no JSON"),
+        ("json_schema", '{"type": "colour"}', "json_schema: "),
+        ("grammar", "start: nothing", "grammar: "),
+    ]:
+        with pytest.raises(PromptError, match=message):
+            Grammar(writer.tokenizer, kind, source)
+
+
+def test_no_guesses_under_a_grammar(writer):
+    from gptjax.inference.generate import Request
+
+    guide = Grammar(writer.tokenizer, "regex", "a+").guide()
+    request = Request(np.array([1], np.int32), 4, guides=(guide,))
+    with pytest.raises(PromptError, match="a grammar is asked about every token"):
+        speculate(writer.engine, [request], PromptLookup(), 2)
+    assert {int(s.tokens[0]) for s in generate(writer.engine, [request])} <= {97, 256}

@@ -1,0 +1,156 @@
+"""Texts against the whole model read again for every token: greedy, ragged batches, rolling caches, seeds, limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from gptjax.data.tokenizer import ByteTokenizer
+from gptjax.errors import PromptError
+from gptjax.inference.cache import bucket, slots_for
+from gptjax.inference.engine import make_engine
+from gptjax.inference.generate import Request, generate
+from gptjax.inference.pretrained import Pretrained
+from gptjax.inference.rules import Sampling
+from gptjax.model.gpt import GPT, init_params
+
+MODEL = tiny_model(vocab_size=257, context_length=32)
+GREEDY = Sampling(temperature=0)
+
+
+def pretrained_of(model, scale=12.0):
+    """Weights large enough that the next token depends on the text."""
+    params = jax.tree.map(lambda x: scale * x, jax.jit(lambda: init_params(model, jax.random.key(0)))())
+    return Pretrained("tiny", model, params, ByteTokenizer())
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine(pretrained_of(MODEL))
+
+
+def made(engine, requests):
+    """The ids of every text."""
+    steps = list(generate(engine, requests))
+    return [[int(s.tokens[i]) for s in steps if s.live[i]] for i in range(len(requests))]
+
+
+def ask(prompt, new_tokens=10, **settings):
+    return Request(np.array(prompt, np.int32), new_tokens, **settings)
+
+
+def greedy_by_the_whole_model(model, params, prompt, new_tokens, length=64):
+    apply = jax.jit(lambda t: GPT(model).apply({"params": params}, t))
+    text = list(prompt)
+    for _ in range(new_tokens):
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(apply(padded)[0, len(text) - 1].argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(positions="rope", num_kv_heads=1), dict(positions="alibi", window=5),
+     dict(positions="rope", window=3, norm="rmsnorm"), dict(dtype="bfloat16")],
+    ids=["plain", "gqa", "alibi-window", "rope-window", "bfloat16"],
+)  # fmt: skip
+def test_greedy_is_the_likeliest_token_of_the_whole_model(changes):
+    """Prompts of three lengths in one batch; a text with a window is longer than its cache."""
+    model = tiny_model(vocab_size=257, context_length=64, **changes)
+    pretrained = pretrained_of(model)
+    prompts = [[72, 101, 108, 108, 111], list(range(40)), [7]]
+    texts = made(make_engine(pretrained), [ask(p, 14, sampling=GREEDY) for p in prompts])
+    alike = [
+        greedy_by_the_whole_model(model, pretrained.params, p, 14) == t for p, t in zip(prompts, texts, strict=True)
+    ]
+    assert all(alike) if model.dtype == "float32" else any(alike), "bfloat16 may break a tie differently"
+
+
+def test_beyond_its_context_a_text_sees_the_last_tokens_only():
+    """A model without a table of positions goes on for ever: as one whose window is the context."""
+    model = tiny_model(vocab_size=257, context_length=16, positions="rope")
+    pretrained = pretrained_of(model)
+    (text,) = made(make_engine(pretrained), [ask(range(20), 30, sampling=GREEDY)])
+    windowed = tiny_model(vocab_size=257, context_length=64, positions="rope", window=16)
+    assert text == greedy_by_the_whole_model(windowed, pretrained.params, list(range(20)), 30)
+    assert slots_for(model, 1000) == bucket(16) and slots_for(MODEL, 20) == 32
+    assert slots_for(model, 1000, at_once=30) >= 16 + 29
+
+
+def test_few_lengths_are_compiled():
+    assert [bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 192)] == [
+        32, 32, 48, 48, 64, 64, 96, 96, 128, 128, 192, 192]  # fmt: skip
+    assert len({bucket(n) for n in range(1, 4097)}) == 15
+
+
+def test_a_text_depends_on_its_seed_and_not_on_its_company(engine):
+    alone = made(engine, [ask([1, 2, 3], seed=5)])
+    many = made(engine, [ask([9] * 7, seed=1), ask([1, 2, 3], seed=5), ask([1, 2, 3], seed=5, copy=1)])
+    assert many[1] == alone[0] and many[2] != alone[0]
+    assert made(engine, [ask([1, 2, 3], seed=6)]) != alone
+    assert made(engine, [ask([1, 2, 3], seed=5)]) == alone
+
+
+def test_each_text_has_rules_and_a_length_of_its_own(engine):
+    requests = [
+        ask([1, 2, 3], 4, sampling=GREEDY),
+        ask([1, 2, 3], 9, sampling=Sampling(temperature=5.0, top_k=3), seed=2),
+        ask([1, 2, 3], 6, sampling=Sampling(temperature=0, logit_bias=((65, 1e4),))),
+    ]
+    texts = made(engine, requests)
+    assert [len(t) for t in texts] == [4, 9, 6] and texts[2] == [65] * 6
+    for request, text in zip(requests, texts, strict=True):
+        assert made(engine, [request]) == [text]
+
+
+def test_log_probabilities_are_those_of_the_model(engine):
+    request = ask([1, 2, 3], 6, sampling=Sampling(temperature=2.0, top_k=5, repetition_penalty=1.5))
+    steps = list(generate(engine, [request]))
+    ids = [1, 2, 3] + [int(s.tokens[0]) for s in steps]
+    logits = GPT(MODEL).apply({"params": pretrained_of(MODEL).params}, jnp.array([ids]))
+    expected = jax.nn.log_softmax(logits[0])[jnp.arange(2, 8), jnp.array(ids[3:])]
+    np.testing.assert_allclose([s.logprobs[0] for s in steps], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_is_compiled_for_a_token_or_a_prompt(engine):
+    from gptjax.inference.generate import _read_and_choose
+
+    made(engine, [ask([1, 2, 3], 8)])
+    before = _read_and_choose._cache_size()
+    made(engine, [ask([5] * 11, 20, seed=9, sampling=Sampling(0.3))])
+    made(engine, [ask([5] * 11, 20, seed=9, sampling=Sampling(0.4))])
+    assert _read_and_choose._cache_size() == before + 2, "once to read and once to write, for the new rule alone"
+
+
+def test_what_cannot_be_continued_is_refused(engine):
+    for request, message in [
+        (ask([], 3), "the prompt is empty"),
+        (ask([1] * 30, 3), r"more than the model's context of 32; .* ask for at most 2"),
+        (ask([1, 257], 3), "no tokens; there are ids 0 to 256"),
+        (ask([1], 3, seed=-1), "seed = -1"),
+    ]:
+        with pytest.raises(PromptError, match=message):
+            generate(engine, [request])
+    assert [len(t) for t in made(engine, [ask([1] * 30, 2), ask([1], 0)])] == [2, 0]
+    with pytest.raises(PromptError, match="leave no token"):
+        made(engine, [ask([1], 5, sampling=Sampling(logit_bias=tuple((i, -np.inf) for i in range(257))))])
+
+
+def test_a_model_that_sees_everything_cannot_generate():
+    with pytest.raises(PromptError, match=r"model.causal = False"):
+        make_engine(pretrained_of(tiny_model(vocab_size=257, causal=False)))
+
+
+def test_eight_bits_change_little_and_take_a_quarter():
+    model = tiny_model(vocab_size=257, context_length=32, embed_dim=64, num_heads=4, ffn="swiglu", tie_embeddings=False)
+    pretrained = pretrained_of(model, 1.0)
+    whole, small = make_engine(pretrained), make_engine(pretrained, "int8")
+    assert small.weight_bytes < 0.3 * whole.weight_bytes
+    assert small.params["blocks"][0]["ffn"]["up"].values.dtype == jnp.int8
+    prompt = ask(range(20), 1, sampling=GREEDY)
+    a, b = (next(iter(generate(e, [prompt]))).logprobs[0] for e in (whole, small))
+    assert abs(a - b) < 0.02
+    with pytest.raises(PromptError, match=r"dtype = 'int4': must be one of float32, bfloat16, int8"):
+        make_engine(pretrained, "int4")
