@@ -1,7 +1,6 @@
 """The command line: one verb, one short function. What is slow to import is imported by the verb that needs it."""
 
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
 HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them
 
   gptjax train FILE [--run-dir DIR] [--section.field VALUE ...]    train, or go on with, an experiment
-  gptjax sample RUN PROMPT [--max-length N] [...]                  continue a text
-  gptjax eval RUN [--json] [...]                                   loss over the whole validation text
+  gptjax sample MODEL PROMPT [--max-length N] [...]                continue a text; MODEL: a run, a Hugging Face folder or name
+  gptjax chat MODEL                                                talk with a model in the terminal
+  gptjax eval MODEL [--data FILE ...] [--tasks TASK ...] [...]     loss on its validation text or another; lm-eval tasks
   gptjax verify RUN                                                compare every checksum of every checkpoint
   gptjax replay RUN --step N                                       make a step again, and look for NaN and Inf in it
 
@@ -151,11 +151,12 @@ def train(arguments: list[str]) -> None:
 
 def _final_samples(run: "Run") -> str:
     """Two continuations of the sample prompt, also kept in RUN/samples.txt."""
-    from gptjax.inference.sampler import Sampling, Writer
-    from gptjax.training.workshop import load_params
+    from gptjax.inference.rules import Sampling
+    from gptjax.inference.writer import Writer
+    from gptjax.interop.open import open_model
 
     t = run.experiment.train
-    writer = Writer(run.experiment.model, load_params(run, "last")[0], run.tokenizer())
+    writer = Writer(open_model(str(run.folder)))
     room = run.experiment.model.context_length - len(writer.encode(t.sample_prompt))
     texts = writer.texts(t.sample_prompt, min(t.sample_tokens, room), 2, Sampling(0.8), run.experiment.seed)
     text = "\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1))
@@ -164,72 +165,24 @@ def _final_samples(run: "Run") -> str:
 
 
 def sample(arguments: list[str]) -> None:
-    """RUN and a prompt -> continuations on stdout."""
-    from tyro.conf import Positional
+    """MODEL and a prompt -> continuations on stdout."""
+    from gptjax.verbs.write import sample
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Continue a text with the model of a run."""
+    sample(arguments)
 
-        run: Positional[Path]  # a run folder
-        prompt: Positional[str] = ""  # what to go on from; "": the beginning of a document
-        max_length: int | None = None  # tokens with those of the prompt; None: as the context holds, at most 256 new
-        max_new_tokens: int | None = None  # tokens without those of the prompt
-        num_return_sequences: int = 1  # continuations of the prompt
-        temperature: float = 0.8  # divides the logits; 0 takes the likeliest token
-        top_k: int | None = None  # draw from the k likeliest tokens only
-        top_p: float | None = None  # draw from the likeliest tokens that together have this probability
-        seed: int = 0  # the same seed gives the same text
-        checkpoint: str = "last"  # last, best, or a step
 
-    options: Options = _parse(Options, arguments, "sample")
-    from gptjax.training.run import open_run
+def chat(arguments: list[str]) -> None:
+    """MODEL -> a dialogue on the terminal."""
+    from gptjax.verbs.write import chat
 
-    run = open_run(options.run)
-    _start_jax()
-    from gptjax.inference.sampler import Sampling, Writer
-    from gptjax.training.workshop import load_params
-
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    params, _ = load_params(run, options.checkpoint)
-    writer = Writer(run.experiment.model, params, run.tokenizer())
-    new_tokens = writer.room(options.prompt, options.max_length, options.max_new_tokens)
-    if options.num_return_sequences == 1:
-        for part in writer.stream(options.prompt, new_tokens, sampling, options.seed):
-            print(part, end="", flush=True)
-        print()
-        return
-    texts = writer.texts(options.prompt, new_tokens, options.num_return_sequences, sampling, options.seed)
-    for i, text in enumerate(texts, 1):
-        print(f"--- {i} ---\n{text}")
+    chat(arguments)
 
 
 def evaluate(arguments: list[str]) -> None:
-    """RUN -> loss over its whole validation text."""
-    from tyro.conf import Positional
+    """MODEL -> its loss on its own text or another, or its results in tasks."""
+    from gptjax.verbs.evaluate import evaluate
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        """Loss of a run over its whole validation text."""
-
-        run: Positional[Path]  # a run folder
-        json: bool = False  # print one JSON object on stdout
-        checkpoint: str = "last"  # last, best, or a step
-
-    options: Options = _parse(Options, arguments, "eval")
-    from gptjax.training.run import open_run
-
-    run = open_run(options.run)
-    _start_jax()
-    from gptjax.training.evaluation import evaluate_run
-
-    figures = evaluate_run(run, options.checkpoint)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    width = max(map(len, figures))
-    for name, value in figures.items():
-        print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value:.4f}")
+    evaluate(arguments)
 
 
 def verify(arguments: list[str]) -> None:
@@ -292,6 +245,7 @@ def replay(arguments: list[str]) -> None:
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "sample": sample,
+    "chat": chat,
     "eval": evaluate,
     "verify": verify,
     "replay": replay,

@@ -34,6 +34,18 @@ class RunError(GptjaxError):
     """A run folder that is not one, cannot be written, is damaged, is in use, or belongs to another experiment."""
 
 
+class ExchangeError(GptjaxError):
+    """A model of Hugging Face that cannot be read exactly, or one of gptjax that they cannot express.
+
+    Carries every problem that was found, not only the first.
+    """
+
+    def __init__(self, where: object, problems: list[str]):
+        self.problems = problems
+        lines = problems[0] if len(problems) == 1 else "\n" + "\n".join(f"  - {p}" for p in problems)
+        super().__init__(f"{where}: {lines}")
+
+
 class PromptError(GptjaxError):
     """A prompt that the model cannot continue."""
 

@@ -19,21 +19,24 @@ FLOORS = [
     {"gptjax.training", "gptjax.inference"},
     {"gptjax.tuning", "gptjax.interop", "gptjax.probing"},
     {"gptjax.lab"},
-    {"gptjax.cli", "gptjax.__main__"},
+    {"gptjax.cli", "gptjax.__main__", "gptjax.verbs"},
 ]
 # library -> the only places that may import it
 DOORS = {
     "flax": ("gptjax/model/", "gptjax/tuning/lora.py"),
     "orbax": ("gptjax/training/checkpoint.py",),
-    "tyro": ("gptjax/cli.py", "gptjax/config.py"),
+    "tyro": ("gptjax/cli.py", "gptjax/verbs/"),
+    "llguidance": ("gptjax/inference/constrained.py",),
+    "jinja2": ("gptjax/inference/chat.py",),
     "matplotlib": ("gptjax/lab/report.py", "gptjax/probing/"),
     "datasets": ("gptjax/data/corpus.py",),
-    "sentencepiece": ("gptjax/data/tokenizer.py",),
-    "tokenizers": ("gptjax/data/tokenizer.py",),
+    "sentencepiece": ("gptjax/data/tokenizer.py", "gptjax/data/tokenizer_formats.py"),
+    "tokenizers": ("gptjax/data/tokenizer.py", "gptjax/data/tokenizer_formats.py"),
     "tensorboardX": ("gptjax/training/metrics.py",),
     "wandb": ("gptjax/training/metrics.py",),
     "tqdm": ("gptjax/training/metrics.py",),
     "optax": ("gptjax/training/",),
+    "lm_eval": ("gptjax/interop/harness.py",),
 }
 
 

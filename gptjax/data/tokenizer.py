@@ -1,24 +1,32 @@
 """Text to ids and back, exactly: every id stands for known bytes, so decoding is joining bytes for every kind alike.
 
-Kinds: bytes, characters, SentencePiece trained on the corpus, and byte-level BPE as GPT-2 and its successors use it.
-Text that looks like a special token is ordinary text; only the store ever adds `end_of_text`.
+Kinds: bytes, characters, SentencePiece trained on the corpus, byte-level BPE as GPT-2 and its successors use it, and,
+for the weights of others, pieces in the manner of SentencePiece (Llama 2, Gemma) and WordPiece (BERT).
+Text that looks like a special token is ordinary text; only the store ever adds `end_of_text`, and only `prompt` adds
+`begin_of_text`. Folders of Hugging Face are read and written in `tokenizer_formats`.
 """
 
 import codecs
+import functools
 import io
 import json
+import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from gptjax.durable import LARGEST_TEXT, read_json
 from gptjax.errors import DataError
 
 Ids = np.ndarray  # int32 [number of tokens]
 FORMAT_VERSION = 1
 DESCRIPTION = "gptjax_tokenizer.json"
 SPACE = "▁"  # how SentencePiece writes a space
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # how it writes a byte that no piece covers
+LARGEST_ID = 1 << 24  # a file may be a stranger's: no vocabulary comes near it
 
 
 class Tokenizer:
@@ -26,6 +34,9 @@ class Tokenizer:
 
     kind: ClassVar[str]
     caveat: str = ""  # what it cannot represent, said when a corpus is tokenised
+    begin_of_text: int | None = None  # what the model was trained to find before every text; None: nothing
+    first_space: bool = False  # it writes a space of its own before a text; decoding a whole text drops it
+    special_tokens: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed); word -> id
 
     def __init__(self, pieces: list[bytes], end_of_text: int | None):
         self.pieces = pieces
@@ -39,6 +50,15 @@ class Tokenizer:
         """Raises `DataError` for text that cannot be represented, naming the character."""
         raise NotImplementedError
 
+    def encode_special(self, text: str) -> Ids:
+        """The same, but the words of special tokens become their ids: for chat templates, never for a user's text."""
+        return self.encode(text)
+
+    def prompt(self, text: str) -> Ids:
+        """The ids of a text as the model was trained to see it begin: after `begin_of_text`, where there is one."""
+        ids = self.encode(text)
+        return ids if self.begin_of_text is None else np.concatenate([np.array([self.begin_of_text], np.int32), ids])
+
     def files(self) -> dict[str, bytes]:
         """What must be kept beside the description to load it again: file name -> content."""
         return {}
@@ -50,15 +70,22 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.pieces[i] for i in ids)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of any ids; bytes that are not UTF-8 (a sample may end inside a character) become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
+    def decode(self, ids: Iterable[int], whole: bool = False) -> str:
+        """The text of any ids; bytes that are not UTF-8 (a sample may end inside a character) become U+FFFD.
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        `whole`: these are all the ids of a text, not what continues one, so the `first_space` is dropped.
+        """
+        text = self.decode_bytes(ids).decode(errors="replace")
+        return text.removeprefix(" ") if whole and self.first_space else text
+
+    def stream(self, ids: Iterable[int], whole: bool = False) -> Iterator[str]:
         """The same text in parts, one an id, each part whole characters only."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        drop = whole and self.first_space
         for i in ids:
-            yield decoder.decode(self.pieces[i])
+            part = decoder.decode(self.pieces[i])
+            yield part.removeprefix(" ") if drop else part
+            drop = drop and not part
         yield decoder.decode(b"", final=True)
 
     def save(self, folder: Path) -> None:
@@ -181,57 +208,158 @@ class SentencePieceTokenizer(Tokenizer):
         return cls(model.getvalue())
 
 
-class BPETokenizer(Tokenizer):
-    """Byte-level BPE from a `tokenizer.json`, or from GPT-2's vocab.json and merges.txt made into one."""
+class EngineTokenizer(Tokenizer):
+    """What a `tokenizer.json` describes, run by the library that made it; the subclasses say what its pieces mean.
 
-    kind = "bpe"
+    `end_of_text` None: the first of `ends` that it has. Raises `DataError` for what no subclass can give bytes to.
+    """
 
-    def __init__(self, tokenizer_json: str):
-        import tokenizers
+    ends: ClassVar[tuple[str, ...]] = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+    probes: ClassVar[tuple[str, ...]] = ("a  b\n c", " a")  # texts that should come back as they were
 
+    def __init__(self, tokenizer_json: str, begin_of_text: int | None = None, end_of_text: int | None = None):
         self.tokenizer_json = tokenizer_json
+        self._chosen = {"begin_of_text": begin_of_text, "end_of_text": end_of_text}
         spec = json.loads(tokenizer_json)
-        if not _mentions(spec.get("decoder"), "ByteLevel"):
-            raise DataError("tokenizer.json: its decoder is not ByteLevel, so its ids do not stand for known bytes")
-        if spec.get("normalizer"):
-            self.caveat = f"normalises text ({spec['normalizer']['type']}) before it encodes it"
-        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # the words of a special token in a text are text
-        special = {t["id"] for t in spec.get("added_tokens", []) if t["special"]}
-        ends = [self._tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|end_of_text|>", "</s>")]
-        end_of_text = next((i for i in ends if i is not None), None)
-        byte_of = {c: b for b, c in _byte_characters().items()}
-        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        if missing := sorted(byte_of[c] for c in byte_of.keys() - vocab.keys()):
-            self.caveat = f"has no piece for {len(missing)} of the 256 bytes and drops them: {bytes(missing)!r}"
-        pieces = [b""] * (max(vocab.values()) + 1)
+        self._engine = engine(tokenizer_json)
+        vocab = self._engine.get_vocab(with_added_tokens=True)
+        if (largest := max(vocab.values(), default=0)) > LARGEST_ID:
+            raise DataError(f"tokenizer.json: has an id of {largest:,}, above any vocabulary; the file is damaged")
+        added = spec.get("added_tokens") or []
+        self.special_tokens = {t["content"]: t["id"] for t in added if t["special"]}
+        self.begin_of_text = begin_of_text
+        if end_of_text is None:
+            end_of_text = next((vocab[name] for name in self.ends if name in vocab), None)
+        for name, i in [("begin_of_text", begin_of_text), ("end_of_text", end_of_text)]:
+            if i is not None and not (isinstance(i, int) and 0 <= i <= largest):
+                raise DataError(f"tokenizer: {name} = {i!r} is none of its ids, which end at {largest}")
+        silent = {*self.special_tokens.values(), begin_of_text, end_of_text}
+        literal = {t["id"] for t in added}
+        pieces = [b""] * (largest + 1)
+        read = self._reader(spec)
         for piece, i in vocab.items():
-            if i not in special and i != end_of_text:
-                pieces[i] = bytes(byte_of[c] for c in piece) if all(c in byte_of for c in piece) else piece.encode()
+            if i not in silent:
+                pieces[i] = read(piece, i in literal)
         super().__init__(pieces, end_of_text)
-        probe = "a  b\n c"
-        if not self.caveat and (back := self.decode(self.encode(probe))) != probe:
-            self.caveat = f"does not give texts back as they were: {probe!r} becomes {back!r}"
+        self.first_space = self.decode_bytes(self.encode("a")).startswith(b" ")
+        self.caveat = self._caveat(spec, vocab)
+
+    def _reader(self, spec: dict[str, Any]) -> Callable[[str, bool], bytes]:
+        """The bytes of a piece, by its name and whether it is an added token, whose name is its text."""
+        raise NotImplementedError
+
+    def _caveat(self, spec: dict[str, Any], vocab: dict[str, int]) -> str:
+        returned = {probe: self.decode(self.encode(probe), whole=True) for probe in self.probes}
+        changed = ", ".join(f"{probe!r} becomes {back!r}" for probe, back in returned.items() if back != probe)
+        return f"does not give texts back as they were: {changed}" if changed else ""
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self.tokenizer_json.encode()}
 
+    def description(self) -> dict[str, Any]:
+        return {name: i for name, i in self._chosen.items() if i is not None}
+
     def encode(self, text: str) -> Ids:
         _utf8(text)
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self._engine.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_special(self, text: str) -> Ids:
+        _utf8(text)
+        return np.array(self._special_engine.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _special_engine(self) -> Any:
+        """An engine of its own: a setting of the other would hold for what another thread encodes meanwhile."""
+        made = engine(self.tokenizer_json)
+        made.encode_special_tokens = False
+        return made
+
+
+class BPETokenizer(EngineTokenizer):
+    """Byte-level BPE from a `tokenizer.json`, or from GPT-2's vocab.json and merges.txt made into one."""
+
+    kind = "bpe"
+
+    def _reader(self, spec: dict[str, Any]) -> Callable[[str, bool], bytes]:
+        if not _mentions(spec.get("decoder"), "ByteLevel"):
+            raise DataError("tokenizer.json: its decoder is not ByteLevel, so its ids do not stand for known bytes")
+        byte_of = {c: b for b, c in byte_characters().items()}
+
+        def read(piece: str, literal: bool) -> bytes:
+            bytelike = not literal and all(c in byte_of for c in piece)
+            return bytes(byte_of[c] for c in piece) if bytelike else piece.encode()
+
+        return read
+
+    def _caveat(self, spec: dict[str, Any], vocab: dict[str, int]) -> str:
+        if missing := sorted(b for b, c in byte_characters().items() if c not in vocab):
+            return f"has no piece for {len(missing)} of the 256 bytes and drops them: {bytes(missing)!r}"
+        if spec.get("normalizer"):
+            return f"normalises text ({spec['normalizer']['type']}) before it encodes it"
+        return super()._caveat(spec, vocab)
 
     @classmethod
     def from_path(cls, path: Path) -> "BPETokenizer":
         """Raises `DataError` where the files are missing or hold no byte-level BPE."""
         files = bpe_files(path)
         try:
-            return cls(files[0].read_text(encoding="utf-8") if len(files) == 1 else _gpt2_json(*files))
+            return cls(files[0].read_text(encoding="utf-8") if len(files) == 1 else gpt2_json(*files))
         except DataError:
             raise
         except Exception as e:  # the engine raises whatever it likes
             raise DataError(f"data.tokenizer = {str(path)!r}: holds no byte-level BPE ({e})") from None
+
+
+class PieceTokenizer(EngineTokenizer):
+    """SentencePiece in a tokenizer.json: BPE or Unigram over characters, where "▁the" is " the" and <0x0A> a byte."""
+
+    kind = "pieces"
+    ends = (*EngineTokenizer.ends, "<eos>")
+    probes = (*EngineTokenizer.probes, "▁", "A ﬁ e\u0301", "\U000f0000")
+
+    def _reader(self, spec: dict[str, Any]) -> Callable[[str, bool], bytes]:
+        model, decoder = spec["model"], spec.get("decoder")
+        unknown = model.get("unk_token")
+        if model.get("unk_id") is not None:
+            unknown = model["vocab"][model["unk_id"]][0]
+        space = SPACE if _mentions(decoder, "Metaspace") or SPACE in json.dumps(decoder, ensure_ascii=False) else " "
+
+        def read(piece: str, literal: bool) -> bytes:
+            if piece == unknown:
+                return b""
+            if not literal and (byte := BYTE_PIECE.fullmatch(piece)) and model.get("byte_fallback"):
+                return bytes.fromhex(byte[1])
+            return piece.replace(space, " ").encode()
+
+        return read
+
+    def _caveat(self, spec: dict[str, Any], vocab: dict[str, int]) -> str:
+        prefix = "begins every text that it encodes with a space of its own" if self.first_space else ""
+        return "; ".join(filter(None, [prefix, super()._caveat(spec, vocab)]))
+
+
+class WordPieceTokenizer(EngineTokenizer):
+    """BERT's words and "##endings". Its ids keep no white space and, mostly, no letter case: texts do not come back."""
+
+    kind = "wordpiece"
+    ends = ("[SEP]",)
+
+    def _reader(self, spec: dict[str, Any]) -> Callable[[str, bool], bytes]:
+        model = spec["model"]
+        prefix = model["continuing_subword_prefix"]
+
+        def read(piece: str, literal: bool) -> bytes:
+            if piece == model["unk_token"]:
+                return b""
+            continues = not literal and piece.startswith(prefix) and piece != prefix
+            return (piece.removeprefix(prefix) if continues else f" {piece}").encode()
+
+        return read
+
+    def _caveat(self, spec: dict[str, Any], vocab: dict[str, int]) -> str:
+        normaliser = spec.get("normalizer") or {}
+        lowers = ", and letters become lower case" if normaliser.get("lowercase") else ""
+        return f"keeps words only: white space becomes one space before each word, unknown words vanish{lowers}"
 
 
 def bpe_files(path: Path) -> list[Path]:
@@ -245,23 +373,57 @@ def bpe_files(path: Path) -> list[Path]:
     )
 
 
+def _engine_kind(kind: type[EngineTokenizer]) -> Callable[[Path, dict[str, Any]], Tokenizer]:
+    def make(folder: Path, spec: dict[str, Any]) -> Tokenizer:
+        text = _plain_bytes(folder / "tokenizer.json").decode()
+        return kind(text, spec.get("begin_of_text"), spec.get("end_of_text"))  # older descriptions have neither
+
+    return make
+
+
 KINDS: dict[str, Callable[[Path, dict[str, Any]], Tokenizer]] = {
     "byte": lambda folder, spec: ByteTokenizer(),
     "char": lambda folder, spec: CharTokenizer(spec["characters"], spec["has_end_of_text"]),
-    "sentencepiece": lambda folder, spec: SentencePieceTokenizer((folder / "sentencepiece.model").read_bytes()),
-    "bpe": lambda folder, spec: BPETokenizer((folder / "tokenizer.json").read_text(encoding="utf-8")),
+    "sentencepiece": lambda folder, spec: SentencePieceTokenizer(_plain_bytes(folder / "sentencepiece.model")),
+    **{kind.kind: _engine_kind(kind) for kind in (BPETokenizer, PieceTokenizer, WordPieceTokenizer)},
 }
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote. Raises `DataError` where there is none that this version can read."""
+    """The tokenizer that `save` wrote. Raises `DataError` where there is none that this version can read.
+
+    The folder may be a stranger's: links and giants are refused.
+    """
     try:
-        spec = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        spec = read_json(folder / DESCRIPTION)
         if spec["format"] != FORMAT_VERSION:
             raise ValueError(f"format {spec['format']}, this gptjax reads {FORMAT_VERSION}")
         return KINDS[spec["kind"]](folder, spec)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # the engines raise whatever they like
         raise DataError(f"{folder}: holds no tokenizer that can be read ({e})") from None
+
+
+def engine(tokenizer_json: str) -> Any:
+    """The `tokenizers` engine of a tokenizer.json: all of every text, in which the words of special tokens are text."""
+    import tokenizers
+
+    try:
+        made = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # Rust's panics are no `Exception`
+        raise DataError(f"tokenizer.json: is no tokenizer that the library tokenizers can read ({e})") from None
+    made.no_truncation()
+    made.no_padding()
+    made.encode_special_tokens = True
+    return made
+
+
+def _plain_bytes(path: Path) -> bytes:
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_TEXT:
+        raise DataError(f"{path}: is a link or a device, or has more than {LARGEST_TEXT:,} bytes; it is not read")
+    return path.read_bytes()
 
 
 def _utf8(text: str) -> bytes:
@@ -282,14 +444,15 @@ def _training_lines(documents: Iterable[str], limit: int) -> Iterator[str]:
             yield from (line[i : i + 2000] for i in range(0, len(line), 2000))
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """GPT-2's way to write a byte as a visible character."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def _gpt2_json(vocab: Path, merges: Path) -> str:
+def gpt2_json(vocab: Path, merges: Path) -> str:
+    """GPT-2's two files as a tokenizer.json. Raises `DataError` where they are not of one tokenizer."""
     from tokenizers import Tokenizer as Engine
     from tokenizers import decoders, models, pre_tokenizers
 

@@ -6,6 +6,7 @@ is out of sight, as a sliding window would have it.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from gptjax import config
@@ -39,16 +40,21 @@ def slots_for(model: config.Model, total: int, at_once: int = 1) -> int:
     return bucket(min(seen + at_once - 1, total) if seen < total else total)
 
 
+def cache_dtype(model: config.Model) -> jnp.dtype:
+    """That of the computation; float32 on a CPU, where bfloat16 is unpacked again for every token that is read."""
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else model.dtype)
+
+
 def empty_cache(model: config.Model, rows: int, slots: int) -> Cache:
     """Room for the last `slots` tokens of each text: per layer keys and values [rows, kv_heads, slots, head_dim]."""
     m = model.resolved()
     assert m.num_kv_heads and m.head_dim
-    shape = (rows, m.num_kv_heads, slots, m.head_dim)
-    return tuple(KVCache(jnp.zeros(shape, m.dtype), jnp.zeros(shape, m.dtype)) for _ in range(m.num_layers))
+    shape, dtype = (rows, m.num_kv_heads, slots, m.head_dim), cache_dtype(m)
+    return tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(m.num_layers))
 
 
 def cache_bytes(model: config.Model, rows: int, slots: int) -> int:
     """What `empty_cache` takes: 2 x layers x rows x slots x kv_heads x head_dim numbers."""
     m = model.resolved()
     assert m.num_kv_heads and m.head_dim
-    return 2 * m.num_layers * rows * slots * m.num_kv_heads * m.head_dim * jnp.dtype(m.dtype).itemsize
+    return 2 * m.num_layers * rows * slots * m.num_kv_heads * m.head_dim * cache_dtype(m).itemsize

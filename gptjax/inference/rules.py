@@ -5,7 +5,7 @@ grammar allows; then, where a token is drawn, temperature, top-k, top-p and min-
 the serving engines do: repetition over prompt and continuation, presence and frequency over the continuation only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -166,20 +166,39 @@ def warped(logits: Array, rules: Rules) -> Array:
         logits = logits / jnp.where(cold, 1.0, rules.temperature[:, None])
         likeliest = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
         logits = jnp.where(cold & ~likeliest, -jnp.inf, logits)
-    least = jnp.full((logits.shape[0], 1), -jnp.inf)
-    if rules.top_k is not None or rules.top_p is not None:
-        ordered = jnp.sort(logits, -1, descending=True)
-        if rules.top_k is not None:
-            least = jnp.take_along_axis(ordered, jnp.minimum(rules.top_k, logits.shape[-1])[:, None] - 1, -1)
-        if rules.top_p is not None:
-            probabilities = jax.nn.softmax(jnp.where(ordered >= least, ordered, -jnp.inf), -1)
-            before = jnp.cumsum(probabilities, -1) - probabilities
-            p = rules.top_p[:, None]
-            within = (before < p) | (p >= 1)  # the sum of many float32 may reach 1 before the last
-            least = jnp.maximum(least, jnp.where(within, ordered, jnp.inf).min(-1, keepdims=True))
+    if rules.top_k is not None:
+        least = _largest(logits, rules.top_k, lambda kept: kept.sum(-1))
+        logits = jnp.where(_sortable(logits) >= least, logits, -jnp.inf)
+    if rules.top_p is not None:
+        probabilities = jax.nn.softmax(logits, -1)
+        ones = jnp.ones(logits.shape[-1])
+        least = _largest(logits, rules.top_p, lambda kept: jnp.where(kept, probabilities, 0) @ ones)
+        within = (_sortable(logits) >= least) | (rules.top_p >= 1)[:, None]  # many float32 may add up to less than 1
+        logits = jnp.where(within, logits, -jnp.inf)
     if rules.min_p is not None:
-        least = jnp.maximum(least, logits.max(-1, keepdims=True) + jnp.log(rules.min_p)[:, None])
-    return jnp.where(logits >= least, logits, -jnp.inf)
+        least = logits.max(-1, keepdims=True) + jnp.log(rules.min_p)[:, None]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return logits
+
+
+def _sortable(x: Array) -> Array:
+    """float32 as uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(values: Array, need: Array, measure: Callable[[Array], Array]) -> Array:
+    """The largest x (as `_sortable`) for which the values [B, V] from x up measure at least `need` [B]: [B, 1].
+
+    Found bit by bit: 32 passes, where a sort of a large vocabulary costs ten times as much on a CPU.
+    """
+    keys = _sortable(values)
+
+    def refine(i: Array, least: Array) -> Array:
+        higher = least | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where((measure(keys >= higher) >= need)[:, None], higher, least)
+
+    return jax.lax.fori_loop(0, 32, refine, jnp.zeros((len(values), 1), jnp.uint32))
 
 
 def choose(logits: Array, rules: Rules, keys: Array | None) -> Array:
@@ -187,5 +206,28 @@ def choose(logits: Array, rules: Rules, keys: Array | None) -> Array:
 
     Drawn with a random key for each row; without keys every text takes its likeliest token.
     """
-    chosen = logits.argmax(-1) if keys is None else jax.vmap(jax.random.categorical)(keys, warped(logits, rules))
+    chosen = logits.argmax(-1) if keys is None else draw(warped(logits, rules), keys)
     return jnp.where(logits.max(-1) > -jnp.inf, chosen, -1).astype(jnp.int32)
+
+
+def draw(logits: Array, keys: Array) -> Array:
+    """A token from the distribution of each row [B, V], with a key of its own: int32 [B].
+
+    First a block of tokens, then a token in it, each by one uniform number: a tenth of the work of a Gumbel for every
+    token. What has no probability is never drawn.
+    """
+    width = 256
+    probabilities = jax.nn.softmax(logits, -1)
+    blocks = jnp.pad(probabilities, ((0, 0), (0, -logits.shape[-1] % width))).reshape(len(logits), -1, width)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    block = _first_above(blocks.sum(-1), u[:, 0])
+    within = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+    return (block * width + _first_above(within, u[:, 1])).astype(jnp.int32)
+
+
+def _first_above(weights: Array, u: Array) -> Array:
+    """The index in each row [B, N] at which the running sum of weights passes the share u [B] of the whole."""
+    sums = jnp.cumsum(weights, -1)
+    passed = (sums > u[:, None] * sums[:, -1:]) & (weights > 0)
+    last = weights.shape[-1] - 1 - (weights[:, ::-1] > 0).argmax(-1)  # where rounding leaves none
+    return jnp.where(passed.any(-1), passed.argmax(-1), last)

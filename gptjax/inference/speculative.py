@@ -20,7 +20,7 @@ from gptjax.errors import PromptError
 from gptjax.inference.cache import empty_cache, slots_for, within_sight
 from gptjax.inference.engine import Engine
 from gptjax.inference.generate import Request, Step, ask_guides, at_least_two, check, padded, row_keys
-from gptjax.inference.rules import History, Rules, choose, penalised, rules_of, warped
+from gptjax.inference.rules import History, Rules, choose, draw, penalised, rules_of, warped
 from gptjax.model.gpt import Cache, decode, read_out
 
 GUESS, ACCEPT, REPLACE = 1, 2, 3  # what a random key is for
@@ -277,10 +277,10 @@ def _accept(
     rest = jnp.maximum(own - refused[:, 0], 0)
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, own)  # p = q to rounding
     place = jnp.take_along_axis(places, accepted[:, None], 1)[:, 0]
-    drawn = jax.vmap(jax.random.categorical)(jax.vmap(_key, (0, 0, None))(keys, place, REPLACE), jnp.log(rest))
+    drawn = draw(jnp.log(rest), jax.vmap(_key, (0, 0, None))(keys, place, REPLACE))
     follows = jnp.pad(jnp.maximum(guessed, 0), ((0, 0), (0, 1)))
     behind = jnp.arange(count + 1) == accepted[:, None]
-    return accepted, jnp.where(behind, drawn.astype(jnp.int32)[:, None], follows)
+    return accepted, jnp.where(behind, drawn[:, None], follows)
 
 
 def _key(key: Array, place: Array, use: int) -> Array:

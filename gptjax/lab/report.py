@@ -1,9 +1,12 @@
 """Pictures of runs. The only file that needs matplotlib."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from gptjax.errors import GptjaxError
 from gptjax.training.run import Run
 
 
@@ -35,6 +38,40 @@ def plot_loss(run: Run) -> Path | None:
     path = run.folder / "loss.png"
     figure.savefig(path)
     return path
+
+
+def check_can_plot(path: Path) -> None:
+    """Raises where a picture that was asked for could not be drawn or written."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise GptjaxError(f"{path}: needs matplotlib, which is not installed; pip install 'gptjax[report]'") from None
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise GptjaxError(f"{path}: must end in .png and lie in a folder that exists")
+
+
+def plot_by_position(bins: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draws the loss by the number of tokens seen, with its standard error, as `scoring.Totals.by_position` gives it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = [(b["from"] * b["to"]) ** 0.5 for b in bins]  # the middle of a bin on a logarithmic axis
+    errors = [b["error"] or 0.0 for b in bins]
+    axes.errorbar(places, [b["loss"] for b in bins], errors, color="#1f4e8c", linewidth=1.6, marker="o", markersize=3.5,
+                  capsize=2.5, elinewidth=1, label="mean and its standard error")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [str(b["to"]) if b["from"] == b["to"] else f"{b['from']}-{b['to']}" for b in bins])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelsize=7.5)
+    axes.set(xlabel="tokens seen before", ylabel="loss (nats a token)", title=title)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

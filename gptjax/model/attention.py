@@ -105,8 +105,9 @@ class Attention(nn.Module):
             grown = KVCache(*(write(*pair, cache.slots) for pair in zip(cache.layer, (key, value), strict=True)))
             if not cache.empty:
                 key, value = (x.swapaxes(1, 2) for x in grown)
+                query = query.astype(key.dtype)
         mixed = self.attend(query, key, value, sight, decoding=cache is not None and not cache.empty)
-        y = ops.project(mixed, self.out, 2)
+        y = ops.project(mixed.astype(m.dtype), self.out, 2)
         y = y + self.out_bias if m.bias else y
         return constrain(y, "batch", "length", "features"), grown
 

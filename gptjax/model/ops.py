@@ -244,11 +244,7 @@ def attention(
     # The queries that share a key head are rows of one matrix, so that every product is a plain batched one.
     rows = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, group, head_dim)
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, group * length, head_dim)
-    # On a CPU the product of one narrow row is five times slower than that of two, so a single one goes twice.
-    alone = length == group == 1 and query.dtype != jnp.float32
-    rows = jnp.concatenate([rows, rows], 2) if alone else rows
     scores = jnp.einsum("bmrh,bmkh->bmrk", rows, key.swapaxes(1, 2), preferred_element_type=jnp.float32)
-    scores = scores[:, :, :1] if alone else scores
     scores = softcap(scores, cap).reshape(batch, num_heads, length, -1)
     if bias is not None:
         scores = scores + bias
@@ -257,9 +253,7 @@ def attention(
     weights = jax.nn.softmax(scores, -1)
     weights = (dropout(weights) if dropout else weights).astype(value.dtype)
     weights = weights.reshape(batch, num_kv_heads, group * length, -1)
-    weights = jnp.concatenate([weights, weights], 2) if alone else weights
     mixed = product("bmrk,bmkh->bmrh", weights, value.swapaxes(1, 2))
-    mixed = mixed[:, :, :1] if alone else mixed
     return mixed.reshape(batch, num_heads, length, head_dim).swapaxes(1, 2)
 
 

@@ -1,6 +1,9 @@
 """Every tokenizer gives back exactly the text that it was given, or refuses it by name."""
 
+import functools
+import io
 import json
+import os
 import random
 from pydoc_data.topics import topics
 
@@ -9,9 +12,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptjax.data import tokenizer
+from gptjax.data import tokenizer, tokenizer_formats
 from gptjax.data.store import chunks
-from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, SentencePieceTokenizer
+from gptjax.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    PieceTokenizer,
+    SentencePieceTokenizer,
+    WordPieceTokenizer,
+)
+from gptjax.data.tokenizer_formats import from_huggingface, to_huggingface
 from gptjax.errors import DataError
 
 CORPUS = "".join(f"the {i} quick brown foxes jumped, over 字 and élan!\n\n  indent\tTab {i % 7}\n" for i in range(300))
@@ -175,3 +186,306 @@ def test_vocabulary_and_merges_must_belong_together(tmp_path):
 
 def test_a_document_longer_than_the_training_limit_is_cut_not_left_out():
     assert "".join(tokenizer._training_lines(["x\n" * 100], 50)) == "x" * 25
+
+
+# Folders of Hugging Face
+
+TEXTS = [
+    *tokenizer_formats.PROBES,
+    CORPUS[:2000],
+    "the 12 quick brown foxes jumped\n\n\n over  é字 élan",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "▁ and ▁▁ literal",
+    "nul \0, bell \a, \r\n, \x7f, \ufeff",
+    "<0x41><0xE2><0x96> <s >",
+]
+any_text = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("the quick\n ▁é字<>0x41|s"))
+
+
+def sentencepiece_model(**options) -> bytes:
+    """A model of someone else, trained here."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = CORPUS.split("\n")
+    as_llama = dict(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, num_threads=1,
+                                             minloglevel=2, hard_vocab_limit=False, **as_llama | options)  # fmt: skip
+    return model.getvalue()
+
+
+MODELS = {
+    "llama": dict(model_type="bpe", vocab_size=400),
+    "unigram": dict(model_type="unigram", vocab_size=400, user_defined_symbols=["<sep>"]),
+    "gemma": dict(model_type="bpe", vocab_size=400, add_dummy_prefix=False, user_defined_symbols=["<turn>", "\n"]),
+    "nfkc": dict(
+        model_type="unigram", vocab_size=400, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True
+    ),
+    "no-bytes": dict(model_type="unigram", vocab_size=120, byte_fallback=False),
+}
+
+
+def imported(folder, name):
+    """A tokenizer of someone else, by way of the folder that holds it."""
+    if name == "wordpiece":
+        write_bert(folder)
+    elif name == "llama3":
+        write_llama3(folder)
+    else:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(**MODELS[name]))
+    return from_huggingface(folder)
+
+
+def write_bert(folder):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    engine = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    engine.normalizer = normalizers.BertNormalizer()
+    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    engine.train_from_iterator(
+        [CORPUS], trainers.WordPieceTrainer(vocab_size=200, special_tokens=words, show_progress=False)
+    )
+    vocab = engine.get_vocab()
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in sorted(vocab, key=vocab.get)))
+
+
+def write_llama3(folder):
+    """Byte-level BPE whose frame of a text stands in the tokenizer.json, and whose end in the configuration."""
+    from tokenizers import Tokenizer, processors
+
+    engine = Tokenizer.from_str(LOSSLESS["bpe"].tokenizer_json)
+    engine.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
+    begin = "<|begin_of_text|>"
+    template = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, engine.token_to_id(begin))]
+    )
+    engine.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    engine.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": "<|eot_id|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+FOREIGN = [*MODELS, "wordpiece", "llama3"]
+KNOWN = "".join(sorted(set("".join(TEXTS))))
+OWN = LOSSLESS | {"char": CharTokenizer(KNOWN, True), "char, one text": CharTokenizer(KNOWN, False)}
+
+
+@pytest.fixture(scope="module")
+def there_and_back(tmp_path_factory):
+    """name -> a tokenizer, the folder that it was written to, and what was read from there."""
+
+    @functools.cache
+    def make(name):
+        folder = tmp_path_factory.mktemp("exported")
+        tokens = OWN.get(name) or imported(tmp_path_factory.mktemp("foreign"), name)
+        to_huggingface(tokens, folder)
+        return tokens, folder, from_huggingface(folder)
+
+    return make
+
+
+def as_likely(tokens, ids, others):
+    """Whether two cuts of a text are the same but for the rounding of SentencePiece's single precision."""
+    spec = tokenizer_formats._spec(tokens)
+    return tokenizer_formats._as_likely(spec, list(ids), list(others))
+
+
+def check_same(tokens, ids, expected):
+    ids, expected = list(ids), list(expected)
+    assert ids == expected or as_likely(tokens, ids, expected), (ids, expected)
+
+
+@pytest.mark.parametrize("name", [*OWN, *FOREIGN])
+@settings(max_examples=60, deadline=None)
+@given(text=any_text)
+@example(text="<|endoftext|><unk><0x41>[INST]</s> <s> [SEP]")
+def test_what_was_written_for_hugging_face_comes_back(there_and_back, name, text):
+    tokens, _, back = there_and_back(name)
+    assert back.pieces == tokens.pieces
+    assert (back.begin_of_text, back.end_of_text) == (tokens.begin_of_text, tokens.end_of_text)
+    if name.startswith("char"):
+        text = "".join(c for c in text if c in KNOWN)
+    expected, ids = tokens.encode(text), back.encode(text)
+    check_same(tokens, ids, expected)
+    assert tokens.end_of_text not in expected, "text can never end a document"
+    assert back.decode(ids) == tokens.decode(ids)
+
+
+@pytest.mark.parametrize("config", [None, "gpt2", "llama"])
+@pytest.mark.parametrize("name", [*OWN, *FOREIGN])
+def test_transformers_gives_the_same_ids_and_texts(there_and_back, name, config):
+    auto_tokenizer = pytest.importorskip("transformers").AutoTokenizer
+    tokens, folder, _ = there_and_back(name)
+    if config:
+        (folder / "config.json").write_text(json.dumps({"model_type": config}))
+    auto = auto_tokenizer.from_pretrained(folder)
+    assert len(auto) == tokens.vocab_size and auto.eos_token_id == tokens.end_of_text
+    for text in TEXTS:
+        ids = auto(text)["input_ids"]
+        if name == "wordpiece":
+            assert ids.pop() == tokens.end_of_text
+        check_same(tokens, ids, tokens.prompt(text))
+        if name != "wordpiece":
+            given = auto.decode(ids, skip_special_tokens=True)
+            assert given.encode(errors="replace") == tokens.decode(ids, whole=True).encode(errors="replace")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=100, deadline=None)
+@given(text=any_text)
+@example(text="  the  two spaces ")
+@example(text="a<sep>b <turn>\n\n c<unk>")
+def test_sentencepiece_models_keep_their_ids(there_and_back, name, text):
+    import sentencepiece
+
+    tokens, *_ = there_and_back(name)
+    original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model_of(name))
+    if name == "nfkc":  # the two libraries normalise some rare characters apart
+        text = "".join(c for c in text if c in KNOWN)
+    if name == "no-bytes":  # and count the unknown characters of a special token's name apart
+        text = text.replace("<", "").replace(">", "")
+    check_same(tokens, tokens.encode(text), original.encode(text))
+
+
+@functools.cache
+def sentencepiece_model_of(name):
+    return sentencepiece_model(**MODELS[name])
+
+
+def test_llama_tokenizers_write_a_space_before_a_text_which_whole_texts_drop(tmp_path):
+    tokens = imported(tmp_path, "llama")
+    assert (
+        type(tokens) is PieceTokenizer and tokens.first_space and (tokens.begin_of_text, tokens.end_of_text) == (1, 2)
+    )
+    for text in ["the", " the", "  two", "字😀", ""]:
+        ids = tokens.prompt(text)
+        assert ids[0] == 1 and tokens.decode(ids, whole=True) == text == "".join(tokens.stream(ids, whole=True))
+        assert tokens.decode(tokens.encode(text)) == (" " + text if text else ""), "what continues a text keeps it"
+    assert "a space of its own" in tokens.caveat and "'▁' becomes ' '" in tokens.caveat
+    assert tokens.pieces[3 + 0x0A] == b"\n" and tokens.pieces[0] == tokens.pieces[1] == b""
+
+
+def test_special_words_are_text_except_in_a_template(tmp_path):
+    tokens = imported(tmp_path, "llama3")
+    begin, end = (tokens.special_tokens[word] for word in ("<|begin_of_text|>", "<|eot_id|>"))
+    assert (tokens.begin_of_text, tokens.end_of_text) == (begin, end)
+    text = "<|begin_of_text|>hi<|eot_id|>"
+    assert tokens.encode_special(text).tolist() == [begin, *tokens.encode("hi"), end]
+    assert tokens.decode(tokens.encode(text)) == text and begin not in tokens.encode(text)
+    assert ByteTokenizer().encode_special("<s>").tolist() == list(b"<s>") == ByteTokenizer().prompt("<s>").tolist()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_tokenizer_saved_and_loaded_is_the_same(there_and_back, name, tmp_path):
+    tokens, *_ = there_and_back(name)
+    tokens.save(tmp_path)
+    loaded = tokenizer.load(tmp_path)
+    assert type(loaded) is type(tokens) and loaded.pieces == tokens.pieces and loaded.caveat == tokens.caveat
+    assert (loaded.begin_of_text, loaded.end_of_text) == (tokens.begin_of_text, tokens.end_of_text)
+    np.testing.assert_array_equal(loaded.prompt(CORPUS), tokens.prompt(CORPUS))
+
+
+def test_descriptions_of_older_versions_load(tmp_path):
+    LOSSLESS["bpe"].save(tmp_path)
+    assert json.loads((tmp_path / tokenizer.DESCRIPTION).read_text()) == {"format": 1, "kind": "bpe"}
+    assert tokenizer.load(tmp_path).begin_of_text is None
+
+
+def test_bert_words(tmp_path):
+    tokens = imported(tmp_path, "wordpiece")
+    assert type(tokens) is WordPieceTokenizer and tokens.special_tokens["[CLS]"] == tokens.begin_of_text
+    assert tokens.decode(tokens.prompt("The  QUICK foxes"), whole=True) == "the quick foxes"
+    assert "lower case" in tokens.caveat
+    bert = pytest.importorskip("transformers").BertTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert bert(text)["input_ids"] == [*tokens.prompt(text), tokens.end_of_text]
+
+
+def test_llama_and_gpt2_of_transformers_agree(tmp_path, real_data):
+    transformers = pytest.importorskip("transformers")
+    gpt2 = from_huggingface(real_data / "gpt2_bpe")
+    assert gpt2.begin_of_text is None and gpt2.end_of_text == 50256
+    assert gpt2.special_tokens == {"<|endoftext|>": 50256}
+    reference = transformers.GPT2Tokenizer.from_pretrained(real_data / "gpt2_bpe")
+    llama = imported(tmp_path, "llama")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert reference(text)["input_ids"] == gpt2.prompt(text).tolist()
+        if not text.startswith((" ", "▁")):  # transformers 5 writes no space before one; SentencePiece and Llama 2 do
+            assert other(text)["input_ids"] == llama.prompt(text).tolist()
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert from_huggingface(tmp_path).begin_of_text is None
+
+
+def test_words_beside_the_files_of_gpt2_are_added(tmp_path):
+    vocab = {c: i for i, c in enumerate(tokenizer.byte_characters().values())} | {"<|endoftext|>": 256}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 258, "<|im_start|>": 257}')
+    config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>", "lstrip": False}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(config))
+    tokens = from_huggingface(tmp_path)
+    assert (tokens.begin_of_text, tokens.end_of_text, tokens.vocab_size) == (None, 258, 259)
+    assert tokens.encode_special("<|im_start|>a<|im_end|>").tolist() == [257, *tokens.encode("a"), 258]
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 999}')
+    with pytest.raises(DataError, match=r"'<\|im_end\|>' should be 999, and is 257"):
+        from_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama3", "wordpiece", "llama"])
+def test_files_that_do_not_name_their_model_are_read(there_and_back, name, tmp_path):
+    tokens, folder, _ = there_and_back(name)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    del spec["model"]["type"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert from_huggingface(tmp_path).encode(CORPUS).tolist() == tokens.encode(CORPUS).tolist()
+
+
+def test_other_characters_are_refused_after_the_export_too(there_and_back):
+    _, folder, _ = there_and_back("char")
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer.engine((folder / "tokenizer.json").read_text()).encode("\u0fff")
+
+
+def test_what_is_no_tokenizer_folder_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"holds no tokenizer; looked for tokenizer.json, then vocab.json with merges"):
+        from_huggingface(tmp_path)
+    for name, content in [
+        ("vocab.txt", "a\nb"),
+        ("tokenizer.model", "no model"),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=name):
+            from_huggingface(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(DataError, match=r"tokenizer_config.json: is damaged"):
+        from_huggingface(tmp_path)
+
+
+def test_a_stranger_s_saved_tokenizer_is_bounded(tmp_path):
+    LOSSLESS["bpe"].save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["model"]["vocab"]["zzz"] = 2**31
+    path.write_text(json.dumps(spec))
+    with pytest.raises(DataError, match="above any vocabulary"):
+        tokenizer.load(tmp_path)
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+    with pytest.raises(DataError, match="is a link"):
+        tokenizer.load(tmp_path)
+    path.unlink()
+    with path.open("wb") as file:
+        os.truncate(file.fileno(), 1 << 30)
+    with pytest.raises(DataError, match="more than"):
+        tokenizer.load(tmp_path)
+
+
+def test_an_export_with_other_ids_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: np.array([b ^ 1 for b in text.encode()], np.int32))
+    with pytest.raises(DataError, match="not gptjax's"):
+        to_huggingface(ByteTokenizer(), tmp_path)

@@ -1,0 +1,248 @@
+"""The harness gives the same numbers as lm-eval's own `hf` backend on the same weights, request for request."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")  # which lm-eval's hf backend needs
+
+import lm_eval  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from gptjax.config import Model  # noqa: E402
+from gptjax.data.tokenizer import BPETokenizer, CharTokenizer  # noqa: E402
+from gptjax.errors import DataError, PromptError  # noqa: E402
+from gptjax.inference.pretrained import Pretrained  # noqa: E402
+from gptjax.interop.harness import GptjaxLM, generation, run_tasks, table  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of lm_eval and torch, which have many
+CONTEXT = 64
+TASKS = ["choices", "letters", "writing", "reading"]
+END = "<|endoftext|>"
+
+
+def write_tasks(folder: Path, hf: HFLM) -> None:
+    """Four small tasks as YAML with local data; the answers to write are what `hf` writes, for every other document."""
+    rng = np.random.default_rng(0)
+    from pydoc_data.topics import topics
+
+    words = " ".join(topics[name] for name in sorted(topics)[:9]).split()
+    draw = lambda n: " ".join(rng.choice(words, n))  # noqa: E731
+    questions = [draw(n) for n in (1, 2, 5, 9, 14, 30, 60, 90)] + ["ends in spaces   ", "", "two\nlines\n", "naïve €?"]
+    choices = [{"question": q, "choices": [draw(n) for n in (1, 3, 6)], "gold": i % 3} for i, q in enumerate(questions)]
+    letters = [{"question": q or "which?", "gold": "ABCD"[i % 4]} for i, q in enumerate(questions)]
+    prompts = [q for q in questions if q]
+    made = hf.generate_until([Instance("generate_until", {}, (q, GENERATION), 0) for q in prompts])
+    writing = [
+        {"question": q, "answer": a if i % 2 else "else"} for i, (q, a) in enumerate(zip(prompts, made, strict=True))
+    ]
+    reading = [{"text": draw(n)} for n in (1, 7, 40, 80, 300)] + [{"text": "a  b\n\n c"}, {"text": f"{END}begun"}]
+    for name, rows in [("choices", choices), ("letters", letters), ("writing", writing), ("reading", reading)]:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {folder / name}.jsonl}}\n"
+            "test_split: train\nmetadata: {version: 1}\n" + SETTINGS[name]
+        )
+
+
+GENERATION = {"until": ["\n", "e "], "do_sample": False, "max_gen_toks": 20}
+SETTINGS = {
+    "choices": """output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "letters": """output_type: multiple_choice
+doc_to_text: "{{question}} Answer:"
+doc_to_choice: [A, B, C, D]
+doc_to_target: gold
+fewshot_split: train
+num_fewshot: 1
+metric_list: [{metric: acc}]
+""",
+    "writing": f"""output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {json.dumps(GENERATION)}
+metric_list: [{{metric: exact_match}}]
+""",
+    "reading": """output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""",
+}
+
+
+def make_gpt2(folder: Path) -> None:
+    """A GPT-2 with random weights and a tokenizer of its own, as transformers saves them."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import ByteLevelBPETokenizer
+
+    engine = ByteLevelBPETokenizer()
+    engine.train_from_iterator(
+        [topics[name] for name in sorted(topics)[:40]], vocab_size=500, special_tokens=[END], show_progress=False
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=engine._tokenizer, bos_token=END, eos_token=END, unk_token=END
+    )
+    end = tokenizer.convert_tokens_to_ids(END)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=CONTEXT, n_embd=48, n_layer=2, n_head=4,
+        initializer_range=0.3, bos_token_id=end, eos_token_id=end,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def converted(folder: Path) -> Pretrained:
+    """The GPT-2 of a folder, its weights taken over by hand."""
+    hf = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    w = {k.removeprefix("transformer."): v.detach().numpy() for k, v in hf.state_dict().items()}
+    layers, heads, embed = hf.config.n_layer, hf.config.n_head, hf.config.n_embd
+    head = embed // heads
+
+    def stack(name, change=lambda x: x):
+        return np.stack([change(w[f"h.{i}.{name}"]) for i in range(layers)])
+
+    attention = {
+        "out": stack("attn.c_proj.weight", lambda x: x.reshape(heads, head, embed)),
+        "out_bias": stack("attn.c_proj.bias"),
+    }
+    for part, name in enumerate(("query", "key", "value")):
+        own = slice(part * embed, (part + 1) * embed)
+        attention[name] = stack("attn.c_attn.weight", lambda x, own=own: x[:, own].reshape(embed, heads, head))
+        attention[f"{name}_bias"] = stack("attn.c_attn.bias", lambda x, own=own: x[own].reshape(heads, head))
+    norm = lambda name: {"scale": stack(f"{name}.weight"), "bias": stack(f"{name}.bias")}  # noqa: E731
+    up, down = "mlp.c_fc", "mlp.c_proj"
+    params = {
+        "embedding": {"tokens": w["wte.weight"], "positions": w["wpe.weight"]},
+        "blocks": {
+            "attention": attention,
+            "attention_norm": norm("ln_1"),
+            "ffn_norm": norm("ln_2"),
+            "ffn": {
+                "up": stack(f"{up}.weight"), "up_bias": stack(f"{up}.bias"),
+                "down": stack(f"{down}.weight"), "down_bias": stack(f"{down}.bias"),
+            },
+        },
+        "final_norm": {"scale": w["ln_f.weight"], "bias": w["ln_f.bias"]},
+    }  # fmt: skip
+    model = Model(
+        vocab_size=len(w["wte.weight"]), context_length=CONTEXT, num_layers=layers, embed_dim=embed, num_heads=heads
+    ).resolved()
+    return Pretrained(folder.name, model, params, BPETokenizer.from_path(folder))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The two backends, and the folder with the tasks."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    make_gpt2(folder)
+    hf = HFLM(pretrained=str(folder), device="cpu", batch_size=4, dtype="float32")
+    (folder / "tasks").mkdir()
+    write_tasks(folder / "tasks", hf)
+    return hf, GptjaxLM(converted(folder), batch_size=5), folder / "tasks"
+
+
+@pytest.fixture(scope="module")
+def results(both):
+    hf, ours, tasks = both
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return [
+        lm_eval.simple_evaluate(lm, tasks=TASKS, task_manager=manager, bootstrap_iters=0, log_samples=True)
+        for lm in (hf, ours)
+    ]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_answer_and_every_figure_is_that_of_the_hf_backend(results, task):
+    hf, ours = (r["samples"][task] for r in results)
+    assert len(hf) == len(ours) > 5
+    for a, b in zip(hf, ours, strict=True):
+        assert a["doc"] == b["doc"]
+        if task == "writing":
+            assert a["resps"] == b["resps"], a["doc"]
+        elif task == "reading":
+            assert b["resps"][0][0] == pytest.approx(a["resps"][0][0], rel=1e-5)
+        else:
+            for x, y in zip(a["resps"], b["resps"], strict=True):
+                assert y[0][0] == pytest.approx(x[0][0], rel=1e-5, abs=1e-4) and y[0][1] == x[0][1]
+    hf, ours = (r["results"][task] for r in results)
+    for name, value in hf.items():
+        if isinstance(value, float):
+            assert ours[name] == (value if task != "reading" else pytest.approx(value, rel=1e-4)), name
+    if task == "writing":
+        assert 0 < ours["exact_match,none"] < 1, "some texts stop early, some do not"
+
+
+@pytest.mark.parametrize("context, continuation", [
+    ("", " a word"), ("", f"{END} and more"), ("ends in a space ", "word"), (f"{END}begins with it", " and goes on"),
+    ("one", "two"), ("x " * 100, "long before"), ("a", " b" * 29),
+])  # fmt: skip
+def test_requests_at_the_edge(both, context, continuation):
+    hf, ours, _ = both
+    request = [Instance("loglikelihood", {}, (context, continuation), 0)]
+    (a,), (b,) = hf.loglikelihood(request), ours.loglikelihood(request)
+    assert b == (pytest.approx(a[0], rel=1e-5, abs=1e-4), a[1])
+
+
+def test_what_the_hf_backend_stumbles_over(both):
+    _, ours, _ = both
+    ask = lambda *texts: ours.loglikelihood([Instance("loglikelihood", {}, texts, 0)])  # noqa: E731
+    assert ask(" ", "word") == ask("", " word"), "a context of spaces only is an empty one"
+    with pytest.raises(PromptError, match="a continuation of 0 tokens"):
+        ask("", END)
+
+
+def test_a_shorter_context_can_be_asked_for(both):
+    hf, ours, _ = both
+    hf, ours = HFLM(hf.model, tokenizer=hf.tokenizer, max_length=20), GptjaxLM(ours.pretrained, max_length=20)
+    rolling = [Instance("loglikelihood_rolling", {}, ("The while statement is used for it. " * 9,), 0)]
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(hf.loglikelihood_rolling(rolling), rel=1e-5)
+    assert ours.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0)]) == [0]
+
+
+def test_the_verb_runs_tasks_and_its_results_are_plain_json(both):
+    _, ours, tasks = both
+    results = run_tasks(ours, ["choices", "read*"], tasks, limit=3)
+    assert json.loads(json.dumps(results)) == results
+    assert set(results["results"]) == {"choices", "reading"} and results["n-samples"]["choices"]["effective"] == 3
+    assert "acc_norm" in table(results) and "bits_per_byte" in table(results)
+    assert results["config"]["model_num_parameters"] == sum(x.numel() for x in both[0].model.parameters())
+
+
+def test_what_there_is_not_is_named(both, tmp_path):
+    _, ours, tasks = both
+    with pytest.raises(DataError, match=r"no 'choicess'; did you mean choices"):
+        run_tasks(ours, ["choicess"], tasks)
+    with pytest.raises(DataError, match="is no folder"):
+        run_tasks(ours, ["choices"], tmp_path / "nowhere")
+    bad = (tasks / "choices.yaml").read_text().replace("choices.jsonl", "gone.jsonl").replace("task: ", "task: no_")
+    (tmp_path / "bad.yaml").write_text(bad)
+    with pytest.raises(DataError, match="no_choices: their data cannot be read"):
+        run_tasks(ours, ["no_choices"], tmp_path)
+    with pytest.raises(PromptError, match="set max_gen_toks"):
+        ours.generate_until([Instance("generate_until", {}, ("a", {"until": ["x"]}), 0)])
+    with pytest.raises(PromptError, match="1 to 64 are possible"):
+        ours.loglikelihood([Instance("loglikelihood", {}, ("a", " b" * 99), 0)])
+    with pytest.raises(PromptError, match="neither begin_of_text nor end_of_text"):
+        GptjaxLM(Pretrained("x", ours.pretrained.model, {}, CharTokenizer("ab", has_end_of_text=False)))
+
+
+def test_generation_settings():
+    assert generation({})[1:] == (256, generation({"do_sample": False, "temperature": 0.7})[2])
+    stop, tokens, sampling = generation({"until": "x", "max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9})
+    assert (stop, tokens, sampling.temperature, sampling.top_p) == (["x"], 5, 0.5, 0.9)
+    with pytest.raises(DataError, match="num_beams has no meaning"):
+        generation({"num_beams": 4})

@@ -1,0 +1,115 @@
+"""`gptjax eval` on other texts than the run's own, and on tasks."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from gptjax.data.store import find_store
+from gptjax.errors import GptjaxError
+from gptjax.training.run import open_run
+from gptjax.verbs.evaluate import evaluate
+
+
+@pytest.fixture
+def run_verb(monkeypatch, capsys):
+    """Runs the verb in this process and returns what it printed on stdout."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the verb sets, for a process of its own
+
+    def run(*arguments) -> str:
+        evaluate([str(a) for a in arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder with three documents in two files."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("line 3 is 9\nline 4 is 16\n" * 5)
+    (folder / "b.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in ("line", "ünë 5 is 25")))
+    return folder
+
+
+def test_figures_of_another_text(finished_run, run_verb, texts):
+    f = json.loads(run_verb(finished_run, "--data", texts / "a.txt", "--json"))
+    assert (f["documents"], f["bytes"], f["tokens"], f["context"], f["stride"]) == (1, 125, 125, 16, 16)
+    assert f["loss"] == pytest.approx(np.log(f["perplexity"])) and f["seconds"] > 0
+    assert f["bits_per_byte"] == pytest.approx(f["loss"] / np.log(2)), "a token is a byte here"
+    slid = json.loads(run_verb(finished_run, "--data", texts / "a.txt", "--json", "--stride", 4, "--context", 12))
+    assert (slid["tokens"], slid["context"], slid["stride"]) == (125, 12, 4) and slid["loss"] != f["loss"]
+    both = ["--data", texts / "a.txt", texts / "b.jsonl", "--column", "body", "--json"]
+    f = json.loads(run_verb(finished_run, *both))
+    assert (f["documents"], f["bytes"]) == (3, 125 + 4 + 13)
+    assert json.loads(run_verb(finished_run, *both, "--max-documents", 1))["documents"] == 2
+    narrow = json.loads(run_verb(finished_run, *both, "--dtype", "bfloat16", "--batch-size", 3))
+    assert narrow["loss"] == pytest.approx(f["loss"], rel=0.05)
+
+
+def test_the_validation_text_read_from_a_file_has_the_same_loss(finished_run, run_verb, tmp_path):
+    run = open_run(finished_run)
+    ids = find_store(run.provenance()["data"], run.experiment.data).validation[0].ids
+    (tmp_path / "val.txt").write_bytes(run.tokenizer().decode_bytes(ids))
+    own = json.loads(run_verb(finished_run, "--json"))
+    other = json.loads(run_verb(finished_run, "--data", tmp_path / "val.txt", "--json"))
+    assert other["bytes"] == own["val_bytes"] + 1, "here the first byte is scored as well"
+    assert other["loss"] == pytest.approx(own["val_loss"], rel=0.02), "the windows begin one token earlier"
+
+
+def test_loss_by_position_as_table_json_and_picture(finished_run, run_verb, texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    plain = ["--data", texts / "a.txt", "--by-position"]
+    out = run_verb(finished_run, *plain, "--plot", tmp_path / "picture.png")
+    rows = out.split("tokens seen")[1].splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["1", "2", "3-4", "5-8", "9-16"]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    bins = json.loads(run_verb(finished_run, *plain, "--json"))["by_position"]
+    assert [row.split()[1] for row in rows] == [f"{b['loss']:.4f}" for b in bins]
+    assert sum(b["tokens"] for b in bins) == 125
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["gpt2"], "is no run folder, so it has no validation text of its own"),
+    (["{0}/nowhere"], "nowhere: does not exist"),
+    (["{0}"], "is no run folder"),
+    (["{1}", "--data", "{0}/nothing.txt"], "nothing.txt': no such file or folder"),
+    (["{1}", "--data", "{0}/a.txt", "--tasks", "x"], "--data and --tasks: give one of them"),
+    (["{1}", "--stride", "4"], "--stride: have no effect here; --stride goes with --data"),
+    (["{1}", "--data", "{0}/a.txt", "--limit", "4"], "--limit goes with --tasks"),
+    (["{1}", "--dtype", "bfloat16"], "--dtype goes with --data or --tasks"),
+    (["{1}", "--data", "{0}/a.txt", "--stride", "17"], "stride = 17: must be at least 1 and at most the 16"),
+    (["{1}", "--data", "{0}/a.txt", "--context", "17"], "context = 17: must be at least 1 and at most 16"),
+    (["{1}", "--data", "{0}/a.txt", "--plot", "x.jpeg"], "must end in .png"),
+    (["{1}", "--data", "{0}/b.jsonl"], "has no column 'text'"),
+])  # fmt: skip
+def test_what_cannot_be_evaluated_gets_one_clear_message(finished_run, run_verb, texts, arguments, message):
+    with pytest.raises(GptjaxError, match=".*") as refused:
+        run_verb(*(a.format(texts, finished_run) for a in arguments))
+    assert message in str(refused.value) and refused.value.exit_code == 2
+
+
+def test_tasks_without_the_harness_name_the_extra(finished_run, run_verb, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "gptjax.interop.harness", raising=False)
+    with pytest.raises(GptjaxError, match=r"pip install 'gptjax\[harness\]'"):
+        run_verb(finished_run, "--tasks", "hellaswag")
+
+
+@pytest.mark.filterwarnings("ignore")  # of lm_eval, which has many
+def test_a_task_of_ones_own(finished_run, run_verb, tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"line {i} is", "gold": i % 2} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/rows.jsonl}}\ntest_split: train\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: [" 1", " 22"]\n'
+        "doc_to_target: gold\nmetric_list: [{metric: acc}]\nmetadata: {version: 1}\n"
+    )
+    own = ["--tasks", "mine", "--include-path", tmp_path, "--limit", 4]
+    results = json.loads(run_verb(finished_run, *own, "--json"))
+    assert results["n-samples"]["mine"] == {"original": 5, "effective": 4}
+    assert 0 <= results["results"]["mine"]["acc,none"] <= 1
+    assert "|mine |" in run_verb(finished_run, "--tasks", tmp_path / "mine.yaml")
