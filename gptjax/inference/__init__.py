@@ -1,1 +1,1 @@
-"""Text from a trained model: the key/value cache and the sampler."""
+"""Text from a trained model, and what it makes of a text."""

@@ -216,7 +216,7 @@ def run_tasks(
     """
     if include_path is not None and not include_path.is_dir():
         raise DataError(f"include_path = {str(include_path)!r}: is no folder; name the one that holds the task's YAML")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = _manager(tasks, include_path)
     names = []
     for task in tasks:
         found = [task] if Path(task).is_file() else manager.match_tasks([task])
@@ -243,6 +243,16 @@ def run_tasks(
     except OSError as e:  # also what `datasets` raises for data that it cannot find or fetch
         raise DataError(f"tasks {', '.join(names)}: their data cannot be read ({e})") from None
     return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+    """Knows the tasks of lm_eval and of a folder; of the folder alone, which is much quicker, where that is enough."""
+    if include_path is not None:
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        found = [own.match_tasks([task]) for task in tasks]
+        if all(found) and {name for names in found for name in names} <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,24 +1,24 @@
 """How one tensor of a Hugging Face file holds weights of gptjax: transposed or not, several in one or not.
 
-In gptjax a matrix is [*in, *out] (`query` is [embed, heads, head_dim]), and the weights of all layers are stacked. There
-it is [out, in] as in torch's `Linear`, or [in, out] as in GPT-2's `Conv1D`, with queries, keys and values in one tensor
-or apart, and each layer by itself.
+In gptjax a matrix is [*in, *out] (`query` is [embed, heads, head_dim]), and the weights of all layers are stacked. In a
+file it is [out, in] as in torch's `Linear`, or [in, out] as in GPT-2's `Conv1D`, with queries, keys and values in one
+tensor or apart, and each layer by itself.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from gptjax import config
 from gptjax.model.gpt import weight_axes
 from gptjax.model.weights import axis_sizes, is_matrix
-from gptjax.training.state import named_leaves
+from gptjax.training.state import leaf_name
 
 Shape = tuple[int, ...]
 IN_AXES = {"blocks.attention.out": 2}  # axes that a matrix sums over, where that is not the first one only
-TABLES = ("embedding.tokens", "embedding.positions")  # one row an id: the same on both sides
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Tensor:
     def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor that holds weights, in memory of its own order: what `split` takes apart."""
         shape = arrays[0].shape
-        whole = arrays[0] if len(arrays) == 1 else np.stack(arrays, len(shape) + 1 + self.stacked - 1 + 1 - 1)
+        whole = arrays[0] if len(arrays) == 1 else np.stack(arrays, self.stacked)
         flat = whole.reshape(self._flat(shape))
         return np.ascontiguousarray(flat.T if self._transposed else flat)
 
@@ -70,8 +70,8 @@ class Tensor:
 def weight_shapes(model: config.Model) -> dict[str, Shape]:
     """Dotted name -> shape of every weight of a model, without the axis of the layers."""
     sizes = axis_sizes(model)
-    axes = named_leaves(weight_axes(model), is_leaf=lambda x: isinstance(x, tuple))
-    return {name: tuple(sizes[a] for a in names if a != "layers") for name, names in axes.items()}
+    axes = jax.tree.leaves_with_path(weight_axes(model), is_leaf=lambda x: isinstance(x, tuple))
+    return {leaf_name(path): tuple(sizes[a] for a in names if a != "layers") for path, names in axes}
 
 
 def nested(weights: dict[str, np.ndarray]) -> dict:

@@ -51,7 +51,7 @@ def check_can_plot(path: Path) -> None:
 
 
 def plot_by_position(bins: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws the loss by the number of tokens seen, with its standard error, as `scoring.Totals.by_position` gives it."""
+    """Draws the loss by the number of tokens seen, with its standard error; `bins` of `scoring.Totals.by_position`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator

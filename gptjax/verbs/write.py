@@ -60,9 +60,7 @@ class Sample:
     num_beams: int = 1  # above 1: search for the likeliest text with this many at once, and draw nothing
     length_penalty: float = 1.0  # of beam search: above 0 prefers longer texts
     draft: str | None = None  # a smaller model with the same tokens that guesses what this one then checks
-    prompt_lookup: int = (
-        0  # guess what followed the last few tokens (at most this many) where they stood before
-    )
+    prompt_lookup: int = 0  # guess what followed the last few tokens (at most this many) where they stood before
     draft_tokens: int = 4  # tokens to guess for each call of the model
     json_schema: Path | None = None  # a file with a JSON schema that every text fits
     regex: str | None = None  # a regular expression that every text matches

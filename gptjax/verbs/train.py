@@ -1,0 +1,76 @@
+"""`gptjax train`: from an experiment file to a finished run folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from gptjax.checks import check
+from gptjax.config import Experiment
+from gptjax.errors import GptjaxError
+from gptjax.loading import load_experiment
+from gptjax.schema import type_problems
+from gptjax.verbs import parse, start_jax
+
+if TYPE_CHECKING:
+    from gptjax.training.run import Run
+
+
+def train(arguments: list[str]) -> None:
+    """FILE, options and overrides -> a finished run folder."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    loaded = load_experiment(arguments[0]) if named else Experiment()
+    if type_problems(loaded):
+        check(loaded)
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """Train an experiment, or go on with the run that stands in its folder."""
+
+        run_dir: Path | None = None  # folder of the run; None: runs/NAME
+        resume: bool = False  # insist that a run stands there to go on with
+        allow_changes: bool = False  # go on with other values or data than the run was trained with
+        from_step: int | None = None  # go back to this checkpoint (0: begin again); later ones are set aside
+        experiment: Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = loaded
+
+    options = parse(Options, arguments[named:], f"train {arguments[0] if named else 'FILE'}")
+    if not named:
+        raise GptjaxError("no experiment file was given; gptjax train experiments/quickstart.py for instance")
+    experiment = check(options.experiment)
+    start_jax()
+    import jax
+
+    from gptjax.lab.report import plot_loss
+    from gptjax.training import train as training
+    from gptjax.training.loop import say
+    from gptjax.training.run import open_run
+
+    folder = options.run_dir or Path("runs") / experiment.name
+    figures = training.train(experiment, folder, options.resume, options.allow_changes, options.from_step)
+    run = open_run(folder)
+    plot = plot_loss(run) if jax.process_index() == 0 else None
+    if experiment.train.sample_tokens and jax.process_count() == 1:
+        print(_final_samples(run), flush=True)
+    val = "not finite"
+    if figures["val_loss"] is not None:
+        val = f"{figures['val_loss']:.4f} nats a token, {figures['val_bits_per_byte']:.4f} bits a byte"
+    say(
+        f"{folder}: val loss {val}; {figures['steps']:,} steps, {figures['tokens']:,} tokens in "
+        f"{figures['seconds']:.0f} s" + (f"; loss curve in {plot}" if plot else "")
+    )
+
+
+def _final_samples(run: "Run") -> str:
+    """Two continuations of the sample prompt, also kept in RUN/samples.txt."""
+    from gptjax.inference.rules import Sampling
+    from gptjax.inference.writer import Writer
+    from gptjax.interop.open import open_model
+
+    t = run.experiment.train
+    writer = Writer(open_model(str(run.folder)))
+    room = run.experiment.model.context_length - len(writer.encode(t.sample_prompt))
+    texts = writer.texts(t.sample_prompt, min(t.sample_tokens, room), 2, Sampling(0.8), run.experiment.seed)
+    text = "\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1))
+    (run.folder / "samples.txt").write_text(text + "\n", encoding="utf-8")
+    return text
