@@ -13,6 +13,8 @@ VERBS = {  # verb -> the module and function that do it
     "sample": ("gptjax.verbs.write", "sample"),
     "chat": ("gptjax.verbs.write", "chat"),
     "eval": ("gptjax.verbs.evaluate", "evaluate"),
+    "import": ("gptjax.verbs.exchange", "import_"),
+    "export": ("gptjax.verbs.exchange", "export"),
     "verify": ("gptjax.verbs.runs", "verify"),
     "replay": ("gptjax.verbs.runs", "replay"),
 }
@@ -22,6 +24,8 @@ HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them
   gptjax sample MODEL PROMPT [--max-length N] [...]                continue a text
   gptjax chat MODEL                                                talk with a model in the terminal
   gptjax eval MODEL [--data FILE ...] [--tasks TASK ...] [...]     loss on its own text or another; lm-eval's tasks
+  gptjax import MODEL RUN                                          make a run folder of a Hugging Face model
+  gptjax export RUN FOLDER [--dtype bfloat16] [...]                write a run as a Hugging Face model
   gptjax verify RUN                                                compare every checksum of every checkpoint
   gptjax replay RUN --step N                                       make a step again, and look for NaN and Inf in it
 

@@ -7,7 +7,7 @@ a traceback; anything that is not a `GptjaxError` is a bug and keeps its traceba
 EXIT_DONE = 0  # the verb did all it was asked
 EXIT_BUG = 1  # an unexpected exception, with its traceback
 EXIT_BAD_INPUT = 2  # config, data, path or prompt refused
-EXIT_FAILED = 3  # training had to stop: non-finite numbers, a failed save, a process that is stuck or gone
+EXIT_FAILED = 3  # training had to stop (non-finite numbers, a failed save, a process gone), or logits disagree
 EXIT_INTERRUPTED = 75  # Ctrl-C or SIGTERM: state saved, the same command continues (sysexits' EX_TEMPFAIL)
 
 
@@ -44,6 +44,12 @@ class ExchangeError(GptjaxError):
         self.problems = problems
         lines = problems[0] if len(problems) == 1 else "\n" + "\n".join(f"  - {p}" for p in problems)
         super().__init__(f"{where}: {lines}")
+
+
+class Disagreement(GptjaxError):
+    """A model that says something else after it was imported or exported."""
+
+    exit_code = EXIT_FAILED
 
 
 class PromptError(GptjaxError):

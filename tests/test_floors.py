@@ -37,6 +37,10 @@ DOORS = {
     "tqdm": ("gptjax/training/metrics.py",),
     "optax": ("gptjax/training/",),
     "lm_eval": ("gptjax/interop/harness.py",),
+    "safetensors": ("gptjax/interop/",),
+    "huggingface_hub": ("gptjax/interop/",),
+    "transformers": ("gptjax/interop/",),
+    "torch": ("gptjax/interop/",),
 }
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,30 +42,35 @@ class Engine:
 
 
 def make_engine(pretrained: Pretrained, numbers: str | None = None) -> Engine:
-    """`numbers`: float32 or bfloat16 for weights and computation, or int8 for 8-bit weights and activations (None: the
-    model's own dtype). Raises `PromptError` for a model that cannot generate.
-    """
-    model = pretrained.model
-    if not model.causal:
+    """Sets a model up as `set_up` does. Raises `PromptError` for a model that cannot generate."""
+    if not pretrained.model.causal:
         raise PromptError(f"{pretrained.name}: every token sees the whole text (model.causal = False): cannot generate")
+    model, params = set_up(pretrained, numbers)
+    return Engine(model, jax.jit(layers_apart)(params), pretrained.tokenizer.vocab_size)
+
+
+def set_up(pretrained: Pretrained, numbers: str | None = None) -> tuple[config.Model, Any]:
+    """A model as it is computed with, and its weights on the device: the numbers that its products want.
+
+    `numbers`: float32 or bfloat16 for weights and computation, or int8 for 8-bit weights and activations (None: the
+    model's own dtype). Biases of products come in the same dtype; scales stay float32, as the norms take them.
+    """
+    plain: dict[str, Any] = {"dropout": 0.0, "remat": "none"}
     if numbers is not None and numbers not in NUMBERS:
         raise PromptError(f"dtype = {numbers!r}: must be one of {', '.join(NUMBERS)}")
     if numbers in ("float32", "bfloat16"):
-        model = dataclasses.replace(model, dtype=cast(Literal["float32", "bfloat16"], numbers))
-    if model.attention_kernel == "cudnn":
-        model = dataclasses.replace(model, attention_kernel="auto")
+        plain["dtype"] = numbers
+    if pretrained.model.attention_kernel == "cudnn":  # which need not be on this machine
+        plain["attention_kernel"] = "auto"
+    model = dataclasses.replace(pretrained.model, **plain)
     params = jax.tree.map(jnp.asarray, pretrained.params)
-    if numbers == "int8":
-        params = to_int8(model, params)
-    return Engine(model, _ready(params, dtype=model.dtype), pretrained.tokenizer.vocab_size)
+    return model, _in_dtype(to_int8(model, params) if numbers == "int8" else params, model.dtype)
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _ready(params: Any, dtype: str) -> Any:
-    """The layers apart, every matrix and bias in `dtype`; scales stay float32, as the norms take them."""
-
+def _in_dtype(params: Any, dtype: str) -> Any:
     def convert(path: tuple[Any, ...], x: Array) -> Array:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
         return x if x.dtype == jnp.int8 or name.endswith("scale") else x.astype(dtype)
 
-    return layers_apart(jax.tree.map_with_path(convert, params))
+    return jax.tree.map_with_path(convert, params)

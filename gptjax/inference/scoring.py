@@ -6,7 +6,6 @@ transformers' guide to perplexity: each holds the context, moves on by `stride`,
 before it has scored, so that every token but the first ones sees at least `window - stride` others.
 """
 
-import dataclasses
 import itertools
 import math
 from collections import deque
@@ -16,7 +15,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -24,11 +22,11 @@ from gptjax import config
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.cache import bucket, rolls
+from gptjax.inference.engine import set_up
 from gptjax.inference.pretrained import Pretrained
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
 
-DTYPES = ("float32", "bfloat16")
 AT_ONCE = 64  # batches whose parts are sorted by length before they are computed
 LOGITS = 1 << 25  # that are held at once: 128 MiB in float32
 
@@ -64,7 +62,7 @@ class Scorer:
     """A model set up to score. One program is compiled for each bucket of lengths and of numbers of questions."""
 
     def __init__(self, pretrained: Pretrained, batch_size: int = 8, dtype: str | None = None):
-        """`batch_size` rows are computed at once, in `dtype` (None: the model's own; the losses always in float32).
+        """`batch_size` rows are computed at once, in `dtype` (as for `set_up`; the losses always in float32).
 
         Raises `PromptError` for a model whose tokens see what comes after them.
         """
@@ -73,18 +71,10 @@ class Scorer:
                 f"{pretrained.name}: every token sees the whole text (model.causal = False), so that no token has a "
                 "probability given those before it; give a causal model"
             )
-        if dtype is not None and dtype not in DTYPES:
-            raise PromptError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
         if batch_size < 1:
             raise PromptError(f"batch_size = {batch_size}: must be at least 1")
-        plain: dict[str, Any] = dict(dropout=0.0, remat="none")
-        if dtype is not None:
-            plain["dtype"] = dtype
-        if pretrained.model.attention_kernel == "cudnn":  # which need not be on this machine
-            plain["attention_kernel"] = "auto"
-        self.model = dataclasses.replace(pretrained.model, **plain)
+        self.model, self.params = set_up(pretrained, dtype)
         self.pretrained, self.tokenizer, self.batch_size = pretrained, pretrained.tokenizer, batch_size
-        self.params = _in_dtype(pretrained.params, self.model.dtype)
 
     def texts(
         self, texts: Iterable[np.ndarray], stride: int | None = None, window: int | None = None
@@ -304,16 +294,6 @@ def _nats(
     chunks = x.reshape(-1, size, x.shape[-1]), targets.reshape(-1, size)
     nats, likeliest = jax.lax.map(of, chunks)
     return nats.reshape(-1), likeliest.reshape(-1)
-
-
-def _in_dtype(params: Any, dtype: str) -> Any:
-    """The weights on the device in the dtype of the computation; but scales as they are: norms take them in float32."""
-
-    def convert(path: tuple[Any, ...], x: Any) -> Array:
-        name = str(getattr(path[-1], "key", ""))
-        return jnp.asarray(x) if name.endswith("scale") else jnp.asarray(x).astype(dtype)
-
-    return jax.tree.map_with_path(convert, params)
 
 
 def _hand_out(

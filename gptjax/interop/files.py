@@ -36,7 +36,7 @@ class Stored(NamedTuple):
 def check_folder(folder: Path) -> None:
     """Raises `ExchangeError` where a folder holds no model, or links that lead out of it.
 
-    The hub's cache is made of links, from `models--NAME/snapshots/REVISION` to `models--NAME/blobs`: these are followed.
+    The hub's cache is made of links from `models--NAME/snapshots/REVISION` to `models--NAME/blobs`: they are followed.
     """
     if not folder.is_dir():
         raise ExchangeError(folder, ["is no folder; name one with config.json and model.safetensors"])
@@ -180,7 +180,7 @@ def write_weights(
         room -= size
     stream = iter(tensors)
     count = len(shards)
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         _write_file(folder / file, dict(_take(stream, names)))
@@ -202,6 +202,9 @@ def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
     assert all(x.flags.c_contiguous for x in tensors.values())  # it would write any other in a wrong order
+    path.touch()
+    mode = path.stat().st_mode  # the library would hide the file from everybody else
     save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on this word
+    path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())

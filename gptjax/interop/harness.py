@@ -42,13 +42,15 @@ class GptjaxLM(TemplateLM):
         batch_size: int | str = 8,
         dtype: str | None = None,
         max_length: int | None = None,
+        prefix_token_id: int | None = None,
         checkpoint: str = "last",
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
         """`pretrained`: a model, or what `gptjax eval` takes: a run folder, a folder of Hugging Face, a hub name.
 
-        `device` and `max_batch_size`, which lm_eval passes to every model, have no meaning here.
+        `max_length` None: the model's context. `prefix_token_id` goes before what has no context; None: begin_of_text,
+        else end_of_text. `device` and `max_batch_size`, which lm_eval passes to every model, have no meaning here.
         """
         super().__init__()
         if isinstance(pretrained, str):
@@ -56,11 +58,11 @@ class GptjaxLM(TemplateLM):
 
             pretrained = open_model(pretrained, checkpoint)
         assert isinstance(pretrained, Pretrained)
-        first = first_token(pretrained.tokenizer)
+        first = first_token(pretrained.tokenizer) if prefix_token_id is None else prefix_token_id
         if first is None:
             raise PromptError(
                 f"{pretrained.name}: its tokenizer has neither begin_of_text nor end_of_text, so that there is nothing "
-                "to score an empty context with; use a tokenizer that has one, byte for instance"
+                "to put before a text without context; GptjaxLM(..., prefix_token_id=ID) names a token for that"
             )
         self.pretrained, self.vocabulary, self.dtype = pretrained, pretrained.tokenizer, dtype
         self.batch_size = int(batch_size)

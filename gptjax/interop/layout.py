@@ -40,7 +40,7 @@ class Tensor:
         if len(self.weights) == 1:
             return [flat.reshape(shape)]
         at = len(shape) + 1 + self.stacked
-        return np.moveaxis(flat.reshape(*shape[:at], len(self.weights), *shape[at:]), at, 0)
+        return list(np.moveaxis(flat.reshape(*shape[:at], len(self.weights), *shape[at:]), at, 0))
 
     def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor that holds weights, in memory of its own order: what `split` takes apart."""
@@ -56,12 +56,16 @@ class Tensor:
 
     @property
     def _transposed(self) -> bool:
-        return self.linear and is_matrix(self.weights[0])
+        return self.linear and self._matrix
+
+    @property
+    def _matrix(self) -> bool:
+        return is_matrix(self.weights[0].rpartition(".")[2])
 
     def _flat(self, shape: Shape) -> Shape:
         """The axes that go in as one, and those that come out as one."""
         name, count = self.weights[0], len(self.weights)
-        if not is_matrix(name):
+        if not self._matrix:
             return (count * math.prod(shape),)
         inputs = IN_AXES.get(name, 1)
         return (math.prod(shape[:inputs]), count * math.prod(shape[inputs:]))

@@ -30,12 +30,13 @@ import numpy as np
 from gptjax.data.batches import Place
 from gptjax.durable import digest, read_json, read_text, sync_folder, sync_tree, write_durably
 from gptjax.errors import EXIT_FAILED, RunError, TrainingFailed
-from gptjax.training.state import TrainState, leaf_name
+from gptjax.training.state import TrainState, Weights, leaf_name
 
 FORMAT_VERSION = 2
 ARRAYS, MANIFEST, COMMITTED, SET_ASIDE = "arrays", "manifest.json", "committed", "set-aside"
 NOTE_1 = "checkpoint.json"  # format 1 (release 0.1.0) had this one file as manifest and marker
 DELETING = ".deleting"
+UNREAD = ...  # in the place of an array that is not to be read; the word is Orbax's
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,20 @@ def saved_arrays(checkpoint: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def restore(checkpoint: Checkpoint, abstract: Any) -> Any:
-    """The arrays of a checkpoint that was found whole, laid out as `abstract` says, which has the saved tree."""
+    """The arrays of a checkpoint that was found whole, laid out as `abstract` says, which has the saved tree.
+
+    Where it has `UNREAD`, nothing is read and the same comes back.
+    """
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(checkpoint.folder / ARRAYS, args=ocp.args.StandardRestore(abstract))
+    def how(x: Any) -> Any:
+        if x is UNREAD:
+            return ocp.RestoreArgs()
+        return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+
+    args = ocp.args.PyTreeRestore(abstract, restore_args=jax.tree.map(how, abstract))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(checkpoint.folder / ARRAYS, args=args)
 
 
 class Writer:
@@ -210,7 +220,7 @@ class Writer:
         self._saving: Future[None] | None = None
         _before_threads_end(weakref.WeakMethod(self._at_exit))
 
-    def save(self, state: TrainState, place: Place, val_loss: float | None = None) -> None:
+    def save(self, state: TrainState | Weights, place: Place, val_loss: float | None = None) -> None:
         """Starts saving this state, unless its step is saved already; returns when the arrays have been copied.
 
         Raises `TrainingFailed`, and saves nothing, where a number in it is not finite.
@@ -270,7 +280,7 @@ class Writer:
             print(e, file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)  # an exit handler has no other way to change the exit code
 
-    def _check_finite(self, state: TrainState, step: int) -> None:
+    def _check_finite(self, state: TrainState | Weights, step: int) -> None:
         names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(state)]
         finite = np.asarray(jax.jit(_finite_leaves, out_shardings=state.step.sharding)(state))
         if bad := [name for name, good in zip(names, finite, strict=True) if not good]:
@@ -420,7 +430,7 @@ def _before_threads_end(action: weakref.WeakMethod[Callable[[], None]]) -> None:
     threading._register_atexit(lambda: (call := action()) and call())  # type: ignore[attr-defined]
 
 
-def _finite_leaves(state: TrainState) -> jax.Array:
+def _finite_leaves(state: TrainState | Weights) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)])
 
 

@@ -6,6 +6,7 @@ metrics.jsonl     one line a logged step: the source of truth, of which plots ar
 checkpoints/      see checkpoint.py
 tokenizer/        see data/tokenizer.py
 result.json       the final figures
+generation.json   of an imported model: how its makers recommend to sample from it
 lock.json         who is training here, while someone is; see lock.py
 processes/        what each process of a job over several does; see watch.py
 """
@@ -36,6 +37,7 @@ from gptjax.training.metrics import read_metrics
 
 FORMAT_VERSION = 1
 EXPERIMENT, PROVENANCE, METRICS, RESULT = "experiment.json", "provenance.json", "metrics.jsonl", "result.json"
+GENERATION = "generation.json"
 CONTEXT = {"model.context_length"}  # a validation loss depends on it as on the text
 UNBORN = {lock.NAME, watch.FOLDER, "tokenizer", PROVENANCE}  # what a folder may hold before it has an experiment
 
@@ -61,6 +63,11 @@ class Run:
         """The final figures; None while the run is not finished."""
         path = self.folder / RESULT
         return read_json(path) if path.exists() else None
+
+    def generation(self) -> dict[str, Any]:
+        """`recommended`, `stop_tokens` and `chat_template` of an imported model; of any other nothing."""
+        path = self.folder / GENERATION
+        return read_json(path) if path.exists() else {}
 
     def write_result(self, figures: dict[str, Any]) -> None:
         write_durably(self.folder / RESULT, json.dumps({"format": FORMAT_VERSION} | figures, indent=2) + "\n")
@@ -145,10 +152,15 @@ def start_run(folder: Path, experiment: Experiment, store: Store, allow_changes:
     if not (folder / EXPERIMENT).exists():
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         store.tokenizer.save(folder / "tokenizer")
-        write_durably(folder / PROVENANCE, json.dumps(_provenance(store), indent=2) + "\n")
+        write_durably(folder / PROVENANCE, json.dumps(new_provenance(store.key), indent=2) + "\n")
         write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
         return {}
     run = open_run(folder)
+    if "imported" in run.provenance():
+        raise RunError(
+            f"{folder}: holds imported weights and nothing to train on from; choose another --run-dir, and name this "
+            f"one as where to start from: --init {folder}"
+        )
     changes = diff(run.experiment, experiment)
     if (key := run.provenance()["data"]) != store.key:
         changes["data"] = (key, store.key)
@@ -192,7 +204,9 @@ def set_aside_later(run: Run, step: int) -> None:
 
 
 def check_data(run: Run, store: Store) -> None:
-    """Raises `RunError` where a run's text is not what it was when the run began."""
+    """Raises `RunError` where a run's text is not what it was when the run began, or where it never had one."""
+    if "imported" in run.provenance():
+        raise RunError(f"{run.folder}: holds imported weights, and no text that they were trained on")
     if (key := run.provenance()["data"]) != store.key:
         raise RunError(
             f"{run.folder}: was trained on data {key}, but {run.experiment.data.source!r} is now {store.key}; "
@@ -204,7 +218,8 @@ def _is_scratch(path: Path) -> bool:
     return re.fullmatch(r"\.+(experiment|provenance|metrics|result|probe)\b.*\.\d+", path.name) is not None
 
 
-def _provenance(store: Store) -> dict[str, Any]:
+def new_provenance(data: str | None) -> dict[str, Any]:
+    """With which versions, devices and command, and on which data, a run folder is made now."""
     packages = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
     return {
@@ -212,7 +227,7 @@ def _provenance(store: Store) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "commit": _commit(),
-        "data": store.key,
+        "data": data,
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "devices": {"count": jax.device_count(), "kind": device.device_kind, "platform": device.platform},

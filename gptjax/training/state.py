@@ -34,6 +34,13 @@ class TrainState(NamedTuple):
     health: Health
 
 
+class Weights(NamedTuple):
+    """All that an imported model has: nothing to train on from."""
+
+    step: Array  # int32: 0
+    params: Any  # float32 weights
+
+
 def new_health() -> Health:
     """Before the first update."""
     return Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(RECENT))

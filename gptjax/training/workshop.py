@@ -25,7 +25,7 @@ from gptjax.training.checkpoint import Checkpoint
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.optim import evaluation_params, make_optimizer
 from gptjax.training.run import Run, open_run
-from gptjax.training.state import TrainState, abstract_state, create_state, mismatches, new_health
+from gptjax.training.state import TrainState, Weights, abstract_state, create_state, mismatches, new_health
 from gptjax.training.step import Metrics, eval_step, train_step
 
 
@@ -101,20 +101,37 @@ def restore_state(chosen: Checkpoint, abstract: TrainState, experiment: Experime
 
     Raises `RunError` naming every array that has another shape or dtype than the experiment's, and the field behind it.
     """
-    wanted = abstract._asdict()
+    wanted, there = _saved_parts(abstract, chosen), checkpoint.saved_arrays(chosen)
+    if _is_weights_only(there):
+        raise RunError(
+            f"{chosen.folder}: holds imported weights and nothing to train on from; name this run as init of an "
+            "experiment with another --run-dir"
+        )
+    _check_match(chosen, there, wanted, experiment)
+    saved = checkpoint.restore(chosen, wanted)
     if chosen.format == 1:
-        del wanted["health"]
-    if found := mismatches(checkpoint.saved_arrays(chosen), wanted, experiment):
+        saved["health"] = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new_health(), abstract.health)
+    return TrainState(**saved)
+
+
+def _saved_parts(abstract: TrainState, chosen: Checkpoint) -> dict[str, Any]:
+    return {name: part for name, part in abstract._asdict().items() if chosen.format > 1 or name != "health"}
+
+
+def _is_weights_only(saved: dict[str, jax.ShapeDtypeStruct]) -> bool:
+    return all(name == "step" or name.startswith("params.") for name in saved)
+
+
+def _check_match(
+    chosen: Checkpoint, saved: dict[str, jax.ShapeDtypeStruct], wanted: dict[str, Any], experiment: Experiment
+) -> None:
+    if found := mismatches(saved, wanted, experiment):
         more = f"\n  and {len(found) - 8} others" if len(found) > 8 else ""
         raise RunError(
             f"{chosen.folder}: does not hold the state of this experiment; take the fields that it was trained with:\n"
             + "\n".join(f"  - {line}" for line in found[:8])
             + more
         )
-    saved = checkpoint.restore(chosen, wanted)
-    if chosen.format == 1:
-        saved["health"] = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new_health(), abstract.health)
-    return TrainState(**saved)
 
 
 def check_start(shop: Workshop, fresh: bool = True) -> None:
@@ -141,11 +158,34 @@ def check_start(shop: Workshop, fresh: bool = True) -> None:
 
 
 def load_params(run: Run, which: str) -> tuple[Any, int]:
-    """The weights to evaluate and sample with, of the checkpoint called `which`, on one device; and its step."""
+    """The weights to evaluate and sample with, of the checkpoint called `which`, on one device; and its step.
+
+    Nothing else of the state is read.
+    """
     chosen = checkpoint.choose(run.checkpoints, which)
     abstract = abstract_state(run.experiment, make_optimizer(run.experiment), one_device())
-    state = restore_state(chosen, abstract, run.experiment)
-    return evaluation_params(state.params, state.opt_state), chosen.step
+    there = checkpoint.saved_arrays(chosen)
+    wanted = Weights(abstract.step, abstract.params)._asdict()
+    if not _is_weights_only(there):
+        wanted = _saved_parts(abstract, chosen)
+    _check_match(chosen, there, wanted, run.experiment)
+    if _is_weights_only(there):
+        return checkpoint.restore(chosen, wanted)["params"], chosen.step
+    unread = jax.tree.map(lambda _: checkpoint.UNREAD, wanted)
+    params, opt_state = _seen_in_evaluation(abstract)
+    saved = checkpoint.restore(chosen, unread | {"params": params, "opt_state": opt_state})
+    return evaluation_params(saved["params"], saved["opt_state"]), chosen.step
+
+
+def _seen_in_evaluation(abstract: TrainState) -> tuple[Any, Any]:
+    """The params and the optimiser's state, with `UNREAD` for every array that `evaluation_params` does not look at."""
+    parts = (abstract.params, abstract.opt_state)
+    leaves, tree = jax.tree.flatten(parts)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parts)
+    program = jax.make_jaxpr(evaluation_params)(*shapes).jaxpr
+    seen = {id(x) for x in [*program.outvars, *(x for equation in program.eqns for x in equation.invars)]}
+    kept = [x if id(v) in seen else checkpoint.UNREAD for x, v in zip(leaves, program.invars, strict=True)]
+    return jax.tree.unflatten(tree, kept)
 
 
 def summary(shop: Workshop, step: int) -> str:

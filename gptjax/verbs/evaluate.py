@@ -55,7 +55,7 @@ class Evaluation:
     tasks: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or YAML files; several may follow
     harness: Annotated[Tasks, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Tasks)
     batch_size: int = 8  # windows or requests computed at once, with --data and --tasks
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; None: the model's own
+    dtype: Literal["float32", "bfloat16", "int8"] | None = None  # None: the model's own; int8: 8-bit weights
     json: bool = False  # print one JSON object on stdout
     checkpoint: str = "last"  # of a run: last, best, or a step
 

@@ -205,3 +205,13 @@ def test_a_window_of_one_token_and_odd_sizes():
 def test_the_kernel_that_was_trained_with_need_not_be_here(tiny):
     elsewhere = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, attention_kernel="cudnn"))
     np.testing.assert_array_equal(score(elsewhere, random_ids(9)).nats, score(tiny, random_ids(9)).nats)
+
+
+def test_eight_bits_cost_little_loss():
+    """The same loss as the int8 engine that generates has, and near that of float32."""
+    model = tiny_model(vocab_size=257, context_length=32, embed_dim=64, num_heads=4, layers="scan")
+    made = Pretrained("tiny", model, init_params(model, jax.random.key(0)), ByteTokenizer())
+    text = np.random.default_rng(0).integers(0, 256, 31).astype(np.int32)
+    exact, small = (next(iter(Scorer(made, dtype=d).texts([text]))) for d in (None, "int8"))
+    assert 0 < abs(small.loss - exact.loss) < 0.01
+    np.testing.assert_allclose(small.nats, exact.nats, atol=0.1)

@@ -79,14 +79,16 @@ def test_greedy_texts_are_those_of_transformers(pair, rules):
         assert theirs(model, PROMPTS) == alone, "ragged batches there as here"
 
 
-@pytest.mark.parametrize(
-    "beams", [Beams(2), Beams(5, 2.0), Beams(4, -0.5), Beams(3, 1.0, True), Beams(4, 0.7, "never")], ids=str
-)
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_beams_are_those_of_transformers(pair, beams, penalty):
+SEARCHES = [Beams(5, 2.0), Beams(2), Beams(4, -0.5), Beams(3, 1.0, True), Beams(4, 0.7, "never")]
+
+
+@pytest.mark.parametrize("beams", SEARCHES, ids=str)
+def test_beams_are_those_of_transformers(pair, beams):
     """With a stop token that the texts often reach, and all that were found, in their order."""
     model, engine = pair
-    for prompt in PROMPTS[::2]:
+    if beams != SEARCHES[0] and model.config.model_type != "gpt2":
+        pytest.skip("the search does not know the family: one search for each is enough")
+    for prompt, penalty in [(PROMPTS[0], 1.0), (PROMPTS[2], 1.3)]:
         free = ours(engine, [prompt], Sampling(temperature=0))[0]
         stop = free[4]
         found = beam_search(

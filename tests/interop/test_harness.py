@@ -16,11 +16,11 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from gptjax.config import Model  # noqa: E402
-from gptjax.data.tokenizer import BPETokenizer, CharTokenizer  # noqa: E402
+from gptjax.data.tokenizer import CharTokenizer  # noqa: E402
 from gptjax.errors import DataError, PromptError  # noqa: E402
 from gptjax.inference.pretrained import Pretrained  # noqa: E402
 from gptjax.interop.harness import GptjaxLM, generation, run_tasks, table  # noqa: E402
+from gptjax.interop.huggingface import load_folder  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm_eval and torch, which have many
 CONTEXT = 64
@@ -82,66 +82,47 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
 }
 
 
-def make_gpt2(folder: Path) -> None:
-    """A GPT-2 with random weights and a tokenizer of its own, as transformers saves them."""
+def make_tokenizer(folder: Path, begin: str | None = None):
+    """Byte-level BPE, as transformers saves it; with `begin` it writes that before every text."""
     from pydoc_data.topics import topics
 
     from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
 
     engine = ByteLevelBPETokenizer()
     engine.train_from_iterator(
-        [topics[name] for name in sorted(topics)[:40]], vocab_size=500, special_tokens=[END], show_progress=False
+        [topics[name] for name in sorted(topics)[:40]],
+        vocab_size=500,
+        special_tokens=[END, begin or "<|unused|>"],
+        show_progress=False,
     )
+    if begin:
+        engine._tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, engine.token_to_id(begin))]
+        )
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=engine._tokenizer, bos_token=END, eos_token=END, unk_token=END
+        tokenizer_object=engine._tokenizer, bos_token=begin or END, eos_token=END
     )
-    end = tokenizer.convert_tokens_to_ids(END)
+    tokenizer.save_pretrained(folder)
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in (begin or END, END)]
+    return dict(zip(("bos_token_id", "eos_token_id"), ids, strict=True), vocab_size=len(tokenizer))
+
+
+def make_gpt2(folder: Path) -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=CONTEXT, n_embd=48, n_layer=2, n_head=4,
-        initializer_range=0.3, bos_token_id=end, eos_token_id=end,
-    )  # fmt: skip
+        **make_tokenizer(folder), n_positions=CONTEXT, n_embd=48, n_layer=2, n_head=4, initializer_range=0.3
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
-def converted(folder: Path) -> Pretrained:
-    """The GPT-2 of a folder, its weights taken over by hand."""
-    hf = transformers.GPT2LMHeadModel.from_pretrained(folder)
-    w = {k.removeprefix("transformer."): v.detach().numpy() for k, v in hf.state_dict().items()}
-    layers, heads, embed = hf.config.n_layer, hf.config.n_head, hf.config.n_embd
-    head = embed // heads
-
-    def stack(name, change=lambda x: x):
-        return np.stack([change(w[f"h.{i}.{name}"]) for i in range(layers)])
-
-    attention = {
-        "out": stack("attn.c_proj.weight", lambda x: x.reshape(heads, head, embed)),
-        "out_bias": stack("attn.c_proj.bias"),
-    }
-    for part, name in enumerate(("query", "key", "value")):
-        own = slice(part * embed, (part + 1) * embed)
-        attention[name] = stack("attn.c_attn.weight", lambda x, own=own: x[:, own].reshape(embed, heads, head))
-        attention[f"{name}_bias"] = stack("attn.c_attn.bias", lambda x, own=own: x[own].reshape(heads, head))
-    norm = lambda name: {"scale": stack(f"{name}.weight"), "bias": stack(f"{name}.bias")}  # noqa: E731
-    up, down = "mlp.c_fc", "mlp.c_proj"
-    params = {
-        "embedding": {"tokens": w["wte.weight"], "positions": w["wpe.weight"]},
-        "blocks": {
-            "attention": attention,
-            "attention_norm": norm("ln_1"),
-            "ffn_norm": norm("ln_2"),
-            "ffn": {
-                "up": stack(f"{up}.weight"), "up_bias": stack(f"{up}.bias"),
-                "down": stack(f"{down}.weight"), "down_bias": stack(f"{down}.bias"),
-            },
-        },
-        "final_norm": {"scale": w["ln_f.weight"], "bias": w["ln_f.bias"]},
-    }  # fmt: skip
-    model = Model(
-        vocab_size=len(w["wte.weight"]), context_length=CONTEXT, num_layers=layers, embed_dim=embed, num_heads=heads
-    ).resolved()
-    return Pretrained(folder.name, model, params, BPETokenizer.from_path(folder))
+def make_llama(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **make_tokenizer(folder, "<|begin|>"), max_position_embeddings=CONTEXT, hidden_size=48, intermediate_size=96,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +133,7 @@ def both(tmp_path_factory):
     hf = HFLM(pretrained=str(folder), device="cpu", batch_size=4, dtype="float32")
     (folder / "tasks").mkdir()
     write_tasks(folder / "tasks", hf)
-    return hf, GptjaxLM(converted(folder), batch_size=5), folder / "tasks"
+    return hf, GptjaxLM(load_folder(folder), batch_size=5), folder / "tasks"
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +176,22 @@ def test_requests_at_the_edge(both, context, continuation):
     request = [Instance("loglikelihood", {}, (context, continuation), 0)]
     (a,), (b,) = hf.loglikelihood(request), ours.loglikelihood(request)
     assert b == (pytest.approx(a[0], rel=1e-5, abs=1e-4), a[1])
+
+
+def test_a_tokenizer_that_writes_begin_of_text(tmp_path):
+    make_llama(tmp_path)
+    hf, ours = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32"), GptjaxLM(load_folder(tmp_path))
+    for text in ("a word", "<|begin|>a word", f"a{END}b", "long " * 99):
+        assert ours.tok_encode(text) == hf.tok_encode(text)
+        short = text[:40]  # what is longer than the context cannot be a continuation
+        for context, continuation in [("", short), (text, " and more"), ("first", short)]:
+            request = [Instance("loglikelihood", {}, (context, continuation), 0)]
+            (a,), (b,) = hf.loglikelihood(request), ours.loglikelihood(request)
+            assert b == (pytest.approx(a[0], rel=1e-5, abs=1e-4), a[1])
+        request = [Instance("loglikelihood_rolling", {}, (text,), 0)]
+        assert ours.loglikelihood_rolling(request) == pytest.approx(hf.loglikelihood_rolling(request), rel=1e-5)
+        request = [Instance("generate_until", {}, (text, {"until": ["e "], "max_gen_toks": 12}), 0)]
+        assert ours.generate_until(request) == hf.generate_until(request)
 
 
 def test_what_the_hf_backend_stumbles_over(both):

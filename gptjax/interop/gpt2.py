@@ -1,0 +1,78 @@
+"""GPT-2 and whatever was saved as one: learned positions, layernorm before each half, queries to values in one."""
+
+from typing import Any
+
+from gptjax import config
+from gptjax.interop.family import ACTIVATIONS, Family, head, norm, same_rate, word
+from gptjax.interop.fields import Fields
+from gptjax.interop.layout import Tensor
+
+
+def _read(f: Fields) -> config.Model:
+    embed, heads = f.need("n_embd", int, 768), f.need("n_head", int, 12)
+    f.inert(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False, True))
+    return config.Model(
+        vocab_size=f.need("vocab_size", int, 1),
+        context_length=f.need("n_positions", int, 1024),
+        num_layers=f.need("n_layer", int, 12),
+        embed_dim=embed,
+        num_heads=heads,
+        ffn_dim=f.take("n_inner", int, None),
+        ffn=f.choose("activation_function", ACTIVATIONS, "gelu_new"),
+        norm_epsilon=f.take("layer_norm_epsilon", float, 1e-5),
+        dropout=same_rate(f, "resid_pdrop", "embd_pdrop", "attn_pdrop", default=0.1),
+        init_std=f.take("initializer_range", float, 0.02),
+        tie_embeddings=f.take("tie_word_embeddings", bool, True),
+    )
+
+
+def _write(m: config.Model) -> dict[str, Any]:
+    return {
+        "vocab_size": m.vocab_size,
+        "n_positions": m.context_length,
+        "n_embd": m.embed_dim,
+        "n_layer": m.num_layers,
+        "n_head": m.num_heads,
+        "n_inner": m.ffn_dim,
+        "activation_function": word(ACTIVATIONS, m.ffn),
+        "layer_norm_epsilon": m.norm_epsilon,
+        "resid_pdrop": m.dropout,
+        "embd_pdrop": m.dropout,
+        "attn_pdrop": m.dropout,
+        "initializer_range": m.init_std,
+        "tie_word_embeddings": m.tie_embeddings,
+    }
+
+
+def _tensors(m: config.Model) -> list[Tensor]:
+    def both(theirs: str, *ours: str, stacked: int = 0) -> list[Tensor]:
+        """Weight and bias of a Conv1D."""
+        kinds = {"weight": "", "bias": "_bias"}
+        return [Tensor(f"h.{{i}}.{theirs}.{k}", tuple(f"blocks.{o}{s}" for o in ours), stacked=stacked)
+                for k, s in kinds.items()]  # fmt: skip
+
+    return [
+        Tensor("wte.weight", ("embedding.tokens",)),
+        Tensor("wpe.weight", ("embedding.positions",)),
+        *norm("h.{i}.ln_1", "blocks.attention_norm"),
+        *both("attn.c_attn", "attention.query", "attention.key", "attention.value", stacked=-3),
+        *both("attn.c_proj", "attention.out"),
+        *norm("h.{i}.ln_2", "blocks.ffn_norm"),
+        *both("mlp.c_fc", "ffn.up"),
+        *both("mlp.c_proj", "ffn.down"),
+        *norm("ln_f", "final_norm"),
+        *head(m, "lm_head.weight"),
+    ]
+
+
+FAMILY = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    _read,
+    _write,
+    _tensors,
+    prefix="transformer.",
+    outside=("lm_head.",),
+    buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
+    copies={"lm_head.weight": "wte.weight"},
+)

@@ -1,0 +1,97 @@
+"""GPT-NeoX and Pythia: RoPE on a part of each head, attention and FFN side by side."""
+
+from typing import Any
+
+from gptjax import config
+from gptjax.interop.family import ACTIVATIONS, Family, head, linear, norm, same_rate, word
+from gptjax.interop.fields import Fields
+from gptjax.interop.layout import Tensor
+from gptjax.interop.rope import read_rope, write_rope
+
+
+def _read(f: Fields) -> config.Model:
+    embed, heads = f.need("hidden_size", int, 6144), f.need("num_attention_heads", int, 64)
+    context = f.need("max_position_embeddings", int, 2048)
+    share = f.take("rotary_pct", float, 0.25)
+    rope, newer = read_rope(f, context, "rotary_emb_base")
+    share = float(share if newer is None else newer)
+    head_dim = max(embed // max(heads, 1), 1)
+    if round(head_dim * share) != int(head_dim * share):  # they round down
+        share = int(head_dim * share) / head_dim
+    f.inert(attention_bias=(True,))
+    for name, older, usual in [
+        ("rope_theta", "rotary_emb_base", 10_000),
+        ("partial_rotary_factor", "rotary_pct", 0.25),
+    ]:
+        if f.take(name, float, None) not in (None, f.values.get(older, usual)):  # late releases of 4 wrote both
+            f.problem(name, f"{older} says something else")
+    return config.Model(
+        vocab_size=f.need("vocab_size", int, 1),
+        context_length=context,
+        num_layers=f.need("num_hidden_layers", int, 44),
+        embed_dim=embed,
+        num_heads=heads,
+        ffn_dim=f.need("intermediate_size", int, 24576),
+        ffn=f.choose("hidden_act", ACTIVATIONS, "gelu"),
+        positions="rope",
+        rope_fraction=share,
+        norm_epsilon=f.take("layer_norm_eps", float, 1e-5),
+        parallel_residual=f.take("use_parallel_residual", bool, True),
+        dropout=same_rate(f, "hidden_dropout", "attention_dropout", default=0.0),
+        init_std=f.take("initializer_range", float, 0.02),
+        tie_embeddings=f.take("tie_word_embeddings", bool, False),
+        **rope,
+    )
+
+
+def _write(m: config.Model) -> dict[str, Any]:
+    turned = round((m.head_dim or 0) * m.rope_fraction)
+    exact = int((m.head_dim or 0) * m.rope_fraction) == turned
+    return {
+        "vocab_size": m.vocab_size,
+        "max_position_embeddings": m.context_length,
+        "hidden_size": m.embed_dim,
+        "intermediate_size": m.ffn_dim,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "hidden_act": word(ACTIVATIONS, m.ffn),
+        "layer_norm_eps": m.norm_epsilon,
+        "use_parallel_residual": m.parallel_residual,
+        "rotary_pct": m.rope_fraction if exact else (turned + 0.5) / (m.head_dim or 1),
+        "hidden_dropout": m.dropout,
+        "attention_dropout": m.dropout,
+        "initializer_range": m.init_std,
+        "tie_word_embeddings": m.tie_embeddings,
+        **write_rope(m, "rotary_emb_base"),
+    }
+
+
+def _tensors(m: config.Model) -> list[Tensor]:
+    qkv = [f"blocks.attention.{name}" for name in ("query", "key", "value")]
+    at = "layers.{i}."
+    return [
+        Tensor("embed_in.weight", ("embedding.tokens",)),
+        *norm(at + "input_layernorm", "blocks.attention_norm"),
+        Tensor(at + "attention.query_key_value.weight", tuple(qkv), linear=True, stacked=-2),
+        Tensor(at + "attention.query_key_value.bias", tuple(f"{w}_bias" for w in qkv), linear=True, stacked=-2),
+        *linear(at + "attention.dense", "blocks.attention.out"),
+        *norm(at + "post_attention_layernorm", "blocks.ffn_norm"),
+        *linear(at + "mlp.dense_h_to_4h", "blocks.ffn.up"),
+        *linear(at + "mlp.dense_4h_to_h", "blocks.ffn.down"),
+        *norm("final_layer_norm", "final_norm"),
+        *head(m, "embed_out.weight"),
+    ]
+
+
+FAMILY = Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    _read,
+    _write,
+    _tensors,
+    prefix="gpt_neox.",
+    outside=("embed_out.",),
+    buffers=r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)|rotary_emb\.inv_freq",
+    renamed=(("lm_head.weight", "embed_out.weight"),),
+    copies={"embed_out.weight": "embed_in.weight"},
+)

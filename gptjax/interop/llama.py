@@ -1,0 +1,92 @@
+"""Llama 1 to 3 and whatever was saved as one: RoPE, rmsnorm, a gated FFN, grouped queries."""
+
+from typing import Any
+
+from gptjax import config
+from gptjax.interop.family import Family, head, linear, norm, word
+from gptjax.interop.fields import Fields
+from gptjax.interop.layout import Tensor
+from gptjax.interop.rope import read_rope, write_rope
+
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+
+
+def _read(f: Fields) -> config.Model:
+    embed, heads = f.need("hidden_size", int, 4096), f.need("num_attention_heads", int, 32)
+    context = f.need("max_position_embeddings", int, 2048)
+    rope, share = read_rope(f, context)
+    if share not in (None, 1):
+        f.problems.append(f"partial_rotary_factor = {share}: a Llama turns whole heads")
+    bias, mlp_bias = f.take("attention_bias", bool, False), f.take("mlp_bias", bool, False)
+    if bias != mlp_bias:
+        f.problem("mlp_bias", f"attention_bias is {bias}; gptjax has biases in all linear layers or in none")
+    f.take("attention_dropout", float, 0.0)  # gptjax's dropout acts in more places: it is left at 0
+    f.inert(pretraining_tp=tuple(range(1, 65)), rope_interleaved=(False,))
+    return config.Model(
+        vocab_size=f.need("vocab_size", int, 1),
+        context_length=context,
+        num_layers=f.need("num_hidden_layers", int, 32),
+        embed_dim=embed,
+        num_heads=heads,
+        num_kv_heads=f.take("num_key_value_heads", int, None),
+        head_dim=f.take("head_dim", int, None),
+        ffn_dim=f.need("intermediate_size", int, 11008),
+        ffn=f.choose("hidden_act", GATED, "silu"),
+        positions="rope",
+        norm="rmsnorm",
+        norm_epsilon=f.take("rms_norm_eps", float, 1e-6),
+        bias=bias,
+        init_std=f.take("initializer_range", float, 0.02),
+        tie_embeddings=f.take("tie_word_embeddings", bool, False),
+        **rope,
+    )
+
+
+def _write(m: config.Model) -> dict[str, Any]:
+    return {
+        "vocab_size": m.vocab_size,
+        "max_position_embeddings": m.context_length,
+        "hidden_size": m.embed_dim,
+        "intermediate_size": m.ffn_dim,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.head_dim,
+        "hidden_act": word(GATED, m.ffn),
+        "rms_norm_eps": m.norm_epsilon,
+        "attention_bias": m.bias,
+        "mlp_bias": m.bias,
+        "initializer_range": m.init_std,
+        "tie_word_embeddings": m.tie_embeddings,
+        **write_rope(m),
+    }
+
+
+def _tensors(m: config.Model) -> list[Tensor]:
+    return [
+        Tensor("embed_tokens.weight", ("embedding.tokens",)),
+        *norm("layers.{i}.input_layernorm", "blocks.attention_norm", bias=False),
+        *linear("layers.{i}.self_attn.q_proj", "blocks.attention.query", bias=m.bias),
+        *linear("layers.{i}.self_attn.k_proj", "blocks.attention.key", bias=m.bias),
+        *linear("layers.{i}.self_attn.v_proj", "blocks.attention.value", bias=m.bias),
+        *linear("layers.{i}.self_attn.o_proj", "blocks.attention.out", bias=m.bias),
+        *norm("layers.{i}.post_attention_layernorm", "blocks.ffn_norm", bias=False),
+        *linear("layers.{i}.mlp.gate_proj", "blocks.ffn.gate", bias=m.bias),
+        *linear("layers.{i}.mlp.up_proj", "blocks.ffn.up", bias=m.bias),
+        *linear("layers.{i}.mlp.down_proj", "blocks.ffn.down", bias=m.bias),
+        *norm("norm", "final_norm", bias=False),
+        *head(m, "lm_head.weight"),
+    ]
+
+
+FAMILY = Family(
+    "llama",
+    "LlamaForCausalLM",
+    _read,
+    _write,
+    _tensors,
+    prefix="model.",
+    outside=("lm_head.",),
+    buffers=r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    copies={"lm_head.weight": "embed_tokens.weight"},
+)
