@@ -126,7 +126,7 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["fly"], "no such verb: 'fly'; there are train, sample, eval, verify, replay"),
+    (["fly"], "no such verb: 'fly'; there are train, sample, chat, eval, import, export, verify, replay"),
     (["train"], "no experiment file was given"),
     (["train", "nothing.py"], "nothing.py: no such experiment file"),
     (["train", "{0}/mine.py"], "nothing.txt': no such file or folder"),
@@ -138,7 +138,7 @@ def broken(tmp_path_factory):
     (["train", "{0}/mine.py", "--model.num-heads", "3", "--optim.learning-rate", "-1"], "2 problems in the experiment"),
     (["train", "{0}/mine.py", "--init", "{0}", "--data.source", "pydoc", "--run-dir", "{0}/run"], "is no run folder"),
     (["sample", "{0}/nowhere", "hi"], "nowhere: does not exist"),
-    (["sample", "{0}", "hi"], "is no run folder"),
+    (["sample", "{0}", "hi"], "holds neither experiment.json"),
     (["eval", "{0}/nowhere", "--json"], "nowhere: does not exist"),
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_message(broken, arguments, message):

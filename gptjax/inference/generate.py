@@ -75,16 +75,17 @@ def check(engine: Engine, requests: Sequence[Request]) -> int:
 def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[Step]:
     """Yields a token for every text until all have ended. Raises `PromptError` before anything is computed."""
     total = check(engine, requests)
-    return _steps(engine, requests, total)
+    rows = at_least_two(engine.model, requests)
+    return _steps(engine, requests, rows, rules_of([r.sampling for r in rows], engine.vocab, engine.rows), total)
 
 
-def _steps(engine: Engine, requests: Sequence[Request], total: int) -> Iterator[Step]:
+def _steps(
+    engine: Engine, requests: Sequence[Request], rows: Sequence[Request], rules: Rules, total: int
+) -> Iterator[Step]:
     count, model = len(requests), within_sight(engine.model, total)
     left = np.array([r.new_tokens for r in requests])
     if not left.any():
         return
-    rows = at_least_two(model, requests)
-    rules = rules_of([r.sampling for r in rows], engine.vocab, engine.rows)
     keys = row_keys(rows)
     tokens, places = padded([r.prompt for r in rows])
     cache = empty_cache(model, len(rows), slots_for(engine.model, total))

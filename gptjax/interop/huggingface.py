@@ -54,7 +54,8 @@ def load_folder(folder: Path, name: str | None = None) -> Pretrained:
             [f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {model.vocab_size:,}: "
              "it is the wrong tokenizer; bring the one that the model was trained with"],
         )  # fmt: skip
-    recommended, stops = _generation(folder, model)
+    recommended, ends = _generation(folder)
+    stops = tuple(i for i in ends if i < (model.vocab_size or 0) and i != tokenizer.end_of_text)  # some lie beyond
     template = files.read_words(folder, TEMPLATE)
     if template is None:
         template = _template(files.read_object(folder, TOKENIZER) or {})
@@ -162,7 +163,7 @@ def _check_shapes(
         raise ExchangeError(folder, problems[:8] + [f"and {len(problems) - 8} others"] * (len(problems) > 8))
 
 
-def _generation(folder: Path, model: config.Model) -> tuple[dict[str, Any], tuple[int, ...]]:
+def _generation(folder: Path) -> tuple[dict[str, Any], list[int]]:
     """What its makers recommend, as fields of `Sampling`, and the ids that end a text."""
     given = files.read_object(folder, GENERATION) or {}
     found = {name: given[name] for name, off in RECOMMENDED.items() if given.get(name) not in (None, off)}
@@ -179,7 +180,7 @@ def _generation(folder: Path, model: config.Model) -> tuple[dict[str, Any], tupl
     stops = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not all(type(i) is int and i >= 0 for i in stops):
         raise ExchangeError(folder / source, [f"eos_token_id = {ends!r}: ids of tokens were expected"])
-    return found, tuple(i for i in stops if i < (model.vocab_size or 0))  # a default of transformers may lie beyond
+    return found, stops
 
 
 def _template(tokenizer: dict[str, Any]) -> str | None:

@@ -77,7 +77,7 @@ def replay(run: Run, step: int) -> list[str]:
     if not 1 <= step <= run.experiment.train.steps:
         raise RunError(f"--step {step}: the run has steps 1 to {run.experiment.train.steps}")
     changed = max((change["step"] for change in run.provenance().get("changes", [])), default=0)
-    shop = prepare(run.experiment, store=find_store(run.provenance()["data"], run.experiment.data))
+    shop = prepare(run.experiment, store=find_store(run.data_key(), run.experiment.data))
     check_data(run, shop.store)
     earlier = [c for c in checkpoint.listing(run.checkpoints) if changed <= c.step < step]
     chosen = next((c for c in reversed(earlier) if checkpoint.problem(c) is None), None)

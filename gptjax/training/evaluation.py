@@ -44,7 +44,7 @@ def evaluate(shop: Workshop, state: TrainState, beat: Callable[[], None] = lambd
 
 def evaluate_run(run: Run, which: str = "last") -> Figures:
     """`evaluate` for a checkpoint of a run folder, on one device; with the step and size of the model."""
-    store = find_store(run.provenance()["data"], run.experiment.data)
+    store = find_store(run.data_key(), run.experiment.data)
     shop = prepare(run.experiment, one_device(), store)
     check_data(run, shop.store)
     chosen = checkpoint.choose(run.checkpoints, which)

@@ -59,6 +59,17 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         return read_json(self.folder / PROVENANCE)
 
+    def data_key(self) -> str:
+        """The key of the text that it was trained on. Raises `RunError` for an imported model, which has none here."""
+        provenance = self.provenance()
+        if "imported" in provenance:
+            raise RunError(
+                f"{self.folder}: holds weights imported from {provenance['imported']}, without the text that they were "
+                "trained on and the state to train on from; to train on, begin another run with "
+                f"--init {self.folder}"
+            )
+        return provenance["data"]
+
     def result(self) -> dict[str, Any] | None:
         """The final figures; None while the run is not finished."""
         path = self.folder / RESULT
@@ -156,13 +167,9 @@ def start_run(folder: Path, experiment: Experiment, store: Store, allow_changes:
         write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
         return {}
     run = open_run(folder)
-    if "imported" in run.provenance():
-        raise RunError(
-            f"{folder}: holds imported weights and nothing to train on from; choose another --run-dir, and name this "
-            f"one as where to start from: --init {folder}"
-        )
+    key = run.data_key()
     changes = diff(run.experiment, experiment)
-    if (key := run.provenance()["data"]) != store.key:
+    if key != store.key:
         changes["data"] = (key, store.key)
     if changes and not allow_changes:
         raise RunError(
@@ -204,10 +211,8 @@ def set_aside_later(run: Run, step: int) -> None:
 
 
 def check_data(run: Run, store: Store) -> None:
-    """Raises `RunError` where a run's text is not what it was when the run began, or where it never had one."""
-    if "imported" in run.provenance():
-        raise RunError(f"{run.folder}: holds imported weights, and no text that they were trained on")
-    if (key := run.provenance()["data"]) != store.key:
+    """Raises `RunError` where a run's text is not what it was when the run began."""
+    if (key := run.data_key()) != store.key:
         raise RunError(
             f"{run.folder}: was trained on data {key}, but {run.experiment.data.source!r} is now {store.key}; "
             "bring the old text back"

@@ -1,0 +1,633 @@
+"""Models of Hugging Face: the same logits in both directions, the same bits there and back, and what is refused."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model, tiny_run
+
+from gptjax.config import Experiment, Model
+from gptjax.data.batches import Place
+from gptjax.data.tokenizer import ByteTokenizer
+from gptjax.errors import Disagreement, ExchangeError, GptjaxError, RunError
+from gptjax.inference.pretrained import Pretrained
+from gptjax.interop.agreement import Agreement, agreement, insist, logits, rounded
+from gptjax.interop.huggingface import load_folder
+from gptjax.interop.layout import nested, weight_shapes
+from gptjax.interop.open import fetch, open_model
+from gptjax.interop.runs import import_run
+from gptjax.interop.saving import choose_family, save_folder
+from gptjax.training import checkpoint
+from gptjax.training.diagnosis import replay
+from gptjax.training.evaluation import evaluate_run
+from gptjax.training.optim import evaluation_params
+from gptjax.training.run import open_run, start_run
+from gptjax.training.state import leaf_name
+from gptjax.training.workshop import (
+    check_start,
+    create_state,
+    first_state,
+    load_params,
+    one_device,
+    prepare,
+    restore_state,
+)
+
+VOCAB, CONTEXT = 260, 32  # of every model here; the byte tokenizer has 257 ids
+TEXT = np.random.default_rng(0).integers(0, VOCAB, (2, CONTEXT))
+ROPES = [
+    dict(rope_theta=500.0, rope_type="default"),
+    dict(rope_theta=1e4, rope_type="linear", factor=2.0),
+    dict(rope_theta=1e4, rope_type="yarn", factor=4.0, original_max_position_embeddings=8),
+    dict(
+        rope_theta=1e4,
+        rope_type="llama3",
+        factor=4.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=16,
+    ),
+]
+SMALL = dict(vocab_size=VOCAB, context_length=CONTEXT, num_layers=2, embed_dim=16, num_heads=2, ffn_dim=24)
+MODELS = {  # the family that is chosen -> models of gptjax that it can express
+    "gpt2": [dict(), dict(ffn="gelu_exact", tie_embeddings=False), dict(bias=False, ffn="relu2")],
+    "llama": [
+        dict(norm="rmsnorm", positions="rope", ffn="swiglu", bias=False, num_kv_heads=1, tie_embeddings=False),
+        dict(norm="rmsnorm", positions="rope", ffn="geglu", head_dim=12, rope_scaling="ntk", rope_factor=2.0),
+        dict(norm="rmsnorm", positions="rope", ffn="swiglu", bias=False, rope_scaling="yarn", rope_factor=4.0),
+        dict(norm="rmsnorm", positions="rope", ffn="swiglu", bias=False, rope_scaling="llama3", rope_factor=2.0),
+    ],
+    "gpt_neox": [
+        dict(positions="rope", parallel_residual=True, rope_fraction=0.25, tie_embeddings=False),
+        dict(positions="rope", ffn="relu", rope_scaling="linear", rope_factor=2.0),
+    ],
+}
+SCHEDULE_FREE = {"optim.name": "schedule_free", "optim.schedule": "constant"}
+CASES = [(family, changes) for family, several in MODELS.items() for changes in several]
+
+
+def made(changes: dict, seed: int = 0) -> Pretrained:
+    """A model whose norms and biases are not what they begin as."""
+    model, rng = Model(**SMALL | changes).resolved(), np.random.default_rng(seed)
+    shapes = weight_shapes(model)
+    layers = {name: (model.num_layers,) if name.startswith("blocks.") else () for name in shapes}
+    weights = {name: rng.normal(0.2, 0.3, (*layers[name], *shape)).astype(np.float32) for name, shape in shapes.items()}
+    recommended = {"temperature": 0.7, "top_k": 5}
+    return Pretrained("made", model, nested(weights), ByteTokenizer(), recommended, (3,), "{{ messages }}")
+
+
+def named(params) -> dict[str, np.ndarray]:
+    return {leaf_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
+
+
+def assert_same_bits(a, b) -> None:
+    a, b = named(a), named(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """A small GPT-2 in a folder. Copy it before you harm it."""
+    folder = tmp_path_factory.mktemp("exported") / "gpt2"
+    save_folder(made({}), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "gpt2"))
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# With transformers
+
+
+def drawn(family: str, draw: random.Random):
+    """A small config of transformers with random settings, and its model class."""
+    import transformers as hf
+
+    heads, width = draw.choice([2, 4]), draw.choice([4, 8])
+    sizes = dict(
+        hidden_size=heads * width,
+        num_attention_heads=heads,
+        num_hidden_layers=draw.choice([1, 3]),
+        intermediate_size=20,
+        max_position_embeddings=CONTEXT,
+        vocab_size=VOCAB,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    tied = draw.random() < 0.5
+    activation = draw.choice(["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
+    if family == "gpt2":
+        names = {"intermediate_size": "n_inner", "num_hidden_layers": "n_layer", "hidden_size": "n_embd",
+                 "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}  # fmt: skip
+        sizes = {names.get(name, name): value for name, value in sizes.items()}
+        sizes["n_inner"] = draw.choice([None, 20])
+        return hf.GPT2Config(**sizes, activation_function=activation, tie_word_embeddings=tied), hf.GPT2LMHeadModel
+    if family == "llama":
+        bias = draw.random() < 0.5
+        made_of = dict(
+            num_key_value_heads=draw.choice([1, 2, heads]),
+            head_dim=draw.choice([None, 6]),
+            rope_parameters=dict(draw.choice(ROPES)),
+            hidden_act=draw.choice(["silu", "gelu_pytorch_tanh"]),
+            rms_norm_eps=draw.choice([1e-5, 1e-6]),
+        )
+        made_of |= dict(attention_bias=bias, mlp_bias=bias, tie_word_embeddings=tied)
+        return hf.LlamaConfig(**sizes, **made_of), hf.LlamaForCausalLM
+    if family == "gpt_neox":
+        made_of = dict(
+            rotary_pct=draw.choice([0.5, 1.0, 0.6]),
+            rotary_emb_base=draw.choice([10_000, 500]),
+            use_parallel_residual=draw.random() < 0.5,
+        )
+        return (
+            hf.GPTNeoXConfig(**sizes, **made_of, hidden_act=activation, tie_word_embeddings=tied),
+            hf.GPTNeoXForCausalLM,
+        )
+    return hf.BertConfig(**sizes, hidden_act=activation), hf.BertForMaskedLM
+
+
+def theirs(folder: Path, family: str, seed: int):
+    """Writes a random model of transformers, norms and biases moved, with the byte tokenizer beside it; its logits."""
+    import torch
+
+    torch.manual_seed(seed)
+    settings, kind = drawn(family, random.Random(f"{family} {seed}"))
+    model = kind(settings).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+        out = model(torch.asarray(TEXT)).logits.numpy()
+    model.save_pretrained(folder)
+    with_tokenizer(folder)
+    return model, out
+
+
+def with_tokenizer(folder: Path) -> None:
+    from gptjax.data.tokenizer_formats import to_huggingface
+
+    to_huggingface(ByteTokenizer(), folder)
+
+
+@pytest.fixture
+def quiet():
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bert"])
+def test_logits_are_those_of_transformers(tmp_path, quiet, family, seed):
+    model, wanted = theirs(tmp_path / "theirs", family, seed)
+    read = load_folder(tmp_path / "theirs")
+    assert np.abs(logits(read.model, read.params, TEXT) - wanted).max() < 1e-4
+    if family == "bert":
+        with pytest.raises(ExchangeError, match=r"gpt2 has no .*model.causal = False"):
+            choose_family(read.model)
+        return
+    save_folder(read, tmp_path / "again")
+    assert choose_family(read.model).name == family
+    again = load_folder(tmp_path / "again")
+    assert again.model == read.model and (again.recommended, again.stop_tokens) == (read.recommended, read.stop_tokens)
+    assert_same_bits(again.params, read.params)
+    state = type(model).from_pretrained(tmp_path / "again").state_dict()
+    for name, weight in model.state_dict().items():
+        assert np.array_equal(weight.numpy(), state[name].numpy()), name
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_transformers_has_the_logits_of_an_export(tmp_path, quiet, family, changes):
+    ours = made(changes)
+    assert choose_family(ours.model).name == family
+    save_folder(ours, tmp_path / "out")
+    found = agreement(ours, tmp_path / "out")
+    assert found.difference < 1e-4 and found.other == "transformers"
+
+
+def test_bfloat16_weights(tmp_path, quiet):
+    import torch
+
+    model, _ = theirs(tmp_path / "theirs", "llama", 1)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    read = load_folder(tmp_path / "theirs")
+    assert {str(x.dtype) for x in named(read.params).values()} == {"bfloat16"}
+    assert agreement(read, tmp_path / "theirs").difference < 1e-4
+    save_folder(read, tmp_path / "again", dtype="bfloat16")
+    assert_same_bits(load_folder(tmp_path / "again").params, read.params)
+
+
+def test_a_bert_without_its_head_is_refused(tmp_path, quiet):
+    import transformers
+
+    settings, _ = drawn("bert", random.Random(0))
+    transformers.BertModel(settings).save_pretrained(tmp_path)
+    with pytest.raises(ExchangeError, match=r"cls.predictions.bias.* missing .*without its masked-language-model head"):
+        load_folder(tmp_path)
+
+
+def test_berts_old_names_and_other_heads_are_understood(tmp_path, quiet):
+    _, wanted = theirs(tmp_path, "bert", 0)
+
+    def change(tensors):
+        for name in [n for n in tensors if "LayerNorm" in n]:
+            tensors[name.replace("weight", "gamma").replace("bias", "beta")] = tensors.pop(name)
+        tensors["bert.pooler.dense.weight"] = tensors["cls.seq_relationship.weight"] = np.zeros((2, 2), np.float32)
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
+
+    edit_weights(tmp_path, change)
+    read = load_folder(tmp_path)
+    assert np.abs(logits(read.model, read.params, TEXT) - wanted).max() < 1e-4
+
+
+# There and back, without transformers
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_there_and_back_has_the_same_bits(tmp_path, family, changes):
+    ours = made(changes)
+    save_folder(ours, tmp_path / "out", max_shard_bytes=20_000)
+    assert len(list(tmp_path.glob("out/model-0*"))) > 1
+    back = load_folder(tmp_path / "out")
+    assert (back.recommended, back.chat_template) == (ours.recommended, ours.chat_template)
+    assert back.stop_tokens == ours.stop_tokens
+    assert back.tokenizer.pieces[:256] == ours.tokenizer.pieces[:256]
+    if changes.get("rope_scaling") == "ntk":  # comes back as what it is, a larger base
+        assert back.model.rope_scaling == "none" and back.model.rope_base > 10_000
+    elif changes.get("bias") is False and ours.model.norm == "layernorm":  # comes back with biases of zero
+        assert back.model.bias
+        extra = named(back.params).keys() - named(ours.params).keys()
+        assert extra and not any(named(back.params)[name].any() for name in extra)
+    else:
+        assert back.model == ours.model
+        assert_same_bits(back.params, ours.params)
+        return
+    np.testing.assert_allclose(
+        logits(back.model, back.params, TEXT), logits(ours.model, ours.params, TEXT), atol=1e-5, rtol=0
+    )
+
+
+def test_what_no_family_can_express_is_named():
+    with pytest.raises(ExchangeError) as caught:
+        choose_family(made(dict(positions="alibi", qk_norm=True, window=4, logit_softcap=30.0)).model)
+    for words in ("gpt2 has no", "llama has no", "gpt_neox has no", "positions = 'alibi'", "qk_norm", "window = 4",
+                  "logit_softcap = 30.0"):  # fmt: skip
+        assert words in str(caught.value)
+    with pytest.raises(ExchangeError, match="there are auto, gpt2, gpt_neox, llama"):
+        choose_family(made({}).model, "bert")
+
+
+def test_names_with_and_without_the_prefix(exported, folder):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+        tensors["lm_head.weight"] = tensors["wte.weight"]
+
+    edit_weights(folder, change)
+    assert_same_bits(load_folder(folder).params, load_folder(exported).params)
+    edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["wte.weight"] + 1}))
+    with pytest.raises(ExchangeError, match=r"lm_head.weight is not the same as wte.weight"):
+        load_folder(folder)
+    edit_weights(folder, lambda tensors: tensors.update({"transformer.wte.weight": tensors["wte.weight"]}))
+    with pytest.raises(ExchangeError, match="are the same weight"):
+        load_folder(folder)
+
+
+def test_the_old_and_the_new_form_of_rope_are_one(tmp_path):
+    ours = made(dict(norm="rmsnorm", positions="rope", ffn="swiglu", rope_scaling="yarn", rope_factor=4.0))
+    save_folder(ours, tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    values = json.loads(path.read_text())
+    rope = values.pop("rope_scaling") | {"rope_theta": values.pop("rope_theta")}
+    path.write_text(json.dumps(values | {"rope_parameters": rope}))
+    assert load_folder(tmp_path / "llama").model == ours.model
+    path.write_text(json.dumps(values | {"rope_parameters": rope | {"beta_fast": 16, "mscale": 2.0, "extra": 1}}))
+    with pytest.raises(ExchangeError, match=r"rope_parameters.beta_fast = 16(.|\n)*rope_parameters.extra = 1"):
+        load_folder(tmp_path / "llama")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(scale_attn_weights=False, novelty=1), r"novelty = 1: gptjax does not(.|\n)*"),
+        (dict(scale_attn_weights=False), r"scale_attn_weights = False: gptjax has it as True only"),
+        (dict(add_cross_attention=True), "add_cross_attention = True"),
+        (dict(activation_function="mish"), "activation_function = 'mish': gptjax knows gelu_new"),
+        (dict(n_embd="16"), "n_embd = '16': int is needed"),
+        (dict(n_embd=-16), "n_embd = -16: must be at least 1"),
+        (dict(n_layer=None), "n_layer is missing"),
+        (dict(n_head=3), "makes model.num_heads = 3: does not divide"),
+        (dict(n_layer=1 << 40), "tells of 1,099,511,627,776 layers"),
+        (dict(n_inner=25), r"h.0.mlp.c_fc.weight has shape \[16, 24\]; config.json asks for \[16, 25\]"),
+        (dict(n_layer=3), r"transformer.h.2.* and 8 others are missing"),
+        (dict(n_layer=1), r"transformer.h.1.* are in the weights and no part of a gpt2"),
+        (dict(tie_word_embeddings=False), "lm_head.weight is missing"),
+        (dict(model_type="mamba"), "model_type = 'mamba': gptjax reads gpt2, gpt_neox, llama, bert"),
+        (dict(auto_map={"AutoModel": "modeling.py"}), "auto_map"),
+        (dict(eos_token_id="x"), None),
+    ],
+)
+def test_settings_that_are_not_understood_are_named(folder, changes, message):
+    edit(folder / "config.json", **changes)
+    if message is None:  # generation_config.json has the say
+        load_folder(folder)
+        (folder / "generation_config.json").unlink()
+        message = "eos_token_id = 'x': ids of tokens were expected"
+    with pytest.raises(ExchangeError, match=message):
+        load_folder(folder)
+
+
+def test_all_problems_are_told_at_once(folder):
+    edit(folder / "config.json", scale_attn_weights=False, novelty=1, n_head=0)
+    with pytest.raises(ExchangeError) as caught:
+        load_folder(folder)
+    assert len(caught.value.problems) == 3
+
+
+def test_what_the_makers_recommend(folder):
+    edit(folder / "generation_config.json", do_sample=False, top_k=0, min_p=0.1, eos_token_id=[7, 9], temperature=0.6)
+    read = load_folder(folder)
+    assert read.recommended == {"temperature": 0.0, "min_p": 0.1} and read.stop_tokens == (7, 9)
+    edit(folder / "generation_config.json", min_p=7)
+    with pytest.raises(ExchangeError, match=r"min_p = 7"):
+        load_folder(folder)
+
+
+def test_chat_templates_of_both_kinds(folder):
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    for given, wanted in [("t", "t"), (named, "y"), (None, None)]:
+        edit(folder / "tokenizer_config.json", chat_template=given)
+        assert load_folder(folder).chat_template == wanted
+
+
+def test_the_wrong_tokenizer_is_refused(folder):
+    def change(tensors):
+        tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:200]
+
+    edit(folder / "config.json", vocab_size=200)
+    edit_weights(folder, change)
+    with pytest.raises(ExchangeError, match=r"has 257 ids and the model 200: it is the wrong tokenizer"):
+        load_folder(folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['GPTJAX_TEST_MARK']}",)
+
+
+def test_pickles_are_never_opened(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_TEST_MARK", str(tmp_path / "it-ran"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ExchangeError, match=r"holds neither model.safetensors nor"):
+        load_folder(folder)
+    for name in ("pytorch_model.bin", "training_args.bin", "model.safetensors", "config.json"):
+        (folder / name).write_bytes(pickle.dumps(Payload()))
+        with pytest.raises(GptjaxError, match=r"pytorch_model.bin.*does not unpickle|header|damaged"):
+            load_folder(folder)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_giant_headers_are_refused_before_they_take_memory(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (1 << 62, len(whole)):
+        path.write_bytes(struct.pack("<Q", size) + whole[8:])
+        with pytest.raises(ExchangeError, match="its header is longer than the file"):
+            load_folder(folder)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 1 << 40))
+        file.truncate(1 << 41)  # two terabytes of nothing
+    with pytest.raises(ExchangeError, match=r"has a header of 1,099,511,627,776 bytes"):
+        load_folder(folder)
+
+
+def test_damaged_weights_are_refused(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    for content in (whole[:-1], whole[: size // 2], whole[:4], b"", whole + b"x"):
+        path.write_bytes(content)
+        with pytest.raises(ExchangeError, match=r"damaged|cut off"):
+            load_folder(folder)
+
+    def with_header(**changes) -> None:
+        text = json.dumps(header | changes).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + size :])
+
+    at = header["transformer.wte.weight"]
+    for spoilt in (at | {"data_offsets": [0, 1 << 50]}, at | {"shape": [1 << 31, 1 << 31]}, at | {"dtype": "Q4"}):
+        with_header(**{"transformer.wte.weight": spoilt})
+        with pytest.raises(ExchangeError, match="damaged"):
+            load_folder(folder)
+    with_header(**{"transformer.wte.weight": at | {"dtype": "I32"}})
+    with pytest.raises(ExchangeError, match="is of dtype I32; gptjax reads F32, F16, BF16"):
+        load_folder(folder)
+
+
+def test_shards_that_are_missing_lead_out_or_are_not_as_the_index_says(tmp_path):
+    folder = tmp_path / "sharded"
+    save_folder(made({}), folder, max_shard_bytes=20_000)
+    index = folder / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    for name in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "model.bin"):
+        index.write_text(json.dumps(good | {"weight_map": good["weight_map"] | {"transformer.wte.weight": name}}))
+        with pytest.raises(ExchangeError, match="is not the name of a safetensors file in this folder"):
+            load_folder(folder)
+    for bad in ({}, {"weight_map": [1]}, {"weight_map": {"a": 1}}):
+        index.write_text(json.dumps(bad))
+        with pytest.raises(ExchangeError, match="is damaged: weight_map"):
+            load_folder(folder)
+    index.write_text(json.dumps({"weight_map": good["weight_map"] | {"novel": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ExchangeError, match=r"says that novel is in"):
+        load_folder(folder)
+    index.write_text(json.dumps(good))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ExchangeError, match=r"model-00002-of-00002.safetensors is missing, which"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "notes.txt"])
+def test_links_that_lead_out_are_refused(folder, tmp_path, name):
+    (tmp_path / "outside").write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(ExchangeError, match=f"{name} is a link that leads out of the folder"):
+        load_folder(folder)
+
+
+def test_the_links_of_the_hubs_cache_are_followed(exported, tmp_path):
+    home = tmp_path / "models--us--tiny"
+    snapshot = home / "snapshots" / "abc"
+    shutil.copytree(exported, home / "blobs")
+    snapshot.mkdir(parents=True)
+    for path in (home / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert_same_bits(load_folder(snapshot).params, load_folder(exported).params)
+    (tmp_path / "models--other" / "blobs").mkdir(parents=True)
+    (tmp_path / "models--other" / "blobs" / "x").write_text("{}")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tmp_path / "models--other" / "blobs" / "x")
+    with pytest.raises(ExchangeError, match="leads out"):
+        load_folder(snapshot)
+
+
+def test_devices_are_refused(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")  # who opens it for reading waits for ever
+    with pytest.raises(ExchangeError, match=r"config.json is neither a file nor a folder"):
+        load_folder(folder)
+
+
+# Runs
+
+
+@pytest.mark.usefixtures("single_device")
+def test_an_imported_run_is_the_model_again(folder, tmp_path):
+    read = load_folder(folder, "the-source")
+    run = import_run(read, tmp_path / "run", "the-source", "bfloat16")
+    assert run.experiment.model.dtype == "bfloat16" and run.provenance()["imported"] == "the-source"
+    back = open_model(str(tmp_path / "run"))
+    assert_same_bits(back.params, read.params)
+    assert (back.recommended, back.stop_tokens, back.chat_template) == (
+        read.recommended, read.stop_tokens, read.chat_template)  # fmt: skip
+    (only,) = checkpoint.listing(run.checkpoints)
+    assert only.step == 0 and checkpoint.problem(only) is None
+    with pytest.raises(ExchangeError, match="is there already and not empty"):
+        import_run(read, tmp_path / "run", "x")
+    (tmp_path / "run" / "generation.json").write_text(json.dumps({"recommended": {"temperature": -1}}))
+    with pytest.raises(RunError, match=r"generation.json: is damaged"):
+        open_model(str(tmp_path / "run"))
+
+
+def test_training_starts_from_an_imported_run_and_never_in_it(tmp_path):
+    e = tiny_run(tmp_path)
+    model = e.resolved(ByteTokenizer().vocab_size).model
+    changes = {name: getattr(model, name) for name in SMALL}
+    ours = made(changes)
+    imported = import_run(ours, tmp_path / "imported", "ours")
+    shop = prepare(e.override(init=str(imported.folder)), one_device())
+    for refused in (
+        lambda: start_run(imported.folder, shop.experiment, shop.store),
+        lambda: evaluate_run(imported),
+        lambda: replay(imported, 1),
+    ):
+        with pytest.raises(RunError, match=r"holds weights imported from ours.*--init"):
+            refused()
+    with pytest.raises(RunError, match=r"holds imported weights and nothing to train on from; name this run as init"):
+        restore_state(checkpoint.choose(imported.checkpoints), shop.abstract, shop.experiment)
+    check_start(shop)
+    assert_same_bits(first_state(shop, None).params, ours.params)
+
+
+@pytest.mark.parametrize("changes", [{"optim.ema_decay": 0.5}, SCHEDULE_FREE, {}])
+def test_only_the_weights_are_read_from_a_full_checkpoint(tmp_path, monkeypatch, changes):
+    shop = prepare(tiny_run(tmp_path, **changes), one_device())
+    state = create_state(shop.experiment, shop.tx, shop.abstract)
+    start_run(tmp_path, shop.experiment, shop.store)
+    run = open_run(tmp_path)
+    writer = checkpoint.Writer(run.checkpoints, 1, 0)
+    moved = jax.tree.map(lambda x: x + 1 if x.ndim > 1 else x, state.opt_state)
+    writer.save(state._replace(opt_state=moved), Place())
+    writer.close()
+    seen, restore = [], checkpoint.restore
+    monkeypatch.setattr(checkpoint, "restore", lambda c, abstract: seen.append(abstract) or restore(c, abstract))
+    params, _ = load_params(run, "last")
+    assert_same_bits(params, evaluation_params(state.params, moved))
+    assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (params, state.params)), strict=True)) == bool(
+        changes
+    )
+    read = sum(x is not checkpoint.UNREAD for x in jax.tree.leaves(seen[0]))
+    weights = len(jax.tree.leaves(params))
+    assert weights <= read <= 2 * weights + 1 < len(jax.tree.leaves(seen[0]))
+
+
+def test_disagreement_has_an_exit_code_of_its_own(folder):
+    ours = made({})
+    assert agreement(ours, folder).difference < 1e-4
+    ours.params["embedding"]["tokens"] += 0.1
+    with pytest.raises(Disagreement, match=r"largest difference of logits") as caught:
+        insist(agreement(ours, folder), "x")
+    assert caught.value.exit_code == 3
+    with pytest.raises(Disagreement):
+        insist(Agreement(float("nan"), 1e-4, "y"), "x")
+
+
+def test_without_transformers_gptjax_reads_the_folder_again(folder, monkeypatch):
+    monkeypatch.setattr("gptjax.interop.agreement.find_spec", lambda name: None)
+    found = agreement(made({}), folder)
+    assert found.difference == 0 and "not installed" in found.other
+    assert rounded(made({}), "bfloat16").params["final_norm"]["scale"].dtype == jnp.bfloat16
+
+
+# Names
+
+
+def test_names_that_are_no_model_are_explained(tmp_path, monkeypatch):
+    assert fetch(str(tmp_path)) == tmp_path
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    for name, message in [
+        (str(tmp_path / "file"), "is a file"),
+        (str(tmp_path / "absent"), "does not exist"),
+        (str(tmp_path / "other"), "holds neither experiment.json .* nor config.json"),
+        ("nobody/nothing", "is no folder here, and could not be fetched"),
+    ]:
+        with pytest.raises(GptjaxError, match=message):
+            open_model(name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ExchangeError, match="is not installed"):
+        fetch("gpt2")
+
+
+def test_only_what_is_read_is_fetched_from_the_hub(exported, monkeypatch):
+    asked = {}
+
+    def download(name: str, **options):
+        asked.update(options, name=name)
+        return str(exported)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert open_model("us/tiny").name == "us/tiny" and asked["name"] == "us/tiny"
+    for name, wanted in [("model.safetensors", True), ("tokenizer.model", True), ("pytorch_model.bin", False),
+                         ("modeling.py", False), ("onnx/config.json", False)]:  # fmt: skip
+        fetched = any(fnmatch(name, p) for p in asked["allow_patterns"])
+        assert (fetched and not any(fnmatch(name, p) for p in asked["ignore_patterns"])) == wanted, name
+
+
+def test_the_experiment_of_an_import_is_a_baseline(folder, tmp_path):
+    run = import_run(load_folder(folder), tmp_path / "run", "x")
+    assert Experiment.from_json(run.experiment.to_json()).model == load_folder(folder).model
+    assert tiny_model().dtype == run.experiment.model.dtype == "float32"
