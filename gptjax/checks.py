@@ -79,7 +79,7 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
 
 def _model_rules(m: Model, need: Need) -> None:
     if m.head_dim is None:
-        fits = [n for n in range(1, m.embed_dim + 1) if m.embed_dim % n == 0]
+        fits = [n for n in range(1, min(m.embed_dim, 10_000) + 1) if m.embed_dim % n == 0]  # a stranger's may be vast
         nearest = min(fits, key=lambda n: abs(n - m.num_heads))
         need(
             m.embed_dim % m.num_heads == 0,

@@ -30,6 +30,9 @@ INERT: dict[str, tuple[Any, ...]] = {
 }
 
 
+LARGEST = 1 << 26  # no size of a model comes near it
+
+
 class Fields:
     """The values of a config.json, and what is wrong with them; each is asked for once."""
 
@@ -47,8 +50,8 @@ class Fields:
         if not conforms(value, kind):
             self.problem(name, f"{describe(kind)} is needed")
             return default
-        if kind is int and value < 1:
-            self.problem(name, "must be at least 1")
+        if kind is int and not 1 <= value <= LARGEST:
+            self.problem(name, f"must be at least 1 and at most {LARGEST:,}")
             return default
         return value
 

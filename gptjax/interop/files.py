@@ -3,9 +3,11 @@
 Weights are read from safetensors only: a header of JSON and the bytes of the arrays. gptjax never unpickles.
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -163,6 +165,30 @@ def _try(path: Path, action: Any) -> Any:
         raise ExchangeError(path, [f"is damaged, or cut off ({e}); fetch it again"]) from None
 
 
+def check_empty(folder: Path) -> None:
+    """Raises `ExchangeError` where a folder is none, or holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExchangeError(folder, ["is there already and not empty; nothing is written over: name another folder"])
+
+
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Makes a folder, or takes an empty one, for what is written meanwhile; where that fails, it is emptied again.
+
+    Raises `ExchangeError` where the folder holds something or cannot be written.
+    """
+    check_empty(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as e:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not isinstance(e, OSError):
+            raise
+        raise ExchangeError(folder, [f"cannot be written ({e.strerror or e}); name another folder"]) from None
+
+
 def write_weights(
     folder: Path, sizes: dict[str, int], tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
 ) -> None:
@@ -204,7 +230,10 @@ def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     assert all(x.flags.c_contiguous for x in tensors.values())  # it would write any other in a wrong order
     path.touch()
     mode = path.stat().st_mode  # the library would hide the file from everybody else
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on this word
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on this word
+    except Exception as e:  # of the library's own kind, also for a full disk
+        raise OSError(f"{path.name}: {e}") from None
     path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -10,7 +10,8 @@ from gptjax.interop.layout import Tensor
 
 def _read(f: Fields) -> config.Model:
     embed, heads = f.need("n_embd", int, 768), f.need("n_head", int, 12)
-    f.inert(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False, True))
+    f.inert(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,))
+    f.ignore("reorder_and_upcast_attn")  # in float32 the same
     return config.Model(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=f.need("n_positions", int, 1024),

@@ -16,7 +16,7 @@ def _read(f: Fields) -> config.Model:
     rope, newer = read_rope(f, context, "rotary_emb_base")
     share = float(share if newer is None else newer)
     head_dim = max(embed // max(heads, 1), 1)
-    if round(head_dim * share) != int(head_dim * share):  # they round down
+    if 0 < share < 1 and round(head_dim * share) != int(head_dim * share):  # they round down
         share = int(head_dim * share) / head_dim
     f.inert(attention_bias=(True,))
     for name, older, usual in [

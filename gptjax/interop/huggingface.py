@@ -25,7 +25,7 @@ from gptjax.interop import files
 from gptjax.interop.families import FAMILIES, Family
 from gptjax.interop.fields import Fields
 from gptjax.interop.files import CONFIG, GENERATION, TEMPLATE, TOKENIZER, Weights
-from gptjax.interop.layout import Tensor, nested, weight_shapes
+from gptjax.interop.layout import nested, weight_shapes
 
 RECOMMENDED = {  # fields of generation_config.json that `Sampling` has, and where they have no effect
     "temperature": None,
@@ -69,7 +69,7 @@ def read_config(folder: Path) -> tuple[Family, config.Model]:
     if values is None:
         raise ExchangeError(folder, [f"holds no {CONFIG}, so it is no model of Hugging Face"])
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ExchangeError(where, [f"model_type = {kind!r}: gptjax reads {', '.join(FAMILIES)}"])
     family, fields = FAMILIES[kind], Fields(values)
     model = family.read(fields)
@@ -86,7 +86,7 @@ def _params(folder: Path, family: Family, model: config.Model, weights: Weights)
     """The nested dict of weights: every tensor of the files must be one of the model's, and every one there."""
     names = _names(folder, family, model, weights)
     tensors, shapes = family.tensors(model), weight_shapes(model)
-    _check_shapes(folder, model, tensors, shapes, names, weights)
+    _check_shapes(folder, family, model, names, weights)
     found: dict[str, np.ndarray] = {}
     for t in tensors:
         shape = shapes[t.weights[0]]
@@ -94,7 +94,8 @@ def _params(folder: Path, family: Family, model: config.Model, weights: Weights)
             found |= zip(t.weights, t.split(weights.read(names[t.name]), shape), strict=True)
             continue
         layers = [names[t.name.format(i=i)] for i in range(model.num_layers)]
-        dtype = np.result_type(*(weights.tensors[name].dtype for name in layers))
+        kinds = {weights.tensors[name].dtype for name in layers}
+        dtype = kinds.pop() if len(kinds) == 1 else np.float32
         stacks = [np.empty((model.num_layers, *shape), dtype) for _ in t.weights]
         for i, name in enumerate(layers):
             for stack, part in zip(stacks, t.split(weights.read(name), shape), strict=True):
@@ -142,14 +143,9 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:4])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
-def _check_shapes(
-    folder: Path,
-    model: config.Model,
-    tensors: list[Tensor],
-    shapes: dict[str, tuple[int, ...]],
-    names: dict[str, str],
-    weights: Weights,
-) -> None:
+def _check_shapes(folder: Path, family: Family, model: config.Model, names: dict[str, str], weights: Weights) -> None:
+    """Before any memory is taken for them."""
+    shapes, tensors = weight_shapes(model), family.tensors(model)
     problems = []
     for t in tensors:
         wanted = t.shape(shapes[t.weights[0]])
@@ -159,6 +155,12 @@ def _check_shapes(
                 problems.append(
                     f"{names[t.name.format(i=i)]} has shape {list(there)}; {CONFIG} asks for {list(wanted)}"
                 )
+    for extra, at in family.folded.items():
+        there, table = (weights.tensors[names[name]].shape for name in (extra, at))
+        if len(there) != 2 or there[0] < 1 or there[1] != table[1]:
+            problems.append(
+                f"{names[extra]} has shape {list(there)}, which does not go with {list(table)} of {names[at]}"
+            )
     if problems:
         raise ExchangeError(folder, problems[:8] + [f"and {len(problems) - 8} others"] * (len(problems) > 8))
 

@@ -5,9 +5,11 @@ file it is [out, in] as in torch's `Linear`, or [in, out] as in GPT-2's `Conv1D`
 tensor or apart, and each layer by itself.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +20,8 @@ from gptjax.model.weights import axis_sizes, is_matrix
 from gptjax.training.state import leaf_name
 
 Shape = tuple[int, ...]
+SIZES = ("vocab_size", "context_length", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
+SMALLEST: dict[str, Any] = dict.fromkeys(SIZES, 1) | dict(embed_dim=2, head_dim=2, rope_fraction=1.0)
 IN_AXES = {"blocks.attention.out": 2}  # axes that a matrix sums over, where that is not the first one only
 
 
@@ -74,7 +78,8 @@ class Tensor:
 def weight_shapes(model: config.Model) -> dict[str, Shape]:
     """Dotted name -> shape of every weight of a model, without the axis of the layers."""
     sizes = axis_sizes(model)
-    axes = jax.tree.leaves_with_path(weight_axes(model), is_leaf=lambda x: isinstance(x, tuple))
+    small = dataclasses.replace(model, **SMALLEST)  # the axes are the same, whatever sizes a stranger's file asks for
+    axes = jax.tree.leaves_with_path(weight_axes(small), is_leaf=lambda x: isinstance(x, tuple))
     return {leaf_name(path): tuple(sizes[a] for a in names if a != "layers") for path, names in axes}
 
 

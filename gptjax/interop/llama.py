@@ -21,7 +21,8 @@ def _read(f: Fields) -> config.Model:
     if bias != mlp_bias:
         f.problem("mlp_bias", f"attention_bias is {bias}; gptjax has biases in all linear layers or in none")
     f.take("attention_dropout", float, 0.0)  # gptjax's dropout acts in more places: it is left at 0
-    f.inert(pretraining_tp=tuple(range(1, 65)), rope_interleaved=(False,))
+    f.ignore("pretraining_tp")  # the same products in parts
+    f.inert(rope_interleaved=(False,))
     return config.Model(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=context,

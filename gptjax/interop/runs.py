@@ -12,11 +12,12 @@ import numpy as np
 from gptjax.config import Experiment
 from gptjax.data.batches import Place
 from gptjax.durable import write_durably
+from gptjax.errors import ExchangeError
 from gptjax.inference.pretrained import Pretrained
-from gptjax.interop.saving import check_empty
+from gptjax.interop.files import filling
 from gptjax.training import checkpoint
 from gptjax.training.run import EXPERIMENT, GENERATION, PROVENANCE, Run, check_room, new_provenance, open_run
-from gptjax.training.state import Weights
+from gptjax.training.state import Weights, leaf_name
 
 FORMAT_VERSION = 1
 
@@ -27,33 +28,34 @@ def import_run(
     """Writes a model into a new or empty run folder; `dtype` is that of the computation, the weights are float32.
 
     `experiment.json` comes last, so that an import which was cut off is no run. Raises `ExchangeError` where the folder
-    holds something, `RunError` where the disk has no room.
+    holds something or a weight is not finite, `RunError` where the disk has no room.
     """
-    check_empty(folder)
-    check_room(folder, 4 * sum(x.size for x in jax.tree.leaves(pretrained.params)))
-    (folder / "tokenizer").mkdir(parents=True)
-    pretrained.tokenizer.save(folder / "tokenizer")
+    weights = jax.tree.map(lambda x: np.asarray(x, np.float32), pretrained.params)
+    if bad := [leaf_name(path) for path, x in jax.tree.leaves_with_path(weights) if not np.isfinite(x).all()]:
+        raise ExchangeError(source, [f"{bad[0]} and {len(bad) - 1} other weights hold numbers that are not finite"])
     model = dataclasses.replace(pretrained.model, dtype=dtype)
     experiment = Experiment(name=folder.resolve().name, model=model)
-    run = Run(folder, experiment)
-    _save(pretrained.params, run)
     generation = {
         "format": FORMAT_VERSION,
         "recommended": pretrained.recommended,
         "stop_tokens": list(pretrained.stop_tokens),
         "chat_template": pretrained.chat_template,
     }
-    _write(folder / GENERATION, generation)
-    _write(folder / PROVENANCE, new_provenance(None) | {"imported": source})
-    write_durably(folder / EXPERIMENT, experiment.to_json())
+    with filling(folder):
+        check_room(folder, sum(x.nbytes for x in jax.tree.leaves(weights)))
+        (folder / "tokenizer").mkdir()
+        pretrained.tokenizer.save(folder / "tokenizer")
+        _save(weights, Run(folder, experiment))
+        _write(folder / GENERATION, generation)
+        _write(folder / PROVENANCE, new_provenance(None) | {"imported": source})
+        write_durably(folder / EXPERIMENT, experiment.to_json())
     return open_run(folder)
 
 
-def _save(params: Any, run: Run) -> None:
-    weights = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)), params)
+def _save(weights: Any, run: Run) -> None:
     writer = checkpoint.Writer(run.checkpoints, keep_last=1, keep_best=0)
     try:
-        writer.save(Weights(jnp.zeros((), jnp.int32), weights), Place())
+        writer.save(Weights(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, weights)), Place())
     finally:
         writer.close()
 

@@ -54,21 +54,14 @@ def save_folder(
     Raises `ExchangeError` where no family can, or where the folder holds something.
     """
     chosen = choose_family(pretrained.model, family)
-    check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_weights(folder, *_tensors_to_write(chosen, pretrained, dtype), max_shard_bytes)
-    to_huggingface(pretrained.tokenizer, folder)
-    if pretrained.chat_template is not None:
-        write_durably(folder / TEMPLATE, pretrained.chat_template)
-    ids = _special_ids(pretrained)
-    _write_json(folder / GENERATION, _recommendations(pretrained) | ids)
-    _write_json(folder / CONFIG, _settings(chosen, pretrained.model) | {"torch_dtype": dtype} | ids)
-
-
-def check_empty(folder: Path) -> None:
-    """Raises `ExchangeError` where a folder is none, or holds something."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExchangeError(folder, ["is there already and not empty; nothing is written over: name another folder"])
+    with files.filling(folder):
+        to_huggingface(pretrained.tokenizer, folder)
+        files.write_weights(folder, *_tensors_to_write(chosen, pretrained, dtype), max_shard_bytes)
+        if pretrained.chat_template is not None:
+            write_durably(folder / TEMPLATE, pretrained.chat_template)
+        ids = _special_ids(pretrained)
+        _write_json(folder / GENERATION, _recommendations(pretrained) | ids)
+        _write_json(folder / CONFIG, _settings(chosen, pretrained.model) | {"torch_dtype": dtype} | ids)
 
 
 def _settings(family: Family, model: config.Model) -> dict[str, Any]:
@@ -85,15 +78,14 @@ def _tensors_to_write(
     biased = dataclasses.replace(model, bias=True) if model.norm == "layernorm" else model  # theirs always has biases
     tensors, shapes, kind = family.tensors(biased), weight_shapes(biased), jnp.dtype(dtype)
     params = {leaf_name(path): x for path, x in jax.tree.leaves_with_path(pretrained.params)}
-    order = [
-        (t, i) for t in sorted(tensors, key=lambda t: t.layered) for i in range(model.num_layers if t.layered else 1)
-    ]
+    order = [(t, i) for t in tensors for i in range(model.num_layers if t.layered else 1)]
     order.sort(key=lambda one: (one[0].layered, one[1]))  # layer by layer, so that a file has whole layers
 
     def weight(name: str, layer: int | None) -> np.ndarray:
         if name not in params:
             return np.zeros(shapes[name], kind)
-        return np.asarray(params[name] if layer is None else params[name][layer]).astype(kind, copy=False)
+        whole = np.asarray(params[name])
+        return (whole if layer is None else whole[layer]).astype(kind, copy=False)
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
         for t, i in order:

@@ -37,10 +37,10 @@ def import_(arguments: list[str]) -> None:
     options: Import = parse(Import, arguments, "import")
     start_jax()
     from gptjax.interop.agreement import agreement, insist
+    from gptjax.interop.files import check_empty
     from gptjax.interop.huggingface import load_folder
     from gptjax.interop.open import fetch, open_trained
     from gptjax.interop.runs import import_run
-    from gptjax.interop.saving import check_empty
 
     check_empty(options.run)
     folder = fetch(options.source)
@@ -55,11 +55,13 @@ def export(arguments: list[str]) -> None:
     size = _bytes(options.max_shard_size)
     start_jax()
     from gptjax.interop.agreement import agreement, insist, rounded
+    from gptjax.interop.files import check_empty
     from gptjax.interop.huggingface import read_config
     from gptjax.interop.open import open_trained
     from gptjax.interop.saving import save_folder
     from gptjax.training.run import open_run
 
+    check_empty(options.folder)
     pretrained = open_trained(open_run(options.run), options.checkpoint)
     save_folder(pretrained, options.folder, options.family, options.dtype, size)
     family = read_config(options.folder)[0]

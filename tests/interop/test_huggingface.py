@@ -348,8 +348,11 @@ def test_the_old_and_the_new_form_of_rope_are_one(tmp_path):
         (dict(n_embd=-16), "n_embd = -16: must be at least 1"),
         (dict(n_layer=None), "n_layer is missing"),
         (dict(n_head=3), "makes model.num_heads = 3: does not divide"),
-        (dict(n_layer=1 << 40), "tells of 1,099,511,627,776 layers"),
+        (dict(n_layer=1 << 25), "tells of 33,554,432 layers"),
         (dict(n_inner=25), r"h.0.mlp.c_fc.weight has shape \[16, 24\]; config.json asks for \[16, 25\]"),
+        (dict(vocab_size=1 << 62), r"vocab_size = .*: must be at least 1 and at most 67,108,864"),
+        (dict(vocab_size=1 << 26, n_embd=1 << 26, n_head=1), r"asks for \[67108864, 67108864\]"),
+        (dict(model_type=[]), r"model_type = \[\]"),
         (dict(n_layer=3), r"transformer.h.2.* and 8 others are missing"),
         (dict(n_layer=1), r"transformer.h.1.* are in the weights and no part of a gpt2"),
         (dict(tie_word_embeddings=False), "lm_head.weight is missing"),
@@ -572,6 +575,24 @@ def test_only_the_weights_are_read_from_a_full_checkpoint(tmp_path, monkeypatch,
     read = sum(x is not checkpoint.UNREAD for x in jax.tree.leaves(seen[0]))
     weights = len(jax.tree.leaves(params))
     assert weights <= read <= 2 * weights + 1 < len(jax.tree.leaves(seen[0]))
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    ours = made({})
+    ours.params["blocks"]["ffn"]["up"][0, 0, 0] = np.nan
+    with pytest.raises(ExchangeError, match=r"blocks.ffn.up and 0 other weights hold numbers that are not finite"):
+        import_run(ours, tmp_path / "run", "x")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(ExchangeError, match=r"cannot be written \(.*No space left on device"):
+        save_folder(ours, tmp_path / "out")
+    monkeypatch.setattr("gptjax.interop.runs.new_provenance", full)
+    with pytest.raises(ExchangeError, match=r"cannot be written \(No space left on device"):
+        import_run(made({}), tmp_path / "run", "x")
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_disagreement_has_an_exit_code_of_its_own(folder):
