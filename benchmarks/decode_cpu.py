@@ -138,7 +138,9 @@ class Worker:
         line = self._line()
         if not line.startswith("{"):
             assert self.process.stderr
-            raise SystemExit(f"{kind} ({dtype}) did not start: pip install 'gptjax[bench]'?\n{self.process.stderr.read()}")
+            raise SystemExit(
+                f"{kind} ({dtype}) did not start: pip install 'gptjax[bench]'?\n{self.process.stderr.read()}"
+            )
         self.figures: dict[str, float] = json.loads(line)
 
     def _line(self) -> str:
@@ -203,8 +205,8 @@ def main() -> None:
                     ratios[f"{dtype if name == 'gptjax' else 'int8'}_batch_{batch}"] = ratio
                     size = figures[name]["weight bytes"]
                     line += (
-                        f"   {ratio:.2f}x (rounds {min(each):.2f} to {max(each):.2f});  {size / 1e6:.0f} MB of weights a "
-                        f"step, {size / (typical / NEW) / available:.0%} of the bandwidth;  cache "
+                        f"   {ratio:.2f}x (rounds {min(each):.2f} to {max(each):.2f});  {size / 1e6:.0f} MB of weights "
+                        f"a step, {size / (typical / NEW) / available:.0%} of the bandwidth;  cache "
                         f"{figures[name]['cache bytes'] / 1e6:.1f} MB;  first token "
                         f"{figures[name]['first token, warm'] * 1e3:.0f} ms (new process "
                         f"{figures[name]['first token, not compiled in this process']:.2f} s)"

@@ -94,7 +94,9 @@ def constant_model(logits):
 P, Q = np.log([0.5, 0.2, 0.15, 0.1, 0.05]), np.log([0.25, 0.3, 0.05, 0.2, 0.2])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=4)], ids=["plain", "filtered"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param(Sampling(), marks=pytest.mark.slow), Sampling(0.7, top_k=4)], ids=["plain", "filtered"]
+)
 @pytest.mark.parametrize("kind", ["draft", "lookup"])
 def test_guessed_texts_have_the_models_probabilities(kind, sampling):
     engine = constant_model(P)
@@ -116,7 +118,7 @@ def test_guessed_texts_have_the_models_probabilities(kind, sampling):
     assert chosen.sum() > 1 and tally.acceptance < 1
 
 
-@pytest.mark.parametrize("guesses", [1, 3, 5])
+@pytest.mark.parametrize("guesses", [pytest.param(n, marks=[pytest.mark.slow] * (n != 3)) for n in (1, 3, 5)])
 def test_tokens_per_call_follow_leviathans_formula(guesses):
     """Where every guess is accepted with the same probability: alpha = sum of min(p, q), exactly."""
     engine, draft = constant_model(P), DraftModel(constant_model(Q))

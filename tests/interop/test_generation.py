@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.data.tokenizer_formats import to_huggingface
 from gptjax.inference.beams import Beams, beam_search
@@ -13,6 +10,10 @@ from gptjax.inference.engine import make_engine
 from gptjax.inference.generate import Request, generate
 from gptjax.inference.rules import Sampling
 from gptjax.interop.huggingface import load_folder
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 SIZES = dict(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 PROMPTS = [[72, 101, 108, 108, 111], [7] * 13, [1, 2]]
@@ -68,9 +69,9 @@ def ours(engine, prompts, sampling):
 
 @pytest.mark.parametrize(
     "rules",
-    [{}, dict(no_repeat_ngram_size=2), dict(repetition_penalty=1.4), dict(repetition_penalty=1.2, no_repeat_ngram_size=1)],
-    ids=["plain", "no-repeat", "penalty", "both"],
-)  # fmt: skip
+    [{}, dict(no_repeat_ngram_size=2), dict(repetition_penalty=1.4, no_repeat_ngram_size=1)],
+    ids=["plain", "no-repeat", "both"],
+)
 def test_greedy_texts_are_those_of_transformers(pair, rules):
     model, engine = pair
     alone = [theirs(model, [p], **rules)[0] for p in PROMPTS]

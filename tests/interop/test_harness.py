@@ -22,7 +22,10 @@ from gptjax.inference.pretrained import Pretrained  # noqa: E402
 from gptjax.interop.harness import GptjaxLM, generation, run_tasks, table  # noqa: E402
 from gptjax.interop.huggingface import load_folder  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of lm_eval and torch, which have many
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of lm_eval and torch, which have many
+]
 CONTEXT = 64
 TASKS = ["choices", "letters", "writing", "reading"]
 END = "<|endoftext|>"
