@@ -43,7 +43,7 @@ def gptjax_maker(shape: dict[str, int], dtype: str, batch: int) -> tuple[Callabl
         context_length=shape["context"],
     ).resolved()  # fmt: skip
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
-    tokens = CharTokenizer("".join(chr(0x4E00 + i) for i in range(shape["vocab"])), False)
+    tokens = CharTokenizer("".join(chr(0x10000 + i) for i in range(shape["vocab"])), False)
     engine = make_engine(Pretrained("random", model, params, tokens), dtype)
     del params
     rng = np.random.default_rng(0)

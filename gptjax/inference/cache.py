@@ -15,11 +15,11 @@ from gptjax.model.gpt import Cache
 
 
 def bucket(length: int) -> int:
-    """The length that is compiled for, so that few ever are: the next of 32, 48, 64, 96, 128, 192, 256, ..."""
-    size = 32
+    """The length that is compiled for, so that few ever are: the next of 16, 24, 32, 48, 64, 96, 128, ..."""
+    size = 16
     while size < length:
         size *= 2
-    return size * 3 // 4 if size > 32 and length <= size * 3 // 4 else size
+    return size * 3 // 4 if size > 16 and length <= size * 3 // 4 else size
 
 
 def rolls(model: config.Model) -> bool:

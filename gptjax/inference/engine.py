@@ -33,6 +33,12 @@ class Engine:
         return self.model.vocab_size
 
     @property
+    def narrow(self) -> bool:
+        """Whether its products are of bfloat16 or of 8-bit numbers."""
+        matrix = self.params["blocks"][0]["ffn"]["up"]
+        return jax.tree.leaves(matrix)[0].dtype != jnp.float32
+
+    @property
     def weight_bytes(self) -> int:
         """What one step has to read of the weights: all but the tables that are only looked up in."""
         size = sum(x.nbytes for x in jax.tree.leaves(self.params))

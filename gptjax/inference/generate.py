@@ -75,7 +75,7 @@ def check(engine: Engine, requests: Sequence[Request]) -> int:
 def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[Step]:
     """Yields a token for every text until all have ended. Raises `PromptError` before anything is computed."""
     total = check(engine, requests)
-    rows = at_least_two(engine.model, requests)
+    rows = at_least_two(engine, requests)
     return _steps(engine, requests, rows, rules_of([r.sampling for r in rows], engine.vocab, engine.rows), total)
 
 
@@ -133,9 +133,9 @@ def _read_and_choose(
     return token, logprob, history, cache
 
 
-def at_least_two(model: config.Model, requests: Sequence[Request]) -> list[Request]:
+def at_least_two(engine: Engine, requests: Sequence[Request]) -> list[Request]:
     """A single text goes twice where that is faster: products of one narrow row are the slowest on a CPU."""
-    alone = len(requests) == 1 and model.dtype != "float32" and jax.default_backend() == "cpu"
+    alone = len(requests) == 1 and engine.narrow and jax.default_backend() == "cpu"
     return [*requests, *requests] if alone else list(requests)
 
 

@@ -148,7 +148,7 @@ def _rounds(
     left = np.array([r.new_tokens for r in requests])
     if not left.any():
         return
-    rows = at_least_two(model, requests)
+    rows = at_least_two(engine, requests)
     rules, keys = rules_of([r.sampling for r in rows], engine.vocab, engine.rows), row_keys(rows)
     guesser.start(rows, rules, keys, guesses, total)
     verify = partial(_verify, engine.params, model=model, rules=rules, keys=keys)

@@ -75,14 +75,14 @@ def test_beyond_its_context_a_text_sees_the_last_tokens_only():
     (text,) = made(make_engine(pretrained), [ask(range(20), 30, sampling=GREEDY)])
     windowed = tiny_model(vocab_size=257, context_length=64, positions="rope", window=16)
     assert text == greedy_by_the_whole_model(windowed, pretrained.params, list(range(20)), 30)
-    assert slots_for(model, 1000) == bucket(16) and slots_for(MODEL, 20) == 32
+    assert slots_for(model, 1000) == bucket(16) and slots_for(MODEL, 20) == 24
     assert slots_for(model, 1000, at_once=30) >= 16 + 29
 
 
 def test_few_lengths_are_compiled():
-    assert [bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 192)] == [
-        32, 32, 48, 48, 64, 64, 96, 96, 128, 128, 192, 192]  # fmt: skip
-    assert len({bucket(n) for n in range(1, 4097)}) == 15
+    assert [bucket(n) for n in (1, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 128)] == [
+        16, 16, 24, 24, 32, 32, 48, 48, 64, 64, 96, 96, 128, 128]  # fmt: skip
+    assert len({bucket(n) for n in range(1, 4097)}) == 17
 
 
 def test_a_text_depends_on_its_seed_and_not_on_its_company(engine):
