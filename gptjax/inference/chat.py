@@ -1,6 +1,8 @@
 """A dialogue: messages become a prompt by the model's own chat template, and history is kept within the context."""
 
+import json
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ class Chat:
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.template = writer.pretrained.chat_template
         self.stop = [] if self.template else ["\nUser:", "\nAssistant:"]
+        if new_tokens < 1:
+            raise PromptError(f"max_new_tokens = {new_tokens}: an answer needs at least 1")
         if new_tokens >= writer.engine.model.context_length:
             raise PromptError(
                 f"max_new_tokens = {new_tokens}: leaves no room for a question in the context of "
@@ -99,14 +103,19 @@ def _render(template: str, messages: list[Message], tokenizer: Any) -> str:
 
     words = {i: word for word, i in tokenizer.special_tokens.items()}
     name = lambda i: words.get(i, "") if i is not None else ""  # noqa: E731
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     try:
         return environment.from_string(template).render(
             messages=messages,
+            tools=None,
+            documents=None,
             add_generation_prompt=True,
             bos_token=name(tokenizer.begin_of_text),
             eos_token=name(tokenizer.end_of_text),
         )
-    except jinja2.exceptions.TemplateError as e:
+    except Exception as e:  # a template may fail in any way
         raise PromptError(f"the model's chat template refuses this dialogue: {e}") from None

@@ -28,7 +28,10 @@ class Grammar:
         self.tokenizer, self.kind = tokenizer, kind
         self._new = llguidance.LLMatcher
         self._tokens = _wrapped(tokenizer)
-        self._source = self._compiled(source)
+        try:
+            self._source = self._compiled(source)
+        except ValueError as e:
+            raise PromptError(f"{kind}: {e}") from None
         if problem := self._new.validate_grammar(self._source, self._tokens):
             raise PromptError(f"{kind}: {problem.strip()}")
 

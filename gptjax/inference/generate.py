@@ -21,6 +21,8 @@ from gptjax.inference.engine import Engine
 from gptjax.inference.rules import History, Rules, Sampling, choose, penalised, rules_of
 from gptjax.model.gpt import Cache, decode, read_out
 
+MOST_TOKENS = 1 << 24  # of one text
+
 
 class Guide(Protocol):
     """Something that follows one text and has a say in it: stop tokens, stop strings, a grammar."""
@@ -64,6 +66,8 @@ def check(engine: Engine, requests: Sequence[Request]) -> int:
         if not 0 <= r.seed < 2**63:
             raise PromptError(f"seed = {r.seed}: must be at least 0 and below 2**63")
         length, room = len(r.prompt), engine.model.context_length
+        if not 0 <= r.new_tokens <= MOST_TOKENS:
+            raise PromptError(f"{r.new_tokens} new tokens: must be at least 0 and at most {MOST_TOKENS:,}")
         if length + r.new_tokens > room and not rolls(engine.model):
             raise PromptError(
                 f"{length} prompt tokens and {r.new_tokens} new ones are more than the model's context of {room}; "
@@ -176,7 +180,10 @@ def row_keys(requests: Sequence[Request]) -> Array | None:
     """A random key for each text, from its seed and copy alone; None where nothing is drawn."""
     if all(r.sampling.temperature == 0 for r in requests):
         return None
-    keys = [jax.random.fold_in(jax.random.key(r.seed), r.copy) for r in requests]
+    keys = [  # a seed of more than 32 bits would lose the others
+        jax.random.fold_in(jax.random.fold_in(jax.random.key(r.seed & 0xFFFFFFFF), r.seed >> 32), r.copy)
+        for r in requests
+    ]
     return jnp.stack(keys)
 
 

@@ -1,10 +1,11 @@
 """The rules by which the next token is chosen: each a pure function of logits and of the text so far.
 
-Their order is that of transformers: repetition, presence and frequency penalties, logit bias, no-repeat n-grams, what a
+Their order is that of transformers: logit bias, repetition, presence and frequency penalties, no-repeat n-grams, what a
 grammar allows; then, where a token is drawn, temperature, top-k, top-p and min-p. Penalties count as transformers and
 the serving engines do: repetition over prompt and continuation, presence and frequency over the continuation only.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,11 +34,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = [
-            (self.temperature >= 0, "temperature", "must not be negative; 0 takes the likeliest token"),
+            (0 <= self.temperature < math.inf, "temperature", "must not be negative; 0 takes the likeliest token"),
             (self.top_k is None or self.top_k >= 1, "top_k", "must be at least 1"),
             (self.top_p is None or 0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1"),
             (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "must be at least 0 and at most 1"),
-            (self.repetition_penalty > 0, "repetition_penalty", "must be above 0; 1 leaves repetitions alone"),
+            (math.isfinite(self.presence_penalty), "presence_penalty", "must be a finite number"),
+            (math.isfinite(self.frequency_penalty), "frequency_penalty", "must be a finite number"),
+            (not any(math.isnan(b) for _, b in self.logit_bias), "logit_bias", "must be numbers"),
+            (
+                0 < self.repetition_penalty < math.inf,
+                "repetition_penalty",
+                "must be above 0; 1 leaves repetitions alone",
+            ),
             (self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "must not be negative; 0 lets any repeat"),
         ]
         if wrong := [f"{name} = {getattr(self, name)}: {message}" for holds, name, message in rules if not holds]:
@@ -84,7 +92,8 @@ def rules_of(samplings: Sequence[Sampling], vocab: int, rows: int) -> Rules:
         values = [getattr(s, name) for s in samplings]
         if all(v == getattr(plain, name) for v in values):
             return None
-        return jnp.asarray(np.array([absent if v is None else v for v in values], dtype))
+        given = np.array([absent if v is None else v for v in values], np.float64)
+        return jnp.asarray(np.minimum(given, 1 << 30).astype(dtype))  # as good as without a limit
 
     bias = None
     if vocab < rows or any(s.logit_bias for s in samplings):
@@ -115,6 +124,8 @@ def penalised(logits: Array, rules: Rules, history: History, allowed: Array | No
     `allowed` [B, V] is true for what a grammar lets follow.
     """
     shape = logits.shape
+    if rules.logit_bias is not None:
+        logits = logits + rules.logit_bias
     if rules.repetition_penalty is not None:
         penalty = rules.repetition_penalty[:, None]
         seen = _count(history, shape, from_prompt=True) > 0
@@ -125,8 +136,6 @@ def penalised(logits: Array, rules: Rules, history: History, allowed: Array | No
             logits = logits - rules.presence_penalty[:, None] * (made > 0)
         if rules.frequency_penalty is not None:
             logits = logits - rules.frequency_penalty[:, None] * made
-    if rules.logit_bias is not None:
-        logits = logits + rules.logit_bias
     if rules.no_repeat_ngram_size is not None:
         logits = _without_repeats(logits, rules.no_repeat_ngram_size, history)
     return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)

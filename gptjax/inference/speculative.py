@@ -131,13 +131,16 @@ def speculate(
         )
     if any(g.allowed() is not None for r in requests for g in r.guides):
         raise PromptError("a grammar is asked about every token: not with guessed ones; leave out the draft")
-    if isinstance(guesser, DraftModel) and guesser.engine.rows != engine.rows:
+    if isinstance(guesser, DraftModel) and guesser.engine.vocab != engine.vocab:
         raise PromptError(
-            f"the draft model has {guesser.engine.rows} logits and the model {engine.rows}: they need the same tokens"
+            f"the draft model has {guesser.engine.vocab} tokens and the model {engine.vocab}: they need the same"
         )
     total = check(engine, requests)
     if isinstance(guesser, DraftModel):
-        check(guesser.engine, requests)
+        try:
+            check(guesser.engine, requests)
+        except PromptError as e:
+            raise PromptError(f"the draft model: {e}") from None
     return _rounds(engine, requests, guesser, guesses, total, tally or Tally(guesses))
 
 
@@ -176,6 +179,7 @@ def _rounds(
         if not live.any():
             return
         guessed, logits = guesser.guess(texts)
+        logits = None if logits is None else _as_wide(logits, engine.rows)
         tokens = np.concatenate([[[t[-1]] for t in texts], np.maximum(guessed, 0)], 1).astype(np.int32)
         places = (np.array([[len(t) - 1] for t in texts]) + np.arange(tokens.shape[1])).astype(np.int32)
         empty = False
@@ -281,6 +285,12 @@ def _accept(
     follows = jnp.pad(jnp.maximum(guessed, 0), ((0, 0), (0, 1)))
     behind = jnp.arange(count + 1) == accepted[:, None]
     return accepted, jnp.where(behind, drawn[:, None], follows)
+
+
+def _as_wide(logits: Array, rows: int) -> Array:
+    """Logits [..., V] for another number of ids; those that are no tokens, which pad a table, are -inf anyway."""
+    more = [(0, 0)] * (logits.ndim - 1) + [(0, max(0, rows - logits.shape[-1]))]
+    return jnp.pad(logits, more, constant_values=-jnp.inf)[..., :rows]
 
 
 def _key(key: Array, place: Array, use: int) -> Array:

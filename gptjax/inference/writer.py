@@ -9,6 +9,7 @@ import numpy as np
 
 from gptjax.errors import PromptError
 from gptjax.inference.beams import Beams, beam_search
+from gptjax.inference.cache import rolls
 from gptjax.inference.engine import Engine, make_engine
 from gptjax.inference.generate import Guide, Request, generate
 from gptjax.inference.pretrained import Pretrained
@@ -33,7 +34,7 @@ class Stops:
 
     def __init__(self, pieces: Sequence[bytes], tokens: Sequence[int], strings: Sequence[str]):
         self.pieces, self.tokens = pieces, frozenset(tokens)
-        self.strings = [s.encode() for s in strings]
+        self.strings = [s.encode(errors="replace") for s in strings]
         self.made, self.ended = b"", False
 
     def allowed(self) -> None:
@@ -82,7 +83,9 @@ class Writer:
         if max_new_tokens is not None and max_new_tokens < 0:
             raise PromptError(f"max_new_tokens = {max_new_tokens}: must not be negative")
         asked = [n for n in (max_length and max_length - length, max_new_tokens) if n is not None]
-        return min(asked) if asked else min(MOST_UNASKED, max(1, self.engine.model.context_length - length))
+        if asked or rolls(self.engine.model):
+            return min(asked, default=MOST_UNASKED)
+        return min(MOST_UNASKED, max(1, self.engine.model.context_length - length))
 
     def complete(
         self,
@@ -150,10 +153,12 @@ class Writer:
 
     def _stops(self, strings: Sequence[str]) -> Stops:
         end = self.tokenizer.end_of_text
+        special = self.tokenizer.special_tokens  # their words are never text: a stop at one is a stop token
         tokens = {*self.pretrained.stop_tokens, *([] if end is None else [end])}
+        tokens |= {special[s] for s in strings if s in special}
         if "" in strings:
             raise PromptError("stop: an empty string ends every text; leave it out")
-        return Stops(self.tokenizer.pieces, sorted(tokens), strings)
+        return Stops(self.tokenizer.pieces, sorted(tokens), [s for s in strings if s not in special])
 
     def _completion(self, row: int, steps: list, ends: Stops) -> Completion:
         own = [s for s in steps if s.live[row]]

@@ -37,6 +37,31 @@ RECOMMENDED = {  # fields of generation_config.json that `Sampling` has, and whe
 }
 
 
+# Other rules that would change the texts -> the values under which they do not.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+    "penalty_alpha": (None,),
+    "guidance_scale": (None, 1.0),
+    "diversity_penalty": (None, 0.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "bad_words_ids": (None, []),
+    "sequence_bias": (None, [], {}),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "stop_strings": (None, []),
+}
+
+
 def load_folder(folder: Path, name: str | None = None) -> Pretrained:
     """The model in a folder; its weights in the dtype of the file, those of each layer stacked.
 
@@ -56,6 +81,12 @@ def load_folder(folder: Path, name: str | None = None) -> Pretrained:
         )  # fmt: skip
     recommended, ends = _generation(folder)
     stops = tuple(i for i in ends if i < (model.vocab_size or 0) and i != tokenizer.end_of_text)  # some lie beyond
+    if lost := [i for i in stops if i >= tokenizer.vocab_size]:
+        raise ExchangeError(
+            folder,
+            [f"eos_token_id = {lost[0]}, and the tokenizer has only {tokenizer.vocab_size:,} ids: "
+             "it is the wrong tokenizer; bring the one that the model was trained with"],
+        )  # fmt: skip
     template = files.read_words(folder, TEMPLATE)
     if template is None:
         template = _template(files.read_object(folder, TOKENIZER) or {})
@@ -169,6 +200,8 @@ def _generation(folder: Path) -> tuple[dict[str, Any], list[int]]:
     """What its makers recommend, as fields of `Sampling`, and the ids that end a text."""
     given = files.read_object(folder, GENERATION) or {}
     found = {name: given[name] for name, off in RECOMMENDED.items() if given.get(name) not in (None, off)}
+    if unknown := [f"{name} = {given[name]!r}" for name in UNSUPPORTED if given.get(name) not in UNSUPPORTED[name]]:
+        raise ExchangeError(folder / GENERATION, [f"{one}: gptjax has no such rule; take it out" for one in unknown])
     if given.get("do_sample") is False:
         found["temperature"] = 0.0
     try:

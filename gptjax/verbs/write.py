@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from gptjax.errors import EXIT_FAILED, PromptError
+from gptjax.errors import EXIT_FAILED, GptjaxError, PromptError
 from gptjax.verbs import parse, start_jax
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Sample:
     num_return_sequences: int = 1  # continuations of each prompt
     drawing: Annotated[Drawing, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Drawing)
     stop: tuple[str, ...] = ()  # strings that end a text and are left out; several may follow
+    stop_tokens: tuple[int, ...] = ()  # ids of tokens that end a text, besides the model's own; several may follow
     seed: int = 0  # the same seed gives the same text
     num_beams: int = 1  # above 1: search for the likeliest text with this many at once, and draw nothing
     length_penalty: float = 1.0  # of beam search: above 0 prefers longer texts
@@ -76,15 +77,21 @@ def sample(arguments: list[str]) -> None:
     options: Sample = parse(Sample, arguments, "sample")
     start_jax()
     writer = _writer(options.model, options.checkpoint, options.dtype)
+    if strange := [i for i in options.stop_tokens if not 0 <= i < writer.tokenizer.vocab_size]:
+        raise PromptError(
+            f"stop_tokens: {strange[0]} is no token; there are ids 0 to {writer.tokenizer.vocab_size - 1}"
+        )
+    stops = (*writer.pretrained.stop_tokens, *options.stop_tokens)
+    writer.pretrained = dataclasses.replace(writer.pretrained, stop_tokens=stops)
     prompts = [options.prompt]
     if options.prompts is not None:
-        prompts = _read(options.prompts, "prompts").splitlines()
-        if options.prompt or not prompts:
+        prompts = _read(options.prompts, "prompts").removesuffix("\n").split("\n")
+        if options.prompt or prompts == [""]:
             raise PromptError("give either a prompt or a file of prompts with at least one line")
     sampling = options.drawing.sampling(writer)
     lengths = [writer.room(p, options.max_length, options.max_new_tokens) for p in prompts]
     grammar = _grammar(options, writer)
-    plain = not (options.json or options.logprobs or options.num_beams > 1 or options.draft or options.prompt_lookup)
+    plain = not (options.json or options.logprobs or options.num_beams != 1 or options.draft or options.prompt_lookup)
     if plain and len(prompts) == options.num_return_sequences == 1:
         guides = [grammar.guide()] if grammar else []
         parts = writer.stream(prompts[0], lengths[0], sampling, options.seed, options.stop, guides)
@@ -112,11 +119,13 @@ def _complete(
     from gptjax.inference.beams import Beams
     from gptjax.inference.speculative import DraftModel, PromptLookup, Tally
 
+    if options.num_beams < 1 or options.prompt_lookup < 0:
+        raise PromptError("num_beams must be at least 1, and prompt_lookup at least 0")
     if options.num_return_sequences < 1:
         raise PromptError(f"num_return_sequences = {options.num_return_sequences}: must be at least 1")
     if options.num_beams > 1:
-        if grammar or options.draft or options.prompt_lookup or options.stop:
-            raise PromptError("num_beams: goes with no grammar, draft or stop string; leave them out")
+        if grammar or options.draft or options.prompt_lookup or options.stop or options.logprobs:
+            raise PromptError("num_beams: goes with no grammar, draft, stop string or logprobs; leave them out")
         beams = Beams(options.num_beams, options.length_penalty)
         found = [writer.search(*p, sampling, beams) for p in zip(prompts, lengths, strict=True)]
         if options.num_return_sequences > options.num_beams:
@@ -167,7 +176,7 @@ class Talk:
 
     model: Annotated[Positional[str], tyro.conf.arg(help=MODEL)]
     system: str | None = None  # a message that stands before all others
-    max_new_tokens: int = 256  # of an answer at most; the context keeps room for them
+    max_new_tokens: int | None = None  # of an answer at most; None: 256, or half of the context
     drawing: Annotated[Drawing, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Drawing)
     seed: int = 0  # the same seed and questions give the same answers
     dtype: Literal["float32", "bfloat16", "int8"] | None = None  # None: the model's own; int8: 8-bit weights
@@ -181,8 +190,9 @@ def chat(arguments: list[str]) -> None:
     from gptjax.inference.chat import Chat
 
     writer = _writer(options.model, options.checkpoint, options.dtype)
-    room = writer.engine.model.context_length // 2
-    dialogue = Chat(writer, options.system, min(options.max_new_tokens, room))
+    usual = min(256, writer.engine.model.context_length // 2)
+    most = usual if options.max_new_tokens is None else options.max_new_tokens
+    dialogue = Chat(writer, options.system, most)
     sampling, interactive = options.drawing.sampling(writer), sys.stdin.isatty()
     if interactive:
         how = "its own chat template" if dialogue.template else "no chat template: it goes on with a written dialogue"
@@ -201,7 +211,7 @@ def chat(arguments: list[str]) -> None:
         try:
             for part in parts:
                 print(part, end="", flush=True)
-        except PromptError as e:
+        except GptjaxError as e:
             print(f"gptjax chat: {e}", file=sys.stderr, end="")
         except KeyboardInterrupt:
             if not interactive:

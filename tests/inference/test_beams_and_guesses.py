@@ -132,6 +132,18 @@ def test_tokens_per_call_follow_leviathans_formula(guesses):
     assert abs(tally.expected_tokens_per_call / formula - 1) < 0.03
 
 
+def test_a_draft_may_have_a_longer_table_of_the_same_tokens():
+    """As the sizes of Pythia have: what pads a table is no token on either side."""
+    engine = make_engine(pretrained_of(MODEL))
+    draft = make_engine(pretrained_of(tiny_model(vocab_size=270, context_length=48), seed=1))
+    for sampling in (GREEDY, Sampling()):
+        request = Request(np.array([1, 2, 3], np.int32), 20, sampling)
+        (text,) = texts_of(speculate(engine, [request], DraftModel(draft), 3), 1)
+        assert len(text) == 20 and max(text) < 257
+        if sampling == GREEDY:
+            assert [text] == texts_of(generate(engine, [request]), 1)
+
+
 def test_what_cannot_go_together_is_refused():
     engine = make_engine(pretrained_of(MODEL))
     request = Request(np.array([1], np.int32), 4, Sampling(repetition_penalty=1.2))
@@ -139,7 +151,7 @@ def test_what_cannot_go_together_is_refused():
         speculate(engine, [request], PromptLookup(), 2)
     with pytest.raises(PromptError, match="draft_tokens = 0"):
         speculate(engine, [Request(np.array([1], np.int32), 4)], PromptLookup(), 0)
-    with pytest.raises(PromptError, match="5 logits and the model 257"):
+    with pytest.raises(PromptError, match="5 tokens and the model 257"):
         speculate(engine, [Request(np.array([1], np.int32), 4)], DraftModel(constant_model(P)), 2)
     with pytest.raises(PromptError, match="num_beams = 0"):
         Beams(count=0)

@@ -55,8 +55,8 @@ def test_every_rule_is_that_of_transformers(seed, samplings):
         for token, value in s.logit_bias:
             bias[(token,)] = bias.get((token,), 0.0) + value
         processors = [
-            s.repetition_penalty != 1 and g.RepetitionPenaltyLogitsProcessor(s.repetition_penalty),
             bool(bias) and g.SequenceBiasLogitsProcessor(bias),
+            s.repetition_penalty != 1 and g.RepetitionPenaltyLogitsProcessor(s.repetition_penalty),
             s.no_repeat_ngram_size > 0 and g.NoRepeatNGramLogitsProcessor(s.no_repeat_ngram_size),
             g.TemperatureLogitsWarper(s.temperature),
             s.top_k and g.TopKLogitsWarper(s.top_k),

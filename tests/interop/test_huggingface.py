@@ -385,6 +385,9 @@ def test_what_the_makers_recommend(folder):
     edit(folder / "generation_config.json", min_p=7)
     with pytest.raises(ExchangeError, match=r"min_p = 7"):
         load_folder(folder)
+    edit(folder / "generation_config.json", min_p=0.1, suppress_tokens=[3])
+    with pytest.raises(ExchangeError, match=r"suppress_tokens = \[3\]: gptjax has no such rule"):
+        load_folder(folder)
 
 
 def test_chat_templates_of_both_kinds(folder):
