@@ -18,7 +18,7 @@ from gptjax.errors import PromptError
 from gptjax.inference.cache import empty_cache, slots_for, within_sight
 from gptjax.inference.engine import Engine
 from gptjax.inference.generate import Request, check, padded, remember, start_history
-from gptjax.inference.rules import History, Rules, Sampling, penalised, rules_of
+from gptjax.inference.rules import History, Rules, penalised, rules_of
 from gptjax.model.gpt import Cache, decode, read_out
 
 
@@ -55,7 +55,7 @@ def beam_search(engine: Engine, request: Request, beams: Beams, stop_tokens: tup
     tokens, places = padded([request.prompt])
     history = start_history(tokens, places, total)
     cache = empty_cache(model, 1, slots_for(engine.model, total))
-    rules = partial(rules_of, [request.sampling or Sampling()], engine.vocab, engine.rows)()
+    rules = rules_of([request.sampling], engine.vocab, engine.rows)
     extend = partial(_extend, engine.params, model=model, rules=rules, keep=keep)
     running = [(np.float32(0), np.zeros(0, np.int32))]  # sums and continuations
     finished: list[Found] = []

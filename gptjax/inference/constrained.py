@@ -11,8 +11,6 @@ import numpy as np
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import PromptError
 
-KINDS = ("json_schema", "regex", "grammar")
-
 
 class Grammar:
     """A language over the tokens of one tokenizer; `guide` follows one text in it."""
