@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from gptjax.data.store import open_store
-from gptjax.training.loop import evaluate_run
+from gptjax.training.evaluation import evaluate_run
 from gptjax.training.run import open_run
 from gptjax.training.workshop import enable_compilation_cache
 

@@ -1,6 +1,6 @@
 """Kills training runs with SIGKILL, again and again, and counts what was lost: nothing may be.
 
-    python benchmarks/kill_campaign.py --kills 50
+    python benchmarks/kill_campaign.py --kills 50 [--fine-tuning]
 
 Every run is killed at random moments: anywhere between start and work, amid a save, amid a delete. After each kill
 every listed checkpoint is compared with its checksums, and the newest with the same step of an unbroken run, bit for
@@ -48,6 +48,14 @@ def experiment(folder: Path, steps: int) -> Experiment:
     )  # fmt: skip
 
 
+def tuned(folder: Path, e: Experiment) -> Experiment:
+    """Fine-tuning, from a run of `first` in the folder: LoRA, on a table, its answers alone."""
+    rows = [{"number": i, "rest": i * i % 97} for i in range(400)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dict(source=str(folder / "rows.jsonl"), prompt="{number} is ", answer="{rest}", tokenizer="init")
+    return e.override(init=str(folder / "first"), model=dict(lora_rank=2), data=data, objective=dict(name="supervised"))
+
+
 @dataclass
 class Campaign:
     """What all runs share: the unbroken run, and the counts."""
@@ -55,22 +63,32 @@ class Campaign:
     folder: Path
     steps: int
     draw: random.Random
+    fine_tuning: bool
     counts: Counter = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)  # restoring is done by one thread at a time
 
     def prepare(self) -> None:
         """The unbroken run, which keeps every checkpoint; the others keep two."""
         e = experiment(self.folder, self.steps)
-        for name, kept in (("unbroken", self.steps), ("killed", e.train.keep_last)):
-            text = e.override({"train.keep_last": kept}).to_json()
-            (self.folder / f"{name}.py").write_text(
-                f"from gptjax.config import Experiment\n\nexperiment = Experiment.from_json({text!r})\n"
-            )
+        if self.fine_tuning:
+            self.finish("first", e.override({"train.steps": 10}))
+            e = tuned(self.folder, e)
         self.shop = prepare(e, one_device())
-        process = self.start("unbroken", self.folder / "unbroken")
+        self.write("killed", e)
+        self.finish("unbroken", e.override({"train.keep_last": self.steps}))
+        self.expected = self.ending(self.folder / "unbroken")
+
+    def write(self, name: str, e: Experiment) -> None:
+        (self.folder / f"{name}.py").write_text(
+            f"from gptjax.config import Experiment\n\nexperiment = Experiment.from_json({e.to_json()!r})\n"
+        )
+
+    def finish(self, name: str, e: Experiment) -> None:
+        """A run that nobody disturbs."""
+        self.write(name, e)
+        process = self.start(name, self.folder / name)
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-        self.expected = self.ending(self.folder / "unbroken")
 
     def start(self, name: str, run: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "gptjax", "train", str(self.folder / f"{name}.py"), "--run-dir", str(run)]
@@ -178,11 +196,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
     parser.add_argument("--steps", type=int, default=160, help="of each run, with a save after every other")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fine-tuning", action="store_true", help="kill runs that began with another one, with LoRA")
     parser.add_argument("--json", action="store_true", help="print the counts as one JSON object as the last line")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        campaign = Campaign(Path(name), options.steps, random.Random(options.seed))
+        campaign = Campaign(Path(name), options.steps, random.Random(options.seed), options.fine_tuning)
         campaign.prepare()
         print(f"the unbroken run took {time.monotonic() - began:.0f} s", flush=True)
         shares = [options.kills // options.runs + (i < options.kills % options.runs) for i in range(options.runs)]

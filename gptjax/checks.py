@@ -1,20 +1,38 @@
 """What makes an experiment impossible: every rule once, all that fail reported together, before anything compiles."""
 
 from collections.abc import Callable, Mapping
+from string import Formatter
 
-from gptjax.config import Data, Experiment, Mesh, Model, Optim, Train
+from gptjax.config import Data, Experiment, Mesh, Model, Objective, Optim, Train
 from gptjax.errors import ConfigError
 from gptjax.schema import replace_at, type_problems, value_at
 
 POSITIVE = """model.context_length model.num_layers model.embed_dim model.num_heads model.rope_base model.rope_factor
     model.norm_epsilon optim.learning_rate optim.epsilon train.steps train.batch_size train.microbatches
     train.keep_last train.log_every train.prefetch train.max_skipped train.stuck_seconds train.skip_spikes
-    mesh.model data.tokenizer_vocab_size
-    model.vocab_size model.num_kv_heads model.head_dim model.ffn_dim model.window model.rope_original_length
-    model.attention_softcap model.logit_softcap data.max_documents optim.clip_norm mesh.data""".split()
-NOT_NEGATIVE = """seed model.init_std objective.z_loss optim.final_learning_rate optim.warmup_steps
-    optim.weight_decay train.eval_every train.checkpoint_every train.keep_best train.sample_tokens""".split()
+    mesh.model data.tokenizer_vocab_size optim.layer_decay model.lora_alpha
+    model.mup_width model.vocab_size model.num_kv_heads
+    model.head_dim model.ffn_dim model.window model.rope_original_length
+    model.attention_softcap model.logit_softcap data.max_documents optim.clip_norm mesh.data objective.samples
+    objective.new_tokens""".split()
+NOT_NEGATIVE = """seed model.init_std model.lora_rank model.num_classes objective.z_loss objective.beta
+    optim.final_learning_rate
+    optim.warmup_steps optim.weight_decay train.eval_every train.checkpoint_every train.keep_best
+    train.sample_tokens""".split()
 SHARES = "model.dropout optim.beta1 optim.beta2 data.val_fraction optim.cooldown_fraction".split()
+WRITING = ("risk", "grpo")  # objectives for which the model writes answers of its own
+OWNERS = {  # fields of Objective that mean something to some objectives only
+    "mask_rate": ("masked",),
+    "whole_words": ("masked",),
+    "next_sentence": ("masked",),
+    "fill_in_rate": ("fill_in",),
+    "reference": ("dpo", "distill", *WRITING),
+    "beta": ("dpo", *WRITING),
+    "divergence": ("distill",),
+    "score": WRITING,
+    "samples": WRITING,
+    "new_tokens": WRITING,
+}
 Need = Callable[[bool, str], None]
 
 
@@ -44,7 +62,8 @@ def _range_problems(e: Experiment) -> dict[str, str]:
         (POSITIVE, lambda x: x > 0, "must be above 0"),
         (NOT_NEGATIVE, lambda x: x >= 0, "must not be negative"),
         (SHARES, lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
-        (["optim.ema_decay"], lambda x: 0 < x < 1, "must lie between 0 and 1"),
+        (["optim.ema_decay", "objective.mask_rate"], lambda x: 0 < x < 1, "must lie between 0 and 1"),
+        (["objective.fill_in_rate"], lambda x: 0 <= x <= 1, "must be at least 0 and at most 1"),
     ]
     found = {}
     for paths, holds, message in bounds:
@@ -66,18 +85,163 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
     need(e.seed < 2**63, f"seed = {e.seed}: must be below 2**63")
     need(bool(e.name.strip(".")) and "/" not in e.name, f"name = {e.name!r}: must name a folder under runs/")
     need(
-        e.model.causal or e.objective.name != "causal",
-        "model.causal = False: with objective.name = 'causal' every answer would be visible; set model.causal = True",
+        e.init is not None or e.objective.reference is not None or e.data.tokenizer != "init",
+        "data.tokenizer = 'init': there is no init; name the run or the model to start from by init",
     )
-    _model_rules(e.model, need)
+    need(
+        e.init is not None or e.model.lora_rank == 0,
+        f"model.lora_rank = {e.model.lora_rank}: adapts a model that is there; name it by init, or set 0",
+    )
+    _objective_rules(e, need)
+    _class_rules(e, need)
+    _model_rules(e.model, need, _knows_shape(e))
     _data_rules(e.data, need)
     _training_rules(e.optim, e.train, need)
+    need(
+        e.model.mup_width is None or e.optim.name in ("adamw", "lion"),
+        f"optim.name = {e.optim.name!r}: the rates of muP (model.mup_width) are those of adamw and lion; choose one",
+    )
     if num_devices is not None:
         _mesh_rules(e.train, e.mesh, num_devices, need)
     return found
 
 
-def _model_rules(m: Model, need: Need) -> None:
+def _objective_rules(e: Experiment, need: Need) -> None:
+    o, m, d = e.objective, e.model, e.data
+    with_answers = d.prompt is not None or "task:" in str(d.source)
+    need(
+        m.causal or o.name == "masked" or d.answers == "classes",
+        f"model.causal = False: with objective.name = {o.name!r} every answer would be visible; "
+        "set model.causal = True, or objective.name = 'masked'",
+    )
+    need(
+        not m.causal or o.name != "masked",
+        "model.causal = True: with objective.name = 'masked' a token is told by those after it too; "
+        "set model.causal = False",
+    )
+    need(
+        m.causal or e.train.sample_tokens == 0,
+        f"train.sample_tokens = {e.train.sample_tokens}: a model with model.causal = False cannot write; set 0",
+    )
+    need(
+        o.name not in ("supervised", "dpo", "risk", "grpo") or with_answers,
+        f"objective.name = {o.name!r}: needs examples with answers; set data.prompt and data.answer, or task:NAME",
+    )
+    for name, owners in OWNERS.items():
+        value = getattr(o, name)
+        need(
+            o.name in owners or value == getattr(Objective(), name),
+            f"objective.{name} = {value}: has no effect; set objective.name = {' or '.join(map(repr, owners))}",
+        )
+    _tuning_rules(e, need)
+    need(
+        m.context_length >= 8 or not (o.next_sentence or o.name == "fill_in"),
+        f"model.context_length = {m.context_length}: leaves no room for text between the tokens that objective.name = "
+        f"{o.name!r} puts in; 8 is the least",
+    )
+    need(
+        not o.next_sentence or not (d.document_mask or with_answers),
+        "objective.next_sentence = True: reads two pieces of text as one, so that documents and examples are not kept "
+        "apart; set data.document_mask = False and give plain text",
+    )
+
+
+def _tuning_rules(e: Experiment, need: Need) -> None:
+    """Of the objectives that look at more than the next token: another model, two answers, answers of its own."""
+    o, d, t = e.objective, e.data, e.train
+    stays_near = o.name == "dpo" or (o.name in WRITING and o.beta > 0)
+    need(
+        not stays_near or e.init is not None or o.reference is not None,
+        f"objective.name = {o.name!r}: there is no model to stay near; name one by init, or by objective.reference",
+    )
+    need(
+        o.name != "distill" or o.reference is not None,
+        "objective.name = 'distill': there is no teacher; name one by objective.reference",
+    )
+    need(
+        o.name != "dpo" or o.beta > 0,
+        "objective.beta = 0: nothing is learnt with objective.name = 'dpo'; 0.1 is usual",
+    )
+    need(
+        o.name not in WRITING or o.beta > 0 or o.reference is None,
+        f"objective.reference = {o.reference!r}: has no effect with objective.beta = 0; leave it out, or set beta",
+    )
+    need(
+        o.name not in WRITING or e.model.dropout == 0,
+        f"model.dropout = {e.model.dropout}: with objective.name = {o.name!r} the model that learns would not be the "
+        "one that wrote; set 0",
+    )
+    need(
+        o.z_loss == 0 or o.name not in ("dpo", "distill"),
+        f"objective.z_loss = {o.z_loss}: has no effect with objective.name = {o.name!r}; leave it out",
+    )
+    need(
+        d.rejected is None or o.name == "dpo",
+        "data.rejected: is learnt from with objective.name = 'dpo' only; leave it out",
+    )
+    need(
+        o.name != "dpo" or d.rejected is not None,
+        "objective.name = 'dpo': compares two answers; set data.rejected",
+    )
+    rows = 2 if o.name == "dpo" else o.samples if o.name in WRITING else 1
+    need(
+        t.batch_size % (rows * t.microbatches if o.name == "dpo" else rows) == 0,
+        f"train.batch_size = {t.batch_size}: objective.name = {o.name!r} reads {rows} rows together, "
+        + ("in every microbatch; choose a multiple" if o.name == "dpo" else "objective.samples; choose a multiple"),
+    )
+    need(
+        rows == 1 or isinstance(d.source, str) or len(d.source) == 1,
+        f"data.source = {d.source!r}: objective.name = {o.name!r} reads rows that belong together; give one source",
+    )
+    need(
+        o.name not in WRITING or o.samples > 1,
+        f"objective.samples = {o.samples}: answers are compared with others to the same prompt; 2 is the least",
+    )
+    need(
+        o.name not in WRITING or not _knows_shape(e) or o.new_tokens < e.model.context_length,
+        f"objective.new_tokens = {o.new_tokens}: leaves nothing of model.context_length = {e.model.context_length} "
+        "for the prompt; ask for fewer",
+    )
+
+
+def _class_rules(e: Experiment, need: Need) -> None:
+    m, d = e.model, e.data
+    need(
+        m.num_classes == 0 or d.answers == "classes",
+        f"model.num_classes = {m.num_classes}: has no effect; set data.answers = 'classes', or leave it out",
+    )
+    need(
+        not d.labels or d.answer is not None or d.answers == "classes",
+        f"data.labels = {d.labels}: there are no answers; set data.answer",
+    )
+    need(len(set(d.labels)) == len(d.labels), f"data.labels = {d.labels}: names a label twice; name each once")
+    if d.answers == "text":
+        return
+    need(
+        e.objective.name == "supervised",
+        f"objective.name = {e.objective.name!r}: with data.answers = 'classes' the labels alone are asked for; set "
+        "objective.name = 'supervised'",
+    )
+    need(
+        e.objective.z_loss == 0,
+        f"objective.z_loss = {e.objective.z_loss}: has no effect with data.answers = 'classes'; leave it out",
+    )
+    need(
+        d.prompt is None or len(d.labels) > 1,
+        f"data.labels = {d.labels}: with data.answers = 'classes' one of them is told; name all, two at least",
+    )
+    need(
+        e.train.sample_tokens == 0,
+        f"train.sample_tokens = {e.train.sample_tokens}: a model that tells classes cannot write; set 0",
+    )
+
+
+def _knows_shape(e: Experiment) -> bool:
+    """Whether the fields of the model are its own: with `init` they are those of that model, once it was opened."""
+    return e.init is None or e.model.ffn_dim is not None
+
+
+def _model_rules(m: Model, need: Need, knows_shape: bool) -> None:
     if m.head_dim is None:
         fits = [n for n in range(1, min(m.embed_dim, 10_000) + 1) if m.embed_dim % n == 0]  # a stranger's may be vast
         nearest = min(fits, key=lambda n: abs(n - m.num_heads))
@@ -89,6 +253,13 @@ def _model_rules(m: Model, need: Need) -> None:
     need(
         m.num_heads % (m.num_kv_heads or m.num_heads) == 0,
         f"model.num_kv_heads = {m.num_kv_heads}: must divide model.num_heads = {m.num_heads}",
+    )
+    of_ffn = [] if m.ffn == "none" else ["up", "down", *["gate"] * (m.gated or not knows_shape)]
+    strange = set(m.lora_targets) - {"tokens", "query", "key", "value", "out", *of_ffn}
+    need(
+        not m.lora_rank or (bool(m.lora_targets) and not strange),
+        f"model.lora_targets = {m.lora_targets}: must be of tokens, query, key, value, out, up, down"
+        " (and gate, if gated; without an FFN none of these three)",
     )
     head_dim = m.head_dim or m.embed_dim // m.num_heads
     need(
@@ -109,6 +280,14 @@ def _model_rules(m: Model, need: Need) -> None:
     need(
         not m.parallel_residual or m.norm_placement == "pre",
         "model.parallel_residual = True: needs model.norm_placement = 'pre'",
+    )
+    need(
+        m.ffn != "none" or not m.parallel_residual,
+        "model.parallel_residual = True: there is no FFN beside attention; leave it out, or choose another model.ffn",
+    )
+    need(
+        m.ffn != "none" or m.head == "linear",
+        "model.head = 'mlm': takes its activation from model.ffn, which is 'none'; choose another",
     )
     need(
         m.head == "linear" or m.tie_embeddings,
@@ -133,8 +312,14 @@ def _model_rules(m: Model, need: Need) -> None:
 
 
 def _data_rules(d: Data, need: Need) -> None:
+    _template_rules(d, need)
     sources = (d.source,) if isinstance(d.source, str) else d.source
     need(bool(sources) and all(sources), f"data.source = {d.source!r}: names no text; pydoc is always there")
+    apart = (d.val_source,) if isinstance(d.val_source, str) else d.val_source or ()
+    need(
+        not any(source.startswith("function:") for source in (*sources, *apart)) or d.max_documents is not None,
+        f"data.source = {d.source!r}: a function never ends; say by data.max_documents how many documents to make",
+    )
     need(
         not d.weights or (len(d.weights) == len(sources) and min(d.weights) > 0),
         f"data.weights = {d.weights}: one number above 0 is needed for each of the {len(sources)} sources",
@@ -147,6 +332,31 @@ def _data_rules(d: Data, need: Need) -> None:
         not d.streaming or d.split == "document" or d.val_source is not None,
         "data.streaming = True: the length is not known in advance; set data.split = 'document'",
     )
+
+
+def _template_rules(d: Data, need: Need) -> None:
+    need(
+        (d.prompt is None) == (d.answer is None),
+        "data.prompt, data.answer: an example needs both; give the other one too, or none for plain text",
+    )
+    named = [(s,) if isinstance(s, str) else s for s in (d.source, d.val_source) if s is not None]
+    tasks = [source.startswith("task:") for sources in named for source in sources]
+    need(
+        not any(tasks) or all(tasks) or d.prompt is not None,
+        f"data.source = {d.source!r}: mixes tasks with other text; set data.prompt and data.answer for its tables",
+    )
+    for name, template in (("prompt", d.prompt), ("answer", d.answer), ("rejected", d.rejected)):
+        if template is None:
+            continue
+        try:
+            found = [column for _, column, *_ in Formatter().parse(template) if column is not None]
+        except ValueError as e:
+            need(False, f"data.{name} = {template!r}: {e}; a column stands in braces, and {{{{ is a brace itself")
+            continue
+        need(
+            bool(found) and all(found),
+            f"data.{name} = {template!r}: names no column, or an empty one; put at least one in braces, as in {{text}}",
+        )
 
 
 def _training_rules(o: Optim, t: Train, need: Need) -> None:

@@ -10,6 +10,8 @@ from gptjax.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, GptjaxError
 
 VERBS = {  # verb -> the module and function that do it
     "train": ("gptjax.verbs.train", "train"),
+    "sweep": ("gptjax.verbs.sweep", "sweep"),
+    "scale": ("gptjax.verbs.scale", "scale"),
     "sample": ("gptjax.verbs.write", "sample"),
     "chat": ("gptjax.verbs.write", "chat"),
     "eval": ("gptjax.verbs.evaluate", "evaluate"),
@@ -17,22 +19,33 @@ VERBS = {  # verb -> the module and function that do it
     "export": ("gptjax.verbs.exchange", "export"),
     "verify": ("gptjax.verbs.runs", "verify"),
     "replay": ("gptjax.verbs.runs", "replay"),
+    "runs": ("gptjax.verbs.compare", "runs"),
+    "report": ("gptjax.verbs.compare", "report"),
+    "diff": ("gptjax.verbs.compare", "diff"),
+    "repro": ("gptjax.verbs.repro", "repro"),
 }
 HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them
 
   gptjax train FILE [--run-dir DIR] [--section.field VALUE ...]    train, or go on with, an experiment
+  gptjax sweep FILE [--seeds N] [--workers N] [--on slurm] [...]   train every experiment of a file with every seed
+  gptjax scale FILE [--workers N] [--wait] [--list]                predict a large run's loss from small ones
   gptjax sample MODEL PROMPT [--max-length N] [...]                continue a text
   gptjax chat MODEL                                                talk with a model in the terminal
   gptjax eval MODEL [--data FILE ...] [--tasks TASK ...] [...]     loss on its own text or another; lm-eval's tasks
   gptjax import MODEL RUN                                          make a run folder of a Hugging Face model
-  gptjax export RUN FOLDER [--dtype bfloat16] [...]                write a run as a Hugging Face model
+  gptjax export RUN FOLDER [--adapter] [...]                       write a run as a Hugging Face model or PEFT adapter
   gptjax verify RUN                                                compare every checksum of every checkpoint
   gptjax replay RUN --step N                                       make a step again, and look for NaN and Inf in it
+  gptjax runs [FOLDER] [--filter val_loss<3 ...] [--sort FIELD]    what is in a folder of runs
+  gptjax report RUN|SWEEP ... [--metric NAME] [--out FOLDER]       compare variants over seeds: a table and a page
+  gptjax diff A B                                                  how two runs or experiment files differ
+  gptjax repro [CLAIM ...] [--list] [--folder DIR] [--json]        published results, reproduced: pass or fail
 
   MODEL is a run folder, a Hugging Face folder, or the name of a model on the Hugging Face hub.
   gptjax VERB --help       all options of a verb; gptjax train FILE --help lists every field with its value
 
-exit codes: 0 done, 1 a bug (with a traceback), 2 bad input or a damaged file, 3 training had to stop,
+exit codes: 0 done, 1 a bug (with a traceback), 2 bad input or a damaged file, 3 training had to stop
+            or a claim does not pass,
             75 interrupted with the state saved (the same command goes on), 130 interrupted before that
 """
 

@@ -1,14 +1,21 @@
-"""The errors that a user can mend, and the exit code of each.
+"""The errors that a user can mend, and the exit code of each; and warnings, where it is not certain that one is due.
 
 Every message says what was wrong, where, what was expected and what to do. The command line prints it without
 a traceback; anything that is not a `GptjaxError` is a bug and keeps its traceback.
 """
+
+import sys
 
 EXIT_DONE = 0  # the verb did all it was asked
 EXIT_BUG = 1  # an unexpected exception, with its traceback
 EXIT_BAD_INPUT = 2  # config, data, path or prompt refused
 EXIT_FAILED = 3  # training had to stop (non-finite numbers, a failed save, a process gone), or logits disagree
 EXIT_INTERRUPTED = 75  # Ctrl-C or SIGTERM: state saved, the same command continues (sysexits' EX_TEMPFAIL)
+
+
+def warn(message: str) -> None:
+    """Tells the user on stderr what may be wrong; the work goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class GptjaxError(Exception):

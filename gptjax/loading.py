@@ -7,8 +7,9 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from gptjax.config import Experiment
+from gptjax.config import Experiment, Search
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.schema import leaves, unknown
 
@@ -16,22 +17,60 @@ from gptjax.schema import leaves, unknown
 def load_experiment(name: str) -> Experiment:
     """The experiment of a file (`experiments/quickstart.py`) or of its dotted name (`experiments.quickstart`).
 
-    Raises `ConfigError` for a file that is missing, fails, or defines no `experiment`.
+    Also of a run's or a trial's JSON. Raises `ConfigError` for a file that is missing, fails, or has no `experiment`.
     """
+    if name.endswith(".json") and Path(name).is_file():
+        try:
+            return Experiment.from_json(Path(name).read_text(encoding="utf-8"))
+        except ConfigError as e:
+            raise ConfigError([f"{name}: {problem}" for problem in e.problems]) from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as e:
+            raise ConfigError([f"{name}: is no experiment ({e})"]) from None
+    path, experiment = defined(name, "experiment")
+    if not isinstance(experiment, Experiment):
+        more = "; it holds a sweep: gptjax sweep" if defined(name, "sweep")[1] is not None else ""
+        raise ConfigError(
+            [f"{path}: defines no `experiment`; it must hold a line `experiment = Experiment(...)`{more}"]
+        )
+    return experiment
+
+
+def load_sweep(name: str) -> list[Experiment]:
+    """The experiments of a sweep's file or of its dotted name. Raises `ConfigError` where it defines no `sweep`."""
+    path, sweep = defined(name, "sweep")
+    if not isinstance(sweep, list | tuple) or not sweep or not all(isinstance(e, Experiment) for e in sweep):
+        raise ConfigError(
+            [f"{path}: defines no `sweep`; it must hold a line `sweep = grid(...)`, or `zip_(...)`, or experiments"]
+        )
+    return list(sweep)
+
+
+def runs_folder(name: str) -> Path:
+    """Where the runs of a file, or of its dotted name, go by default."""
+    return Path("runs") / name.removesuffix(".py").replace("/", ".").rpartition(".")[2]
+
+
+def load_search(name: str) -> Search:
+    """The search of a file or of its dotted name. Raises `ConfigError` where it defines no `search`."""
+    path, search = defined(name, "search")
+    if not isinstance(search, Search):
+        raise ConfigError([f"{path}: defines no `search`; it must hold a line `search = Search(experiment, ...)`"])
+    return search
+
+
+def defined(name: str, attribute: str) -> tuple[Path, Any]:
+    """What a file calls by a name; None where there is nothing of that name."""
     path = Path(name) if name.endswith(".py") or "/" in name else Path(*name.split(".")).with_suffix(".py")
     if not path.is_file():
         raise ConfigError(
             [f"{path}: no such experiment file; experiments/quickstart.py is one in a checkout of gptjax"]
         )
     try:
-        experiment = getattr(_import(path.resolve()), "experiment", None)
+        return path, getattr(_import(path.resolve()), attribute, None)
     except GptjaxError:
         raise
     except Exception as e:
         raise ConfigError([_what_failed(path.resolve(), e)]) from None
-    if not isinstance(experiment, Experiment):
-        raise ConfigError([f"{path}: defines no `experiment`; it must hold a line `experiment = Experiment(...)`"])
-    return experiment
 
 
 def _import(path: Path) -> ModuleType:

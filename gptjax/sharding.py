@@ -26,6 +26,8 @@ RULES: dict[str, str | None] = {
     "head_dim": None,
     "ffn": "model",
     "positions": None,
+    "rank": None,
+    "classes": None,
     # activations
     "microbatch": None,
     "batch": "data",

@@ -3,6 +3,7 @@
 Programs are compiled without optimisation: the tests compile many and run each only a few times.
 """
 
+import json
 import os
 import tempfile
 
@@ -49,6 +50,19 @@ def write_corpus(folder: Path, size: int = 6000) -> Path:
 def tiny_run(folder: Path, **changes) -> Experiment:
     """`TINY` on a small corpus of its own, whose validation text is short."""
     return TINY.override({"data.source": str(write_corpus(folder))} | changes)
+
+
+def fine_tuning(folder: Path, init: Path, **changes) -> Experiment:
+    """`TINY` from a run on: LoRA, some weights frozen and rates by layer, on a table with a rule that can be learnt.
+
+    The answer is the letter after the prompt's.
+    """
+    rows = ({"letter": chr(97 + i % 25), "number": i, "next": chr(98 + i % 25)} for i in range(400))
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dict(source=str(folder / "table.jsonl"), prompt="{letter}{number}:", answer="{next}", tokenizer="init")
+    model = dict(lora_rank=2, lora_targets=("query", "out", "up"), dropout=0.1)
+    e = TINY.override(init=str(init), model=model, data=data | {"val_fraction": 0.2}, objective=dict(name="supervised"))
+    return e.override({"optim.frozen": ("*.out_lora_down",), "optim.layer_decay": 0.8} | changes)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The command as a user meets it: real processes, their output, and their exit codes."""
 
+import itertools
 import json
 import os
 import shutil
@@ -45,7 +46,7 @@ def test_training_leaves_a_run_and_shows_what_it_does(finished):
     assert json.loads((run / "experiment.json").read_text())["train"]["steps"] == 8
     assert json.loads((run / "experiment.json").read_text())["seed"] == 1
     for part in ("parameters", "mesh data 1 x model 1", "attention by xla (on cpu", "FLOPs", "tokens/s", "MFU", "left",
-                 "val ", "bits a byte", "first step done", "loss curve"):  # fmt: skip
+                 "val ", "bits a byte", "first step done", "ms a step", "GB of memory", "loss curve"):  # fmt: skip
         assert part in err, f"{part!r} is not in what training says:\n{err}"
     assert out.count("--- sample") == 2 and (run / "samples.txt").read_text() == out
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -126,7 +127,8 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["fly"], "no such verb: 'fly'; there are train, sample, chat, eval, import, export, verify, replay"),
+    (["fly"], "no such verb: 'fly'; there are train, sweep, scale, sample, chat, eval, import, export, verify, replay, "
+     "runs, report, diff"),
     (["train"], "no experiment file was given"),
     (["train", "nothing.py"], "nothing.py: no such experiment file"),
     (["train", "{0}/mine.py"], "nothing.txt': no such file or folder"),
@@ -136,7 +138,7 @@ def broken(tmp_path_factory):
     (["train", "{0}/mine.py", "--model.num-layer", "3"], "--model.num-layers"),
     (["train", "{0}/mine.py", "--model.num-layers", "three"], "num-layers"),
     (["train", "{0}/mine.py", "--model.num-heads", "3", "--optim.learning-rate", "-1"], "2 problems in the experiment"),
-    (["train", "{0}/mine.py", "--init", "{0}", "--data.source", "pydoc", "--run-dir", "{0}/run"], "is no run folder"),
+    (["train", "{0}/mine.py", "--init", "{0}", "--data.source", "pydoc", "--run-dir", "{0}/run"], "holds neither"),
     (["sample", "{0}/nowhere", "hi"], "nowhere: does not exist"),
     (["sample", "{0}", "hi"], "holds neither experiment.json"),
     (["eval", "{0}/nowhere", "--json"], "nowhere: does not exist"),
@@ -145,6 +147,37 @@ def test_bad_input_gets_one_clear_message(broken, arguments, message):
     code, out, err = gptjax(*(a.format(broken) for a in arguments), cwd=broken)
     assert code == 2 and message in err, (code, err)
     assert out == "" and "Traceback" not in err
+
+
+def test_examples_that_cannot_be_learnt_are_named_with_their_line_before_training(broken, monkeypatch, capfd):
+    """In a table whose rows do not stand one a line."""
+    table = 'text,label\n\n"two\nlines",good\n\nfine,{}\nbad,bad\n'
+    for number, label in enumerate(["godo", '" "', "a very long answer"]):
+        (broken / f"{number}.csv").write_text(table.format(label))
+    (broken / "rows.jsonl").write_text('{"text": "a", "label": "good"}\n\n{"text": "b"}\n')
+    templates, labels = {"--data.prompt": "{text}:", "--data.answer": "{label}"}, ["--data.labels", "good", "bad"]
+    for source, changes, message in [
+        ("0.csv", {}, "0.csv, line 6: the answer 'godo' is none of the labels; did you mean 'good'?"),
+        ("1.csv", {}, "1.csv, line 6: column 'label' is empty, and there is no answer to learn"),
+        (
+            "2.csv",
+            {"--objective.name": "supervised"},
+            "2.csv, line 6: its answers are 19 tokens long, and model",
+        ),
+        ("rows.jsonl", {}, "rows.jsonl, line 3: has no column 'label'"),
+        ("0.csv", {"--data.prompt": "{words}"}, "0.csv, line 3: has no column 'words'"),
+        ("0.csv", {"--data.answer": "label"}, "data.answer = 'label': names no column"),
+    ]:
+        options = {"--data.source": str(broken / source), "--run-dir": str(broken / "run")} | templates | changes
+        arguments = [*itertools.chain(*options.items()), *(labels if source != "2.csv" else [])]
+        monkeypatch.setattr(sys, "argv", ["gptjax", "train", str(broken / "mine.py"), *arguments])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the verb sets, for a process of its own
+        monkeypatch.setattr("jax.device_count", lambda: 1)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        assert ended.value.code == 2 and message in err and "Traceback" not in err and out == "", err
+        assert not (broken / "run").exists(), "nothing is left of a run that could not start"
 
 
 def test_prompts_that_cannot_be_continued_are_refused(finished, monkeypatch, capfd):

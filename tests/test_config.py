@@ -81,6 +81,13 @@ def test_unknown_fields_are_reported_together():
     assert len(caught.value.problems) == 2
 
 
+CLASSES = {
+    "data.source": "task:sentiment",
+    "data.answers": "classes",
+    "objective.name": "supervised",
+    "train.sample_tokens": 0,
+}
+
 # One entry for each rule: (what makes the experiment impossible, what the message must name)
 IMPOSSIBLE = [
     ({"train.steps": "100"}, "train.steps = '100'"),
@@ -97,8 +104,50 @@ IMPOSSIBLE = [
     ({"model.positions": "rope", "model.head_dim": 3}, "model.head_dim = 3"),
     ({"model.rope_scaling": "linear"}, "model.rope_scaling = 'linear'"),
     ({"model.rope_factor": 2.0}, "model.rope_factor = 2.0"),
+    ({"model.ffn": "none", "model.parallel_residual": True}, "model.parallel_residual = True"),
+    ({"model.ffn": "none", "model.head": "mlm"}, "model.head = 'mlm'"),
+    ({"init": "x", "model.ffn": "none", "model.lora_rank": 2, "model.lora_targets": ("up",)}, "model.lora_targets"),
+    ({"model.mup_width": 64, "optim.name": "muon"}, "optim.name = 'muon'"),
+    ({"data.source": "function:a.b:c"}, "data.source = 'function:a.b:c'"),
+    ({"data.val_source": "function:a.b:c"}, "max_documents"),
     ({"model.attention_kernel": "cudnn"}, "model.attention_kernel = 'cudnn'"),
     ({"model.causal": False}, "model.causal = False"),
+    ({"objective.name": "masked"}, "model.causal = True"),
+    ({"objective.name": "masked", "model.causal": False}, "train.sample_tokens = 200"),
+    ({"objective.name": "supervised"}, "objective.name = 'supervised'"),
+    ({"objective.name": "dpo", "data.source": "task:addition", "init": "x"}, "objective.name = 'dpo': compares two"),
+    ({"objective.name": "dpo", "data.source": "task:addition", "data.rejected": "{wrong}"}, "no model to stay near"),
+    ({"objective.name": "dpo", "objective.beta": 0.0}, "objective.beta = 0"),
+    ({"objective.name": "dpo", "train.batch_size": 9, "init": "x"}, "reads 2 rows together, in every microbatch"),
+    ({"data.rejected": "{b}"}, "data.rejected: is learnt from with objective.name = 'dpo' only"),
+    ({"objective.name": "grpo", "train.batch_size": 12, "init": "x"}, "reads 8 rows together"),
+    ({"objective.name": "grpo", "objective.samples": 1, "init": "x"}, "objective.samples = 1"),
+    ({"objective.name": "risk", "objective.new_tokens": 256}, "objective.new_tokens = 256"),
+    (
+        {"objective.name": "risk", "model.dropout": 0.1, "init": "x"},
+        "model.dropout = 0.1: with objective.name = 'risk'",
+    ),
+    ({"objective.name": "risk", "objective.beta": 0.0, "objective.reference": "x"}, "objective.reference = 'x'"),
+    ({"objective.name": "grpo", "init": "x", "data.source": ("task:addition", "task:sentiment")}, "give one source"),
+    ({"objective.name": "distill"}, "there is no teacher"),
+    ({"objective.name": "distill", "objective.reference": "x", "objective.z_loss": 0.1}, "objective.z_loss = 0.1"),
+    ({"objective.samples": 4}, "objective.samples = 4: has no effect; set objective.name = 'risk' or 'grpo'"),
+    ({"objective.reference": "x"}, "objective.reference = x: has no effect"),
+    ({"model.num_classes": 2}, "model.num_classes = 2: has no effect; set data.answers = 'classes'"),
+    (CLASSES | {"model.num_classes": -1}, "model.num_classes = -1: must not be negative"),
+    (CLASSES | {"data.prompt": "{a}", "data.answer": "{b}"}, "data.labels = (): with data.answers = 'classes'"),
+    (CLASSES | {"data.labels": ("a", "b", "a")}, "data.labels = ('a', 'b', 'a'): names a label twice"),
+    (CLASSES | {"objective.name": "causal"}, "objective.name = 'causal': with data.answers = 'classes' the labels"),
+    (CLASSES | {"model.causal": False, "objective.name": "masked"}, "objective.name = 'masked': with data.answers"),
+    (CLASSES | {"objective.z_loss": 0.1}, "objective.z_loss = 0.1: has no effect with data.answers = 'classes'"),
+    (CLASSES | {"train.sample_tokens": 9}, "train.sample_tokens = 9: a model that tells classes cannot write; set 0"),
+    (CLASSES | {"data.source": "pydoc"}, "objective.name = 'supervised': needs examples with answers"),
+    ({"objective.mask_rate": 1.0}, "objective.mask_rate = 1.0: must lie between"),
+    ({"objective.fill_in_rate": 1.5}, "objective.fill_in_rate = 1.5: must be"),
+    ({"objective.mask_rate": 0.3}, "objective.mask_rate = 0.3: has no effect; set objective.name = 'masked'"),
+    ({"objective.next_sentence": True}, "objective.next_sentence = True: has no effect"),
+    ({"objective.name": "fill_in", "model.context_length": 7}, "model.context_length = 7"),
+    ({"objective.next_sentence": True, "data.document_mask": True}, "set data.document_mask = False"),
     ({"optim.warmup_steps": 1000}, "optim.warmup_steps = 1000"),
     ({"optim.final_learning_rate": 1.0}, "optim.final_learning_rate = 1.0"),
     ({"optim.name": "schedule_free"}, "optim.schedule = 'cosine'"),
@@ -135,15 +184,22 @@ def test_the_default_experiment_is_possible_on_any_fitting_number_of_devices():
         assert check(BASE, devices) == BASE
 
 
+def test_a_model_that_looks_ahead_may_tell_classes():
+    for changes in ({}, {"model.causal": False}):
+        check(BASE.override(CLASSES | changes))
+
+
 def test_derived_sizes_are_written_out():
     m = Model(embed_dim=96, num_heads=6, ffn="swiglu").resolved()
     assert (m.num_kv_heads, m.head_dim, m.ffn_dim) == (6, 16, 256)
     assert m.resolved() == m
     assert Model(embed_dim=96).resolved().ffn_dim == 384
+    e = BASE.resolved(5, ("a", "b"))
+    assert (e.model.vocab_size, e.model.num_classes, e.data.labels) == (5, 2, ("a", "b"))
 
 
 def test_the_config_stays_small_and_every_field_says_what_it_is():
-    assert len(leaves(Experiment)) < 100
+    assert len(leaves(Experiment)) <= 105
     assert type_problems(BASE) == {}
     source = inspect.getsource(config)
     lines = source.splitlines()

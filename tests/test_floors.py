@@ -16,8 +16,8 @@ FLOORS = [
         "gptjax.durable",
     },
     {"gptjax.model", "gptjax.data"},
-    {"gptjax.training", "gptjax.inference"},
-    {"gptjax.tuning", "gptjax.interop", "gptjax.probing"},
+    {"gptjax.training", "gptjax.tuning", "gptjax.inference"},
+    {"gptjax.interop", "gptjax.probing"},
     {"gptjax.lab"},
     {"gptjax.cli", "gptjax.__main__", "gptjax.verbs"},
 ]
@@ -41,6 +41,17 @@ DOORS = {
     "huggingface_hub": ("gptjax/interop/",),
     "transformers": ("gptjax/interop/",),
     "torch": ("gptjax/interop/",),
+    "peft": ("gptjax/interop/",),
+    "sacrebleu": ("gptjax/tuning/scores.py",),
+    "rouge_score": ("gptjax/tuning/scores.py",),
+    "seqeval": ("gptjax/tuning/scores.py",),
+    "rapidfuzz": ("gptjax/tuning/scores.py",),
+    "sklearn": ("gptjax/tuning/scores.py",),
+    "scipy": ("gptjax/tuning/intervals.py",),
+    "dp_accounting": ("gptjax/training/privacy.py",),
+    "submitit": ("gptjax/lab/slurm.py",),
+    "optuna": ("gptjax/lab/search.py",),
+    "rich": ("gptjax/lab/live.py",),
 }
 
 

@@ -5,6 +5,8 @@ random phase from epoch to epoch, so that a token is read in ever new surroundin
 for exactly once (all but the very first, which nothing precedes).
 """
 
+import bisect
+import dataclasses
 import hashlib
 import json
 import queue
@@ -12,18 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
 from gptjax import sharding
-from gptjax.config import Experiment
-from gptjax.data.objectives import OBJECTIVES, Batch, Windows
+from gptjax.config import Experiment, Objective
+from gptjax.data.objectives import Batch, Windows, make_objective, needs_others, rows_together
 from gptjax.data.store import Store, Stream, check_ids
 from gptjax.errors import DataError
 
+FAR = 1 << 40  # between a sample and the one that may be taken in the place of its second half
 CYCLE = 1024  # samples after which every source of a mixture has had exactly its share
 
 
@@ -65,6 +68,11 @@ class WindowedStream:
         return len(self.stream.ids) - 1
 
     @property
+    def passes(self) -> int:
+        """Windows in one plain pass."""
+        return -(-self.answers // self.length)
+
+    @property
     def windows(self) -> int:
         """Windows in an epoch of training: one more than fit, because the phase cuts the first one short."""
         return -(-self.answers // self.length) + (self.answers % self.length != 1)
@@ -100,6 +108,111 @@ class WindowedStream:
         return Windows(ids, valid, documents)
 
 
+class PackedStream:
+    """A stream of examples as windows that hold whole ones, numbered from 0 for ever: epoch after epoch.
+
+    Which examples share a window never changes, the order of the windows does. Of an example that is longer than a
+    window, the beginning of its first part is left out; raises `DataError` where that is not enough.
+    With `together`, see `objectives.rows_together`, an example has a window of its own, and the windows of a group
+    follow one another: (2, 2) two examples, (n, 1) n copies of one.
+    """
+
+    def __init__(self, stream: Stream, length: int, seed: tuple[int, ...], together: tuple[int, int] = (0, 0)):
+        assert stream.asked is not None
+        self.stream, self.asked, self.length, self.seed = stream, stream.asked, length, seed
+        self.rows, self.span = max(together[0], 1), max(together[1], 1)
+        self.ahead = int(stream.classes is None)  # an answer is a token after those that are read, a class is not
+        self.ends = np.append(stream.documents[1:], len(stream.ids))
+        self.begins = np.maximum(stream.documents, self.ends - (length + self.ahead))
+        if self.span > 1:  # both answers of a pair are read after the same prompt
+            left_out = (self.begins - stream.documents).reshape(-1, self.span).max(1)
+            self.begins = stream.documents + np.repeat(left_out, self.span)
+        self.shortened = int((self.begins > stream.documents).sum())
+        self._check_answers()
+        sizes, room = self.ends - self.begins, length + self.ahead
+        self.packs = [[i] for i in range(len(sizes))] if together[0] else pack(sizes, room)
+
+    def _check_answers(self) -> None:
+        """What is left out must not be asked for, and an answer needs a token before it."""
+        told = self.stream.classes
+        asked = np.concatenate([[0], np.cumsum(self.asked if told is None else told >= 0)])
+        self.answers = int(asked[-1])
+        lost = (self.begins > self.stream.documents) & (asked[self.begins + self.ahead] > asked[self.stream.documents])
+        if told is None:
+            what, room, size = "answers are", "them and a token before", asked[self.ends] - asked[self.stream.documents]
+        else:
+            what, room, size = "labelled words are", "them", self.ends - self.stream.documents
+        problems = [
+            f"{self.stream.origin(int(i))}: its {what} {size[i]} tokens long, and model.context_length = {self.length} "
+            f"must hold {room}"
+            for i in np.flatnonzero(lost)
+        ]
+        if problems:
+            more = f"\n  and {len(problems) - 5} others" if len(problems) > 5 else ""
+            raise DataError("\n".join(problems[:5]) + more + "\nshorten them or leave these examples out")
+
+    @property
+    def windows(self) -> int:
+        """Windows in an epoch, and in one plain pass."""
+        return len(self.packs)
+
+    passes = windows
+
+    def shuffled(self, index: np.ndarray) -> Windows:
+        """The windows at these places of the endless shuffled sequence."""
+        groups, rows = np.divmod(index, self.rows)
+        count = self.windows // self.span
+        epochs, places = np.divmod(groups, count)
+        chosen = np.empty(len(index), np.int64)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            chosen[now] = permute(places[now], count, (*self.seed, int(epoch)))
+        return self._joined(chosen * self.span + rows % self.span)
+
+    def in_order(self, index: np.ndarray) -> Windows:
+        """The windows of one plain pass from the start; beyond its end they are all padding."""
+        return self._joined(index)
+
+    def _joined(self, numbers: np.ndarray) -> Windows:
+        """The windows of these packs, each example a document of its own."""
+        ids = np.zeros((len(numbers), self.length + 1), np.int32)
+        documents, asked = np.zeros(ids.shape, np.int32), np.zeros(ids.shape, bool)
+        told, classes = self.stream.classes, np.full(ids.shape, -1, np.int16)
+        for row, number in enumerate(numbers):
+            at = 0
+            for place, example in enumerate(self.packs[number] if number < self.windows else (), 1):
+                piece = slice(self.begins[example], self.ends[example])
+                here = slice(at, at := at + piece.stop - piece.start)
+                ids[row, here], asked[row, here] = self.stream.ids[piece], self.asked[piece]
+                documents[row, here] = place
+                if told is not None:
+                    classes[row, here] = told[piece]
+        return Windows(ids, documents > 0, documents, asked, None if told is None else classes)
+
+
+def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
+    """Fills as few windows of `room` tokens as best fit can: the longest first, each into the fullest that holds it."""
+    packs: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # tokens left -> packs
+    rooms: list[int] = []  # the keys, sorted
+    for example in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[example])
+        if (i := bisect.bisect_left(rooms, length)) < len(rooms):
+            left = rooms[i]
+            chosen = by_room[left].pop()
+            if not by_room[left]:
+                del by_room[left], rooms[i]
+        else:
+            left, chosen = room, len(packs)
+            packs.append([])
+        packs[chosen].append(int(example))
+        if left > length:
+            if left - length not in by_room:
+                bisect.insort(rooms, left - length)
+            by_room.setdefault(left - length, []).append(chosen)
+    return packs
+
+
 class Place(NamedTuple):
     """Where a run stands in its data: what a checkpoint keeps, so that no example is skipped or read twice."""
 
@@ -126,20 +239,29 @@ class Batches:
     def __post_init__(self) -> None:
         e = self.experiment
         length, track = e.model.context_length, e.data.document_mask
-        self.train_streams = [
-            WindowedStream(stream, length, (e.seed, 1, i), track) for i, stream in enumerate(self.store.train)
-        ]
-        self.validation_streams = [WindowedStream(s, length, (), track) for s in self.store.validation]
+
+        together = rows_together(e.objective)
+
+        def cut(stream: Stream, seed: tuple[int, ...]) -> WindowedStream | PackedStream:
+            if stream.asked is not None:
+                return PackedStream(stream, length, seed, together)
+            return WindowedStream(stream, length, seed, track)
+
+        self.train_streams = [cut(stream, (e.seed, 1, i)) for i, stream in enumerate(self.store.train)]
+        self.validation_streams = [cut(stream, (e.seed, 3, i)) for i, stream in enumerate(self.store.validation)]
         for windowed in self.train_streams:
-            if windowed.answers < length:
+            if isinstance(windowed, WindowedStream) and windowed.answers < length:
                 raise DataError(
                     f"{windowed.stream.name}: its {windowed.answers + 1} training tokens are fewer than one window of "
                     f"model.context_length + 1 = {length + 1}; give more text or a shorter context"
                 )
         shares = np.array(e.data.weights or [w.answers for w in self.train_streams], np.float64)
         self.source_of, self.rank_of, self.per_cycle = mixture(shares / shares.sum(), (e.seed, 2))
-        self.make = OBJECTIVES[e.objective.name]
-        decides = [self.store.key, length, track, e.seed, e.data.weights]
+        self.make = make_objective(e.objective, self.store.tokenizer)
+        asked = (
+            [] if e.objective == Objective() else [dataclasses.asdict(e.objective)]
+        )  # losses compare within an order
+        decides = [self.store.key, length, track, e.seed, e.data.weights, *asked]
         self.order = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
     def start_at(self, place: Place) -> None:
@@ -164,6 +286,11 @@ class Batches:
 
     def rows(self, samples: np.ndarray) -> Batch:
         """The training examples with these numbers in this order: [len(samples), length]."""
+        e = self.experiment
+        others = self._windows(samples + FAR) if needs_others(e.objective) else None
+        return self.make(self._windows(samples), (np.random.default_rng((e.seed, 4, int(i))) for i in samples), others)
+
+    def _windows(self, samples: np.ndarray) -> Windows:
         cycles, places = np.divmod(samples, CYCLE)
         sources = self.source_of[places]
         within = cycles * self.per_cycle[sources] + self.rank_of[places]
@@ -171,7 +298,7 @@ class Batches:
         order = np.argsort(np.argsort(sources, kind="stable"), kind="stable")
         windows = _take(parts, order)
         check_ids(windows.ids, self.experiment.model.vocab_size, self.store.folder)
-        return self.make(windows)
+        return windows
 
     def batch(self, step: int, chosen: np.ndarray | None = None) -> Batch:
         """What the update from `step` to step + 1 reads: [microbatches, batch_size / microbatches, length].
@@ -184,11 +311,15 @@ class Batches:
         return jax.tree.map(lambda x: x.reshape(*samples.shape, -1), batch)
 
     def validation(self) -> Iterator[Batch]:
-        """One pass over the whole validation text, in batches of one microbatch: [rows, length]."""
-        rows = self.experiment.train.batch_size // self.experiment.train.microbatches
-        for windowed in self.validation_streams:
-            for first in range(0, -(-windowed.answers // windowed.length), rows):
-                yield self.make(windowed.in_order(np.arange(first, first + rows)))
+        """One pass over the whole validation text, in batches of one microbatch: [rows, length]. Always the same."""
+        e = self.experiment
+        rows = e.train.batch_size // e.train.microbatches
+        for number, windowed in enumerate(self.validation_streams):
+            for first in range(0, windowed.passes, rows):
+                index = np.arange(first, first + rows)
+                others = windowed.shuffled(index) if needs_others(e.objective) else None
+                rngs = (np.random.default_rng((e.seed, 5, number, int(i))) for i in index)
+                yield self.make(windowed.in_order(index), rngs, others)
 
     def on_devices(self, step: int, mesh: jax.sharding.Mesh) -> Batch:
         """`batch(step)` laid out over the mesh; each host makes only the rows of its own devices."""
@@ -220,9 +351,10 @@ def mixture(shares: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.nd
 
 
 def _take(parts: list[Windows], order: np.ndarray) -> Windows:
-    ids, valid, documents = zip(*parts, strict=True)
-    joined = None if documents[0] is None else np.concatenate(documents)[order]
-    return Windows(np.concatenate(ids)[order], np.concatenate(valid)[order], joined)
+    def joined(pieces: tuple[Any, ...]) -> Any:
+        return None if pieces[0] is None else np.concatenate(pieces)[order]
+
+    return Windows(*map(joined, zip(*parts, strict=True)))
 
 
 def _local_columns(layout: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:

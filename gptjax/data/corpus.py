@@ -1,22 +1,26 @@
-"""Where text comes from: files and folders, hub data sets, and the language reference inside every Python.
+"""Where text comes from: files and folders, hub data sets, functions, and the language reference inside every Python.
 
 A source is a string; `read` gives its documents one after the other and `fingerprint` a hash of what they are made of.
 `$NAME` in a path is taken from the environment, so that an experiment names no machine's folders.
 """
 
+import csv
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import Data
+from gptjax.data import synthetic
 from gptjax.errors import DataError
 
 TEXT = (".txt", ".md", ".rst", ".py")  # one file is one document
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # one row is one document
+Rows = Iterator[tuple[dict[str, Any], str]]  # each with where it is: its file, and line or number
+LARGEST_CELL = 1 << 30  # characters of a csv; the reader's own limit is that of a spreadsheet
 ORIGINS = {
     "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 }
@@ -41,6 +45,9 @@ def fingerprint(source: str, data: Data) -> str:
     if source == "pydoc":
         for text in _pydoc():
             digest.update(text.encode())
+    elif synthetic.is_function(source):
+        for document, _ in synthetic.made(source, data):
+            digest.update(json.dumps(document, sort_keys=True, default=str).encode())
     elif source.startswith("hub:"):
         builder = _hub_builder(source, data)  # whose hash is that of the data set's revision
         digest.update(f"{source} {data.hub_config} {data.hub_split} {builder.hash}".encode())
@@ -50,6 +57,33 @@ def fingerprint(source: str, data: Data) -> str:
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def rows(source: str, data: Data) -> Rows:
+    """The rows of one source's tables, in a fixed order, each with its file and the line that it begins in.
+
+    Where there are no lines (parquet, one JSON array, the hub) it has a number in place of that.
+
+    Raises `DataError` as `read` does, and for a file that is no table.
+    """
+    if source.startswith("hub:"):
+        yield from _numbered(_hub_rows(source, data), source)
+        return
+    if synthetic.is_function(source):
+        for row, where in synthetic.made(source, data):
+            if isinstance(row, str):
+                raise DataError(f"{where}: gives a text; for data.prompt and data.answer a dict of columns is needed")
+            yield row, where
+        return
+    for path in files(source):
+        if path.suffix not in TABLES:
+            raise DataError(f"{path}: has no columns for data.prompt and data.answer; give {' '.join(TABLES)}")
+        yield from _table(path)
+
+
+def share(text: str) -> float:
+    """A number in [0, 1) that only the text decides: it splits texts into sides that stay when others are added."""
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]) / 2**64
 
 
 def files(source: str) -> list[Path]:
@@ -83,11 +117,14 @@ def _origin(path: Path) -> str:
 def _read(source: str, data: Data) -> Iterator[str]:
     if source == "pydoc":
         yield from _pydoc()
+    elif synthetic.is_function(source):
+        for document, where in synthetic.made(source, data):
+            yield from [document] if isinstance(document, str) else _texts(iter([(document, where)]), data.column)
     elif source.startswith("hub:"):
-        yield from _texts(_hub_rows(source, data), data.column, source)
+        yield from _texts(rows(source, data), data.column)
     else:
         for path in files(source):
-            yield from [_read_text(path)] if path.suffix in TEXT else _read_table(path, data.column)
+            yield from [_read_text(path)] if path.suffix in TEXT else _texts(_table(path), data.column)
 
 
 def _pydoc() -> Iterator[str]:
@@ -106,42 +143,95 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_table(path: Path, column: str) -> Iterator[str]:
-    import datasets  # two seconds, wanted only where a store is built from a table
-
+def _table(path: Path) -> Rows:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; remove it from the source, or put rows in it")
+    if path.suffix == ".jsonl":
+        yield from _json_lines(path)
+    elif path.suffix == ".csv":
+        yield from _csv_lines(path)
+    else:
+        yield from _other_table(path)
+
+
+def _json_lines(path: Path) -> Rows:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{where}: cannot be read as json: {e}") from None
+            if line.strip() and not isinstance(row, dict):
+                raise DataError(f"{where}: holds {line[:40].decode()!r}; an object with the columns is needed")
+            if row is not None:
+                yield row, where
+
+
+def _csv_lines(path: Path) -> Rows:
+    """The rows below the first line, which names the columns; a cell in quotes may go on over several lines."""
+    csv.field_size_limit(LARGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        done = 0  # lines before the row
+        try:
+            names = next(reader, [])
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"{path}, line 1: names the column {twice[0]!r} twice; rename one of them")
+            done = reader.line_num
+            for cells in reader:
+                where, done = f"{path}, line {done + 1}", reader.line_num
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise DataError(
+                        f"{where}: has {len(cells)} cells, and the first line names {len(names)} columns; a cell with "
+                        'a comma or a line break stands in quotes, "so, for instance"'
+                    )
+                yield dict(zip(names, cells, strict=True)), where
+        except csv.Error as e:
+            raise DataError(f"{path}, line {done + 1}: cannot be read as csv: {e}") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path}, line {_bad_line(path, bytes.decode)}: is not UTF-8; convert the file") from None
+
+
+def _other_table(path: Path) -> Rows:
+    import datasets  # two seconds, wanted only where a store is built from such a table
+
     kind = TABLES[path.suffix]
     try:
-        words = {"keep_default_na": False} if kind == "csv" else {}  # "NA" is a word like any other
-        table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **words)
-        yield from _texts(table, column, str(path))
-    except DataError:
-        raise
+        table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        yield from _numbered(table, str(path))
     except Exception as e:  # the readers raise whatever their engine does
-        where = _bad_line(path) if kind == "json" else ""
+        line = _bad_line(path, json.loads) if kind == "json" else None
+        where = f", line {line}" if line else ""
         raise DataError(f"{path}{where}: cannot be read as {kind}: {_root_cause(e)}") from None
 
 
-def _texts(rows: Any, column: str, where: str) -> Iterator[str]:
-    for number, row in enumerate(rows, 1):
+def _numbered(table: Iterable[dict[str, Any]], name: str) -> Rows:
+    return ((row, f"{name}, row {number}") for number, row in enumerate(table, 1))
+
+
+def _texts(table: Rows, column: str) -> Iterator[str]:
+    for row, where in table:
         if column not in row:
             raise DataError(f"{where}: has no column {column!r} (data.column); it has {', '.join(row)}")
         text = row[column]
         if not isinstance(text, str):
-            raise DataError(f"{where}: row {number}, column {column!r} holds {text!r}; text is needed")
+            raise DataError(f"{where}, column {column!r} holds {text!r}; text is needed")
         if text:
             yield text
 
 
-def _bad_line(path: Path) -> str:
+def _bad_line(path: Path, read: Callable[[bytes], Any]) -> int | None:
+    """The number of the first line that cannot be read."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                json.loads(line)
+                read(line)
             except ValueError:
-                return f", line {number}"
-    return ""
+                return number
+    return None
 
 
 def _root_cause(e: BaseException) -> str:

@@ -6,6 +6,7 @@ be seen is whole.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import Data
-from gptjax.data import corpus, tokenizer
+from gptjax.data import corpus, examples, tokenizer
+from gptjax.data.examples import Example, Side, classes_of, holds_examples, told_at
 from gptjax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -32,6 +34,7 @@ from gptjax.durable import write_durably
 from gptjax.errors import DataError
 
 FORMAT_VERSION = 1
+INIT = "init"  # in the place of a tokenizer: that of the model that training starts from
 CHUNK = 1 << 20  # characters that are encoded at once
 LOOKED_AT = 1 << 28  # tokens of a stream that are looked through at the start; the others when they are read
 
@@ -43,6 +46,14 @@ class Stream:
     name: str
     ids: np.ndarray  # uint16 or uint32 [tokens], memory-mapped
     documents: np.ndarray  # int64 [documents]: where each begins
+    asked: np.ndarray | None = None  # bool [tokens], memory-mapped: of examples, what is to be learnt
+    origins: Path | None = None  # of examples: a text file, line by line the file and line that each is from
+    classes: np.ndarray | None = None  # int16 [tokens], memory-mapped: of labels, the one told at each; -1: none
+
+    def origin(self, document: int) -> str:
+        """File and row of an example."""
+        assert self.origins
+        return self.origins.read_text().split("\n")[document]
 
 
 @dataclass(frozen=True)
@@ -61,15 +72,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GPTJAX_CACHE", "~/.cache/gptjax")).expanduser()
 
 
-def open_store(data: Data) -> Store:
-    """The tokens of a corpus, built now if this is the first time.
+def open_store(data: Data, init: Tokenizer | None = None) -> Store:
+    """The tokens of a corpus, built now if this is the first time; `init`: the tokenizer that "init" stands for.
 
     Raises `DataError` for text that cannot be read or represented.
     """
-    key = _key(data)
+    key = _key(data, init)
     folder = cache_folder() / "stores" / key
     if not (folder / "store.json").exists():
-        _build(data, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.with_name(f"building-{key}.lock")
+        with path.open("w") as lock:  # of several runs that need it, one builds it for all
+            with contextlib.suppress(OSError):  # where the file system has no flock, each builds its own
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "store.json").exists():
+                _build(data, folder, init)
+            path.unlink(missing_ok=True)  # who waits for it still sees the store
     return _load(data, folder)
 
 
@@ -79,19 +97,28 @@ def find_store(key: str, data: Data) -> Store | None:
     return _load(data, folder) if (folder / "store.json").exists() else None
 
 
-def _key(data: Data) -> str:
+def _key(data: Data, init: Tokenizer | None = None) -> str:
     """Everything that decides the tokens: the bytes of the text, the tokenizer and the split."""
+    classes = classes_of(data)
+    fingerprint = examples.fingerprint if holds_examples(data) else corpus.fingerprint
     parts = {
         "format": FORMAT_VERSION,
-        "sources": [corpus.fingerprint(source, data) for source in names(data.source)],
-        "validation": [corpus.fingerprint(source, data) for source in names(data.val_source)],
+        "sources": [fingerprint(source, data) for source in names(data.source)],
+        "validation": [fingerprint(source, data) for source in names(data.val_source)],
         "split": [data.split, data.val_fraction] if data.val_source is None else None,
-        "tokenizer": _tokenizer_key(data),
+        "tokenizer": _tokenizer_key(data, init),
     }
+    parts |= {"classes": classes} if classes else {}
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _tokenizer_key(data: Data) -> list[object]:
+def _tokenizer_key(data: Data, init: Tokenizer | None) -> list[object]:
+    if data.tokenizer == INIT:
+        assert init, "whoever opens the store knows what the run starts from"
+        content = hashlib.sha256(json.dumps([init.kind, init.description()]).encode())
+        for name, data_of_file in sorted(init.files().items()):
+            content.update(name.encode() + data_of_file)
+        return [INIT, content.hexdigest()]
     if data.tokenizer == "sentencepiece":
         return [data.tokenizer, data.tokenizer_vocab_size]
     if data.tokenizer in ("byte", "char"):
@@ -108,19 +135,23 @@ def names(source: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if source is None else (source,) if isinstance(source, str) else source
 
 
-def _build(data: Data, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _build(data: Data, folder: Path, init: Tokenizer | None) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-", ignore_cleanup_errors=True) as building:
         scratch = Path(building) / folder.name
         scratch.mkdir()
-        tokens = _make_tokenizer(data)
+        tokens = init if data.tokenizer == INIT and init else _make_tokenizer(data)
         if tokens.caveat:
             print(f"tokenizer: {tokens.caveat}", file=sys.stderr)
         (scratch / "tokenizer").mkdir()
         tokens.save(scratch / "tokenizer")
-        parts = [_parts(source, data) for source in names(data.source)]
-        parts += [((False, text, True) for text in corpus.read(source, data)) for source in names(data.val_source)]
-        lengths = [_write(scratch / f"{i}", tokens, stream) for i, stream in enumerate(parts)]
+        if holds_examples(data):
+            classes = classes_of(data)
+            every = enumerate(_examples_by_side(data))
+            lengths = [_write_examples(scratch / f"{i}", tokens, sides, classes) for i, sides in every]
+        else:
+            parts = [_parts(source, data) for source in names(data.source)]
+            parts += [((False, text, True) for text in corpus.read(source, data)) for source in names(data.val_source)]
+            lengths = [_write(scratch / f"{i}", tokens, stream) for i, stream in enumerate(parts)]
         description = {"format": FORMAT_VERSION, "lengths": lengths}
         write_durably(scratch / "store.json", json.dumps(description))
         try:
@@ -164,21 +195,78 @@ def _parts(source: str, data: Data) -> Iterator[tuple[bool, str, bool]]:
         yield from split(text)
 
 
+def _examples_by_side(data: Data) -> Iterator[dict[Side, Iterator[Example]]]:
+    """The examples of every source: all for training where `val_source` has examples of its own."""
+    for source in names(data.source):
+        sides: tuple[Side, ...] = ("train",) if data.val_source else ("train", "validation")
+        yield {side: examples.examples(source, data, side) for side in sides}
+    for source in names(data.val_source):
+        yield {"validation": examples.examples(source, data, "validation")}
+
+
 def _make_tokenizer(data: Data) -> Tokenizer:
     if data.tokenizer == "byte":
         return ByteTokenizer()
     if data.tokenizer == "char":
         characters: set[str] = set()
         documents = 0
-        for source in (*names(data.source), *names(data.val_source)):
-            for text in corpus.read(source, data):
-                characters.update(text)
-                documents += 1
+        for _, text, ends in _texts(data):
+            characters.update(text)
+            documents += ends
         return CharTokenizer("".join(sorted(characters)), has_end_of_text=documents > 1)
     if data.tokenizer == "sentencepiece":
-        parts = (part for source in names(data.source) for part in _parts(source, data))
-        return SentencePieceTokenizer.train((text for train, text, _ in parts if train), data.tokenizer_vocab_size)
+        training = (text for train, text, _ in _texts(data) if train)
+        return SentencePieceTokenizer.train(training, data.tokenizer_vocab_size)
     return BPETokenizer.from_path(_path(data.tokenizer))
+
+
+def _texts(data: Data) -> Iterator[tuple[bool, str, bool]]:
+    """All text, for a tokenizer that is made of it: (is training, text, is the end of a document)."""
+    if holds_examples(data):
+        for sides in _examples_by_side(data):
+            for side, found in sides.items():
+                yield from ((side == "train", "".join(part.text for part in e.parts), True) for e in found)
+        return
+    for source in names(data.source):
+        yield from _parts(source, data)
+    for source in names(data.val_source):
+        yield from ((False, text, True) for text in corpus.read(source, data))
+
+
+def _write_examples(
+    prefix: Path, tokens: Tokenizer, sides: dict[Side, Iterator[Example]], classes: tuple[str, ...]
+) -> dict[str, int]:
+    """Writes PREFIX.train.* and PREFIX.val.*: what `_write` does, what is asked, and where all is from.
+
+    An answer ends with `end_of_text`, which is asked for with it; where classes are told, the text is all there is.
+    """
+    lengths = {}
+    names: dict[Side, str] = {"train": "train", "validation": "val"}
+    for side, name in names.items():
+        ids, asked, told, starts, origins, total = [], [], [], [], [], 0
+        for example in sides.get(side, ()):
+            parts = tokens.parts([part.text for part in example.parts])
+            if classes:
+                told.append(told_at(example, parts, classes))
+            elif tokens.end_of_text is not None:
+                parts[-1] = np.append(parts[-1], tokens.end_of_text)
+            starts.append(total)
+            total += sum(map(len, parts))
+            ids += parts
+            asked += [np.full(len(own), part.asked) for own, part in zip(parts, example.parts, strict=True)]
+            origins.append(example.where)
+        lengths[name] = total
+        nothing = [np.zeros(0, np.int32)]
+        contents: dict[str, str | bytes] = {
+            "tokens": np.concatenate(ids or nothing).astype(_dtype(tokens)).tobytes(),
+            "asked": np.concatenate(asked or nothing).astype(bool).tobytes(),
+            "documents": np.array(starts, np.int64).tobytes(),
+            "origins": "\n".join(origins),
+        }
+        contents |= {"classes": np.concatenate(told or nothing).astype(np.int16).tobytes()} if classes else {}
+        for ending, content in contents.items():
+            write_durably(Path(f"{prefix}.{name}.{ending}"), content)
+    return lengths
 
 
 def _write(prefix: Path, tokens: Tokenizer, parts: Iterator[tuple[bool, str, bool]]) -> dict[str, int]:
@@ -248,7 +336,15 @@ def _load(data: Data, folder: Path) -> Store:
                 f"{path}: holds {len(ids)} tokens, not {lengths[number][side]}; delete {folder} to rebuild it"
             )
         check_ids(ids[:LOOKED_AT], tokens.vocab_size, path)
-        return Stream(name, ids, np.fromfile(folder / f"{number}.{side}.documents", np.int64))
+        documents = np.fromfile(folder / f"{number}.{side}.documents", np.int64)
+        if not (origins := folder / f"{number}.{side}.origins").exists():
+            return Stream(name, ids, documents)
+
+        def beside(ending: str, dtype: type) -> np.ndarray:
+            return np.memmap(origins.with_suffix(ending), dtype, "r") if len(ids) else np.zeros(0, dtype)
+
+        classes = beside(".classes", np.int16) if data.answers == "classes" else None
+        return Stream(name, ids, documents, beside(".asked", bool), origins, classes)
 
     sources, apart = names(data.source), names(data.val_source)
     train = [stream(i, name, "train") for i, name in enumerate(sources)]

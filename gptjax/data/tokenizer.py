@@ -12,7 +12,7 @@ import io
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,6 +58,13 @@ class Tokenizer:
         """The ids of a text as the model was trained to see it begin: after `begin_of_text`, where there is one."""
         ids = self.encode(text)
         return ids if self.begin_of_text is None else np.concatenate([np.array([self.begin_of_text], np.int32), ids])
+
+    def parts(self, texts: Sequence[str]) -> list[Ids]:
+        """Texts that follow one another, the first as `prompt` has it: no token spans two of them."""
+        if not self.first_space:
+            return [self.prompt(texts[0]), *map(self.encode, texts[1:])]
+        whole = [self.prompt("".join(texts[: i + 1])) for i in range(len(texts))]
+        return [ids[len(before) :] for before, ids in zip([whole[0][:0], *whole], whole, strict=False)]
 
     def files(self) -> dict[str, bytes]:
         """What must be kept beside the description to load it again: file name -> content."""

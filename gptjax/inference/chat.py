@@ -55,8 +55,9 @@ class Chat:
         stream = self.writer.stream(prompt, self.new_tokens, sampling, seed, self.stop)
         try:
             for part in stream:
-                parts.append(part)
-                yield part
+                if part := part if parts else part.lstrip():  # the space after "Assistant:" is no part of the answer
+                    parts.append(part)
+                    yield part
         finally:  # what was said stands, also where the reader stopped listening
             self.messages = [*messages, {"role": "assistant", "content": "".join(parts).strip()}]
 

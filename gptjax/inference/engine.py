@@ -11,8 +11,8 @@ from jax import Array
 
 from gptjax import config
 from gptjax.errors import PromptError
-from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.quantise import to_int8
+from gptjax.inference.matrices import to_int8, turned
+from gptjax.inference.pretrained import Pretrained, check_tells_tokens
 from gptjax.model.gpt import layers_apart
 
 NUMBERS = ("float32", "bfloat16", "int8")
@@ -49,6 +49,7 @@ class Engine:
 
 def make_engine(pretrained: Pretrained, numbers: str | None = None) -> Engine:
     """Sets a model up as `set_up` does. Raises `PromptError` for a model that cannot generate."""
+    check_tells_tokens(pretrained)
     if not pretrained.model.causal:
         raise PromptError(f"{pretrained.name}: every token sees the whole text (model.causal = False): cannot generate")
     model, params = set_up(pretrained, numbers)
@@ -70,7 +71,11 @@ def set_up(pretrained: Pretrained, numbers: str | None = None) -> tuple[config.M
         plain["attention_kernel"] = "auto"
     model = dataclasses.replace(pretrained.model, **plain)
     params = jax.tree.map(jnp.asarray, pretrained.params)
-    return model, _in_dtype(to_int8(model, params) if numbers == "int8" else params, model.dtype)
+    if numbers == "int8":
+        params = to_int8(model, params)
+    params = _in_dtype(params, model.dtype)
+    narrow = numbers != "int8" and model.dtype == "bfloat16" and jax.default_backend() == "cpu"
+    return model, turned(model, params) if narrow else params
 
 
 @partial(jax.jit, static_argnames="dtype")

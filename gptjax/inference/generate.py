@@ -28,7 +28,7 @@ class Guide(Protocol):
     """Something that follows one text and has a say in it: stop tokens, stop strings, a grammar."""
 
     def allowed(self) -> np.ndarray | None:
-        """The tokens that may come next, bool [vocab]; None for any."""
+        """The tokens that may come next, bool [vocab]; None for any: who says so once is not asked again."""
 
     def take(self, token: int) -> bool:
         """Is told of every token; whether the text ends with this one."""
@@ -94,12 +94,19 @@ def _steps(
     tokens, places = padded([r.prompt for r in rows])
     cache = empty_cache(model, len(rows), slots_for(engine.model, total))
     history = start_history(tokens, places, total)
-    step = partial(_read_and_choose, engine.params, model=model, rules=rules, keys=keys)
-    live, empty = left > 0, True
+    read_and_choose = partial(_read_and_choose, engine.params, model=model, rules=rules, keys=keys)
+
+    def allowed() -> np.ndarray | None:
+        mask = allowed_of(requests, engine.rows)
+        return mask if mask is None else np.resize(mask, (len(rows), engine.rows))
+
+    live, mask = left > 0, allowed()
+    step = read_and_choose(cache, history, mask, tokens, places)
     while True:
-        allowed = allowed_of(requests, engine.rows)
-        allowed = allowed if allowed is None else np.resize(allowed, (len(rows), engine.rows))
-        token, logprob, history, cache = step(cache, history, tokens, places, allowed, empty=empty)
+        token, logprob, history, cache = step
+        more = (left > live).any()
+        if more and mask is None:  # the next step begins before its token is known here: a CPU waits for Python else
+            step = read_and_choose(cache, history, None)
         made = np.array(token)
         if (stuck := np.flatnonzero(live & (made[:count] < 0))).size:
             raise PromptError(f"text {stuck[0]}: the rules leave no token to go on with; loosen them")
@@ -109,25 +116,29 @@ def _steps(
         live = live & ~ended & (left > 0)
         if not live.any():
             return
-        places, empty = places.max(1, keepdims=True) + 1, False
-        tokens = np.maximum(made, 0)[:, None]
+        if mask is not None:
+            mask = allowed()
+            step = read_and_choose(cache, history, mask)
 
 
-@partial(jax.jit, static_argnames=("model", "empty"), donate_argnames=("cache", "history"))
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("cache", "history"))
 def _read_and_choose(
     params: Any,
     cache: Cache,
     history: History,
-    tokens: Array,
-    places: Array,
     allowed: Array | None,
+    tokens: Array | None = None,
+    places: Array | None = None,
     *,
     model: config.Model,
     rules: Rules,
     keys: Array | None,
-    empty: bool,
 ) -> tuple[Array, Array, History, Cache]:
-    """Reads tokens [B, Q] at their places, and chooses what follows the last of each row."""
+    """Reads the first tokens [B, Q] at their places, or the last of the history, and chooses what follows each row."""
+    empty = tokens is not None
+    if tokens is None or places is None:
+        places = jnp.minimum(history.lengths, history.tokens.shape[1])[:, None] - 1  # a text that has ended may be out
+        tokens = jnp.take_along_axis(history.tokens, places, 1)
     x, cache = decode(model, params, tokens, places, cache, empty)
     last = (places >= 0).sum(1) - 1
     logits = read_out(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]

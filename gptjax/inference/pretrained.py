@@ -5,6 +5,7 @@ from typing import Any
 
 from gptjax import config
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import PromptError
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,24 @@ class Pretrained:
     recommended: dict[str, Any] = field(default_factory=dict)  # fields of `Sampling` that its makers recommend
     stop_tokens: tuple[int, ...] = ()  # ids that end a text, besides `tokenizer.end_of_text`
     chat_template: str | None = None  # a Jinja template that turns messages into a prompt
+    passed_on: dict[str, Any] = field(default_factory=dict)  # of generation_config.json: kept for an export, not used
+    labels: tuple[str, ...] = ()  # the classes that it tells in the place of tokens; (): it tells tokens
+
+    def generation(self) -> dict[str, Any]:
+        """How its makers recommend to sample from it, as a run folder keeps it."""
+        return {
+            "recommended": self.recommended,
+            "stop_tokens": list(self.stop_tokens),
+            "chat_template": self.chat_template,
+            "passed_on": self.passed_on,
+        }
+
+
+def check_tells_tokens(pretrained: Pretrained) -> None:
+    """Raises `PromptError` for a model with a head for classes, which gives no token a probability."""
+    if labels := pretrained.labels:
+        shown = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
+        raise PromptError(
+            f"{pretrained.name}: tells classes ({shown}) in the place of tokens, so that it can neither write nor "
+            "score text, nor be exported as a language model; gptjax eval shows what it can, alone or with --task"
+        )

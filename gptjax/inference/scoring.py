@@ -23,7 +23,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.cache import bucket, rolls
 from gptjax.inference.engine import set_up
-from gptjax.inference.pretrained import Pretrained
+from gptjax.inference.pretrained import Pretrained, check_tells_tokens
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
 
@@ -66,6 +66,7 @@ class Scorer:
 
         Raises `PromptError` for a model whose tokens see what comes after them.
         """
+        check_tells_tokens(pretrained)
         if not pretrained.model.causal:
             raise PromptError(
                 f"{pretrained.name}: every token sees the whole text (model.causal = False), so that no token has a "
@@ -263,7 +264,7 @@ def evaluate_texts(
     return totals
 
 
-class _Body(GPT):
+class Body(GPT):
     """The model without its head."""
 
     def logits(self, x: Array) -> Array:
@@ -278,7 +279,7 @@ def _nats(
     whether it is the likeliest. Logits are made for the questions only, and never more than `LOGITS` at once.
     """
     assert model.vocab_size
-    x: Any = _Body(model).apply({"params": params}, tokens)
+    x: Any = Body(model).apply({"params": params}, tokens)
     x = x[rows, places]
 
     def of(chunk: tuple[Array, Array]) -> tuple[Array, Array]:

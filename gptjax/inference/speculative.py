@@ -20,7 +20,7 @@ from gptjax.errors import PromptError
 from gptjax.inference.cache import empty_cache, slots_for, within_sight
 from gptjax.inference.engine import Engine
 from gptjax.inference.generate import Request, Step, ask_guides, at_least_two, check, padded, row_keys
-from gptjax.inference.rules import History, Rules, choose, draw, penalised, rules_of, warped
+from gptjax.inference.rules import History, Rules, choose, draw, likeliest, penalised, rules_of, warped
 from gptjax.model.gpt import Cache, decode, read_out
 
 GUESS, ACCEPT, REPLACE = 1, 2, 3  # what a random key is for
@@ -248,7 +248,7 @@ def _verify(
     logits = jax.vmap(lambda l: penalised(l, rules, _no_history(tokens)), 1, 1)(raw)  # noqa: E741
     own_places = jnp.take_along_axis(places, at, 1) + 1
     if keys is None:
-        own = logits.argmax(-1).astype(jnp.int32)
+        own = likeliest(logits).astype(jnp.int32)
         right = guessed == own[:, :-1]
         accepted = jnp.cumprod(right, 1).sum(1)
         chosen = own

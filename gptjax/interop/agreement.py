@@ -16,7 +16,8 @@ import numpy as np
 
 from gptjax.errors import Disagreement
 from gptjax.inference.pretrained import Pretrained
-from gptjax.interop.huggingface import load_folder, read_config
+from gptjax.interop.adapter import add_adapter
+from gptjax.interop.huggingface import read_config, read_weights
 from gptjax.model.gpt import GPT
 
 TOLERANCE = 1e-4  # of float32 sums in another order, on logits up to 10; in proportion above
@@ -31,17 +32,23 @@ class Agreement(NamedTuple):
     other: str  # what gptjax was compared with
 
 
-def agreement(pretrained: Pretrained, folder: Path) -> Agreement:
-    """Compares a model with the one in a folder of Hugging Face, on two texts of random tokens, in float32."""
+def agreement(pretrained: Pretrained, folder: Path, adapter: Path | None = None) -> Agreement:
+    """Compares a model with the one in a folder of Hugging Face, on two texts of random tokens, in float32.
+
+    `adapter`: a folder with what PEFT is to put on the other one.
+    """
     length = min(TOKENS, pretrained.model.context_length)
     tokens = np.random.default_rng(0).integers(0, pretrained.model.vocab_size or 1, (2, length))
     ours = logits(pretrained.model, pretrained.params, tokens)
-    if find_spec("torch") and find_spec("transformers"):
-        theirs, other = transformers_logits(folder, tokens), "transformers"
+    needed = ["transformers", "torch", *(["peft"] if adapter else [])]
+    if missing := [name for name in needed if not find_spec(name)]:
+        model, params = read_weights(folder)
+        params = params if adapter is None else add_adapter(adapter, read_config(folder)[0], model, params)
+        theirs = logits(model, params, tokens)
+        verb = "is" if len(missing) == 1 else "are"
+        other = f"gptjax's own reading of the folder, as {' and '.join(missing)} {verb} not installed"
     else:
-        again = load_folder(folder)
-        theirs = logits(again.model, again.params, tokens)
-        other = "gptjax's own reading of the folder, as transformers and torch are not installed"
+        theirs, other = transformers_logits(folder, tokens, adapter), "peft" if adapter else "transformers"
     difference = float(np.max(np.abs(ours - theirs)))
     return Agreement(difference, TOLERANCE * max(1.0, float(np.max(np.abs(theirs))) / 10), other)
 
@@ -64,8 +71,8 @@ def logits(model: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(out)
 
 
-def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """The logits of transformers in float32, on the CPU; no code that lies in the folder is run."""
+def transformers_logits(folder: Path, tokens: np.ndarray, adapter: Path | None = None) -> np.ndarray:
+    """The logits of transformers in float32, on the CPU, with an adapter of PEFT; no code that lies there is run."""
     import torch
     import transformers
 
@@ -77,6 +84,10 @@ def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
         made = architecture.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, attn_implementation="eager"
         )
+        if adapter is not None:
+            import peft
+
+            made = peft.PeftModel.from_pretrained(made, str(adapter))
         return made.eval()(torch.asarray(tokens)).logits.numpy()
 
 

@@ -21,6 +21,8 @@ NOT_KEPT = ("init_std", "init_depth_scaled", "dropout", "layers", "remat", "dtyp
 def plain(model: config.Model) -> config.Model:
     """A model resolved, with the usual value of each field that has no effect beside the others; the same logits."""
     m, usual = model.resolved(), config.Model()
+    if m.lora_rank == 0:
+        m = dataclasses.replace(m, lora_alpha=usual.lora_alpha, lora_targets=usual.lora_targets)
     if m.rope_scaling == "ntk":  # nothing but a larger base
         half = round((m.head_dim or 0) * m.rope_fraction) // 2
         grown = m.rope_base * m.rope_factor ** (half / max(0.5, half - 1))
@@ -36,19 +38,24 @@ def plain(model: config.Model) -> config.Model:
     return dataclasses.replace(m, **{name: getattr(usual, name) for name in NOT_KEPT}).resolved()
 
 
-def inexpressible(family: Family, model: config.Model) -> dict[str, tuple[Any, Any]]:
-    """The fields of a model that a family does not have: name -> (the model's value, the one it would come back with).
+def differences(model: config.Model, other: config.Model) -> dict[str, tuple[Any, Any]]:
+    """The fields that make two models compute other logits from weights of the same names: name -> (one, the other).
 
     A layernorm or linear layer without biases is one with biases of zero.
     """
-    assert family.write is not None
-    wanted = plain(model)
-    fields = Fields(family.write(wanted))
-    got = plain(family.read(fields))
+    wanted, got = plain(model), plain(other)
     pairs = {f.name: (getattr(wanted, f.name), getattr(got, f.name)) for f in dataclasses.fields(wanted)}
     different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if different.get("bias") == (False, True):
         del different["bias"]
+    return different
+
+
+def inexpressible(family: Family, model: config.Model) -> dict[str, tuple[Any, Any]]:
+    """The fields of a model that a family does not have: name -> (the model's value, what would come back)."""
+    assert family.write is not None
+    fields = Fields(family.write(plain(model)))
+    different = differences(model, family.read(fields))
     if problems := fields.finish():
         different["config.json"] = (problems[0], None)
     return different

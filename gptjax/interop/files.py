@@ -71,18 +71,19 @@ def read_words(folder: Path, name: str) -> str | None:
 class Weights:
     """The tensors of such a folder, by their names: in one file, or in several with an index. Reads when asked.
 
-    Raises `ExchangeError` for files that are missing, damaged, or no safetensors.
+    `whole` is the name of the one file. Raises `ExchangeError` for files that are missing, damaged, or no safetensors.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, whole: str = WEIGHTS):
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, Stored] = {}
-        for path in _files(folder):
+        paths = _files(folder, whole)
+        for path in paths:
             for name, stored in self._contents(path).items():
                 if name in self.tensors:
                     raise ExchangeError(folder, [f"{name} is in {self.tensors[name].path.name} and in {path.name}"])
                 self.tensors[name] = stored
-        index = read_object(folder, INDEX) if not (folder / WEIGHTS).is_file() else None
+        index = read_object(folder, INDEX) if paths != [folder / whole] else None
         for name, file in index["weight_map"].items() if index else ():
             if name not in self.tensors or self.tensors[name].path.name != file:
                 raise ExchangeError(folder, [f"{INDEX} says that {name} is in {file}, and it is not"])
@@ -115,13 +116,13 @@ class Weights:
         return found
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, each known to be there."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = read_object(folder, INDEX)
+def _files(folder: Path, whole: str) -> list[Path]:
+    """The safetensors files of a folder, each known to be there: the one, or those of the index of a model."""
+    if (folder / whole).is_file():
+        return [folder / whole]
+    index = read_object(folder, INDEX) if whole == WEIGHTS else None
     if index is None:
-        raise ExchangeError(folder, [_no_weights(folder)])
+        raise ExchangeError(folder, [_no_weights(folder, whole)])
     names = index.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise ExchangeError(folder / INDEX, ["is damaged: weight_map, with the file of each tensor, was expected"])
@@ -136,14 +137,15 @@ def _files(folder: Path) -> list[Path]:
     return [folder / f for f in files]
 
 
-def _no_weights(folder: Path) -> str:
+def _no_weights(folder: Path, whole: str) -> str:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return (
-            f"holds its weights as {pickles[0]} and not as {WEIGHTS}. gptjax does not unpickle, as that can run any "
+            f"holds its weights as {pickles[0]} and not as {whole}. gptjax does not unpickle, as that can run any "
             "code; save the model with save_pretrained(..., safe_serialization=True) in transformers"
         )
-    return f"holds neither {WEIGHTS} nor {INDEX}; gptjax reads weights from safetensors only"
+    missing = f"neither {WEIGHTS} nor {INDEX}" if whole == WEIGHTS else f"no {whole}"
+    return f"holds {missing}; gptjax reads weights from safetensors only"
 
 
 def _check_header(path: Path) -> None:
@@ -209,7 +211,7 @@ def write_weights(
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        _write_file(folder / file, dict(_take(stream, names)))
+        write_file(folder / file, dict(_take(stream, names)))
         where |= dict.fromkeys(names, file)
     if count > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
@@ -224,7 +226,8 @@ def _take(stream: Iterator[tuple[str, np.ndarray]], names: list[str]) -> Iterato
         yield name, array
 
 
-def _write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file, and returns when it is on disk."""
     from safetensors.numpy import save_file
 
     assert all(x.flags.c_contiguous for x in tensors.values())  # it would write any other in a wrong order

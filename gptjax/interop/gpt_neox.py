@@ -90,8 +90,11 @@ FAMILY = Family(
     _write,
     _tensors,
     prefix="gpt_neox.",
-    outside=("embed_out.",),
+    outside=("embed_out.", "lm_head."),
     buffers=r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)|rotary_emb\.inv_freq",
     renamed=(("lm_head.weight", "embed_out.weight"),),
-    copies={"embed_out.weight": "embed_in.weight"},
+    copies={
+        "lm_head.weight": "embed_in.weight",
+        "embed_out.weight": "embed_in.weight",
+    },  # the module of today, the name in files
 )

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 
 from gptjax.errors import DataError, GptjaxError, PromptError
-from gptjax.inference.pretrained import Pretrained
+from gptjax.inference.pretrained import Pretrained, check_tells_tokens
 from gptjax.inference.rules import Sampling
 from gptjax.inference.scoring import Part, Scorer, first_token
 from gptjax.inference.writer import Writer
@@ -58,6 +58,7 @@ class GptjaxLM(TemplateLM):
 
             pretrained = open_model(pretrained, checkpoint)
         assert isinstance(pretrained, Pretrained)
+        check_tells_tokens(pretrained)
         first = first_token(pretrained.tokenizer) if prefix_token_id is None else prefix_token_id
         if first is None:
             raise PromptError(

@@ -9,6 +9,7 @@ tokenizer.json and others      see data/tokenizer_formats.py
 
 import dataclasses
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gptjax import config
 from gptjax.checks import check
 from gptjax.config import Experiment
 from gptjax.data.tokenizer_formats import from_huggingface
-from gptjax.errors import ConfigError, ExchangeError, PromptError
+from gptjax.errors import ConfigError, ExchangeError, PromptError, warn
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.rules import Sampling
 from gptjax.interop import files
@@ -36,50 +37,52 @@ RECOMMENDED = {  # fields of generation_config.json that `Sampling` has, and whe
     "no_repeat_ngram_size": 0,
 }
 
-
-# Other rules that would change the texts -> the values under which they do not.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "typical_p": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "top_h": (None,),
-    "penalty_alpha": (None,),
-    "guidance_scale": (None, 1.0),
-    "diversity_penalty": (None, 0.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "bad_words_ids": (None, []),
-    "sequence_bias": (None, [], {}),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "stop_strings": (None, []),
+# Fields that change no text of gptjax's: ids, lengths and numbers of texts that are asked for elsewhere, computing.
+NO_EFFECT = frozenset(
+    """transformers_version _from_model_config _commit_hash trust_remote_code do_sample
+    bos_token_id eos_token_id pad_token_id decoder_start_token_id
+    max_length max_new_tokens max_time num_return_sequences length_penalty early_stopping
+    use_cache cache_implementation cache_config max_cache_len low_memory compile_config disable_compile
+    prefill_chunk_size continuous_batching_config renormalize_logits remove_invalid_values
+    output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
+    is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit
+    assistant_lookbehind target_lookbehind assistant_ensemble_weight prompt_lookup_num_tokens max_matching_ngram_size
+    speculation_type use_mtp""".split()
+)
+INERT: dict[str, tuple[Any, ...]] = {  # rules that gptjax does not take from the file -> values that switch them off
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "penalty_alpha": (0.0,),
+    "guidance_scale": (1.0,),
+    "diversity_penalty": (0.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ([], {}),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "stop_strings": ([],),
+    "token_healing": (False,),
 }
+MOST_PADDING = 1024  # tables are rounded up to a multiple of 64, 128 or, at most, this
 
 
 def load_folder(folder: Path, name: str | None = None) -> Pretrained:
     """The model in a folder; its weights in the dtype of the file, those of each layer stacked.
 
     Families: gpt2, llama, gpt_neox and, to read only, bert as masked language model, whose token type 0 is worked into
-    the table of positions (texts in two parts are not supported). Raises `ExchangeError` with all that is in the way.
+    the table of positions (texts in two parts are not supported). Raises `ExchangeError` with all that is in the way;
+    warns of a tokenizer that may be the wrong one, and of what the makers recommend and gptjax does not follow.
     """
-    files.check_folder(folder)
-    family, model = read_config(folder)
-    with Weights(folder) as weights:
-        params = _params(folder, family, model, weights)
+    model, params = read_weights(folder)
     tokenizer = from_huggingface(folder)
-    if tokenizer.vocab_size > (model.vocab_size or 0):
-        raise ExchangeError(
-            folder,
-            [f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {model.vocab_size:,}: "
-             "it is the wrong tokenizer; bring the one that the model was trained with"],
-        )  # fmt: skip
-    recommended, ends = _generation(folder)
+    _check_tokenizer(folder, tokenizer.vocab_size, model.vocab_size or 0)
+    recommended, ends, passed_on = _generation(folder)
     stops = tuple(i for i in ends if i < (model.vocab_size or 0) and i != tokenizer.end_of_text)  # some lie beyond
     if lost := [i for i in stops if i >= tokenizer.vocab_size]:
         raise ExchangeError(
@@ -90,7 +93,15 @@ def load_folder(folder: Path, name: str | None = None) -> Pretrained:
     template = files.read_words(folder, TEMPLATE)
     if template is None:
         template = _template(files.read_object(folder, TOKENIZER) or {})
-    return Pretrained(name or folder.name, model, params, tokenizer, recommended, stops, template)
+    return Pretrained(name or folder.name, model, params, tokenizer, recommended, stops, template, passed_on)
+
+
+def read_weights(folder: Path) -> tuple[config.Model, Any]:
+    """The settings and the weights alone, as `load_folder` reads them."""
+    files.check_folder(folder)
+    family, model = read_config(folder)
+    with Weights(folder) as weights:
+        return model, _params(folder, family, model, weights)
 
 
 def read_config(folder: Path) -> tuple[Family, config.Model]:
@@ -111,6 +122,26 @@ def read_config(folder: Path) -> tuple[Family, config.Model]:
     except ConfigError as e:
         raise ExchangeError(where, [f"makes {problem}" for problem in e.problems]) from None
     return family, model.resolved()
+
+
+def _check_tokenizer(folder: Path, ids: int, rows: int) -> None:
+    """Raises `ExchangeError` where a tokenizer has more ids than the model has rows for; warns where it has far fewer.
+
+    Rows without an id are usual, as tables are padded to a round size: fewer than `MOST_PADDING`, and at most half of
+    the table. Beyond that it may be the tokenizer of another model, but nobody can be certain.
+    """
+    if ids > rows:
+        raise ExchangeError(
+            folder,
+            [f"the tokenizer has {ids:,} ids and the model {rows:,}: it is the wrong tokenizer; "
+             "bring the one that the model was trained with"],
+        )  # fmt: skip
+    if rows - ids >= MOST_PADDING or rows > 2 * ids:
+        warn(
+            f"{folder}: the tokenizer has {ids:,} ids and the model {rows:,}. Padding leaves fewer than "
+            f"{MOST_PADDING:,} rows without an id, and at most half of them, so it may be the wrong tokenizer: if its "
+            "texts make no sense, bring the one that the model was trained with"
+        )
 
 
 def _params(folder: Path, family: Family, model: config.Model, weights: Weights) -> Any:
@@ -196,12 +227,20 @@ def _check_shapes(folder: Path, family: Family, model: config.Model, names: dict
         raise ExchangeError(folder, problems[:8] + [f"and {len(problems) - 8} others"] * (len(problems) > 8))
 
 
-def _generation(folder: Path) -> tuple[dict[str, Any], list[int]]:
-    """What its makers recommend, as fields of `Sampling`, and the ids that end a text."""
+def _generation(folder: Path) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+    """What its makers recommend, as fields of `Sampling`; the ids that end a text; all else, to be passed on.
+
+    Warns of rules that gptjax does not take from the file.
+    """
     given = files.read_object(folder, GENERATION) or {}
     found = {name: given[name] for name, off in RECOMMENDED.items() if given.get(name) not in (None, off)}
-    if unknown := [f"{name} = {given[name]!r}" for name in UNSUPPORTED if given.get(name) not in UNSUPPORTED[name]]:
-        raise ExchangeError(folder / GENERATION, [f"{one}: gptjax has no such rule; take it out" for one in unknown])
+    others = {name: value for name, value in given.items() if name not in NO_EFFECT | RECOMMENDED.keys()}
+    if rules := [name for name, value in others.items() if value not in (None, *INERT.get(name, ()))]:
+        told = ", ".join(f"{name} = {reprlib.repr(others[name])}" for name in rules)
+        warn(
+            f"{folder / GENERATION}: gptjax does not follow {told}, so its texts may differ from those of "
+            "transformers; an export keeps what stands there"
+        )
     if given.get("do_sample") is False:
         found["temperature"] = 0.0
     try:
@@ -215,7 +254,8 @@ def _generation(folder: Path) -> tuple[dict[str, Any], list[int]]:
     stops = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not all(type(i) is int and i >= 0 for i in stops):
         raise ExchangeError(folder / source, [f"eos_token_id = {ends!r}: ids of tokens were expected"])
-    return found, stops
+    passed_on = {name: value for name, value in given.items() if name not in found or found[name] != value}
+    return found, stops, passed_on
 
 
 def _template(tokenizer: dict[str, Any]) -> str | None:

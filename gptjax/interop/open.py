@@ -1,16 +1,17 @@
-"""One way to open any model: a run folder, a folder of Hugging Face, or a name on its hub."""
+"""One way to open any model: a run folder, a folder of Hugging Face or of a PEFT adapter, or a name on the hub."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
-from gptjax.errors import ExchangeError, PromptError, RunError
+from gptjax.errors import ExchangeError, RunError
 from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.rules import Sampling
+from gptjax.interop import adapter
 from gptjax.interop.files import CONFIG
-from gptjax.interop.huggingface import load_folder
-from gptjax.training.run import EXPERIMENT, GENERATION, Run, open_run
-from gptjax.training.workshop import load_params
+from gptjax.interop.huggingface import load_folder, read_config
+from gptjax.training.run import EXPERIMENT, open_run
+from gptjax.training.workshop import open_trained
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "vocab.*"]  # never a pickle, never code
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -24,31 +25,49 @@ def open_model(name: str, checkpoint: str = "last") -> Pretrained:
     path = Path(name)
     if (path / EXPERIMENT).is_file():
         return open_trained(open_run(path), checkpoint)
-    if path.is_dir() and not (path / CONFIG).is_file():
+    if path.is_dir() and not any((path / file).is_file() for file in (CONFIG, adapter.CONFIG)):
         raise ExchangeError(
             path,
-            [f"holds neither {EXPERIMENT} (a run folder of gptjax has one) nor {CONFIG} (a model of Hugging Face has)"],
-        )
-    return load_folder(fetch(name), name)
+            [f"holds neither {EXPERIMENT} (a run folder of gptjax has one) nor {CONFIG} (a model of Hugging Face has), "
+             f"nor {adapter.CONFIG} (an adapter of PEFT has)"],
+        )  # fmt: skip
+    return load(*find(name), name)
 
 
-def open_trained(run: Run, checkpoint: str = "last") -> Pretrained:
-    """The model in a run folder."""
-    params, _ = load_params(run, checkpoint)
-    given = run.generation()
+def load(folder: Path, added: Path | None, name: str) -> Pretrained:
+    """The model in a folder of Hugging Face; with the adapter in another one, what it learnt added to the weights."""
+    model = load_folder(folder, name)
+    if added is None:
+        return model
+    params = adapter.add_adapter(added, read_config(folder)[0], model.model, model.params)
+    return dataclasses.replace(model, params=params)
+
+
+def find(name: str) -> tuple[Path, Path | None]:
+    """The folder of a model, and that of an adapter where `name` is one: then its model is found as it is named there.
+
+    Raises `ExchangeError` where one of the two cannot be had.
+    """
+    folder = fetch(name)
+    base = adapter.base_of(folder)
+    if base is None:
+        return folder, None
     try:
-        Sampling(**given.get("recommended", {}))
-        return Pretrained(
-            name=run.experiment.name,
-            model=run.experiment.model,
-            params=params,
-            tokenizer=run.tokenizer(),
-            recommended=given.get("recommended", {}),
-            stop_tokens=tuple(map(int, given.get("stop_tokens", ()))),
-            chat_template=given.get("chat_template"),
+        return fetch(base), folder
+    except ExchangeError as e:
+        raise ExchangeError(folder / adapter.CONFIG, [f"belongs to the model {base!r}: {e}"]) from None
+
+
+def open_here(name: str) -> Pretrained:
+    """`open_model` for a name that a run folder gives, which may be a stranger's: nothing is fetched for it.
+
+    Raises `RunError` where there is no such folder.
+    """
+    if not Path(name).is_dir():
+        raise RunError(
+            f"{name}: is no folder here, and a run folder's own words fetch nothing from the hub; get it first"
         )
-    except (TypeError, ValueError, PromptError) as e:
-        raise RunError(f"{run.folder / GENERATION}: is damaged ({e})") from None
+    return open_model(name)
 
 
 def fetch(name: str) -> Path:
@@ -73,7 +92,9 @@ def fetch(name: str) -> Path:
         problem = "huggingface_hub, which fetches models from the hub, is not installed (pip install huggingface_hub)"
     except Exception as e:  # of the hub, of HTTP, of the disk
         problem = _why(e)
-    raise ExchangeError(name, [f"is no folder here, and could not be fetched from the Hugging Face hub: {problem}"])
+    raise ExchangeError(
+        name, [f"is no folder here (train it first, if it is a run), and could not be fetched from the hub: {problem}"]
+    )
 
 
 def _why(e: Exception) -> str:

@@ -1,7 +1,6 @@
 """From a folder of Hugging Face to a run folder that every verb takes: its weights as a checkpoint at step 0."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +15,17 @@ from gptjax.errors import ExchangeError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.files import filling
 from gptjax.training import checkpoint
-from gptjax.training.run import EXPERIMENT, GENERATION, PROVENANCE, Run, check_room, new_provenance, open_run
+from gptjax.training.run import (
+    EXPERIMENT,
+    PROVENANCE,
+    Run,
+    check_room,
+    new_provenance,
+    open_run,
+    write_generation,
+    write_json,
+)
 from gptjax.training.state import Weights, leaf_name
-
-FORMAT_VERSION = 1
 
 
 def import_run(
@@ -35,19 +41,13 @@ def import_run(
         raise ExchangeError(source, [f"{bad[0]} and {len(bad) - 1} other weights hold numbers that are not finite"])
     model = dataclasses.replace(pretrained.model, dtype=dtype)
     experiment = Experiment(name=folder.resolve().name, model=model)
-    generation = {
-        "format": FORMAT_VERSION,
-        "recommended": pretrained.recommended,
-        "stop_tokens": list(pretrained.stop_tokens),
-        "chat_template": pretrained.chat_template,
-    }
     with filling(folder):
         check_room(folder, sum(x.nbytes for x in jax.tree.leaves(weights)))
         (folder / "tokenizer").mkdir()
         pretrained.tokenizer.save(folder / "tokenizer")
         _save(weights, Run(folder, experiment))
-        _write(folder / GENERATION, generation)
-        _write(folder / PROVENANCE, new_provenance(None) | {"imported": source})
+        write_generation(folder, pretrained)
+        write_json(folder / PROVENANCE, new_provenance(None) | {"imported": source})
         write_durably(folder / EXPERIMENT, experiment.to_json())
     return open_run(folder)
 
@@ -58,7 +58,3 @@ def _save(weights: Any, run: Run) -> None:
         writer.save(Weights(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, weights)), Place())
     finally:
         writer.close()
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    write_durably(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from gptjax import config
 from gptjax.data.tokenizer_formats import to_huggingface
 from gptjax.durable import write_durably
 from gptjax.errors import ExchangeError
-from gptjax.inference.pretrained import Pretrained
+from gptjax.inference.pretrained import Pretrained, check_tells_tokens
 from gptjax.interop import files
 from gptjax.interop.families import FAMILIES, inexpressible, plain
 from gptjax.interop.family import Family
@@ -53,6 +53,7 @@ def save_folder(
 
     Raises `ExchangeError` where no family can, or where the folder holds something.
     """
+    check_tells_tokens(pretrained)
     chosen = choose_family(pretrained.model, family)
     with files.filling(folder):
         to_huggingface(pretrained.tokenizer, folder)
@@ -60,7 +61,7 @@ def save_folder(
         if pretrained.chat_template is not None:
             write_durably(folder / TEMPLATE, pretrained.chat_template)
         ids = _special_ids(pretrained)
-        _write_json(folder / GENERATION, _recommendations(pretrained) | ids)
+        _write_json(folder / GENERATION, pretrained.passed_on | _recommendations(pretrained) | ids)
         _write_json(folder / CONFIG, _settings(chosen, pretrained.model) | {"torch_dtype": dtype} | ids)
 
 

@@ -72,10 +72,8 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         m = self.config
-        matrix = nn.initializers.normal(m.init_std)
-        joins_residual = nn.initializers.normal(
-            m.init_std / (2 * m.num_layers) ** 0.5 if m.init_depth_scaled else m.init_std
-        )
+        matrix = nn.initializers.normal(m.hidden_std)
+        joins_residual = nn.initializers.normal(m.hidden_std / (m.num_branches**0.5 if m.init_depth_scaled else 1))
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         self.query = declare(self, "query", ("embed", "heads", "head_dim"), matrix)
         self.key = declare(self, "key", ("embed", "kv_heads", "head_dim"), matrix)
@@ -120,6 +118,8 @@ class Attention(nn.Module):
         if m.qk_norm:
             query = ops.rms_norm(query, self.query_scale, m.norm_epsilon)
             key = ops.rms_norm(key, self.key_scale, m.norm_epsilon)
+        if m.mup_width:  # scores are divided by head_dim, not by its root; 8: as usual where heads are 64 wide
+            query = query * (8 / query.shape[-1] ** 0.5)
         return query, key, value
 
     def attend(self, query: Array, key: Array, value: Array, sight: ops.Sight, decoding: bool) -> Array:
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         if m.positions == "alibi":
             bias = -ops.alibi_slopes(m.num_heads)[:, None, None] * abs(ops.distances(sight))[:, None]
         if choose_kernel(m, jax.default_backend(), decoding)[0] == "cudnn":
-            plain = m.window is None and sight.query_segments is None
+            plain = m.window is None and sight.query_segments is None and sight.key_prefix is None
             return jax.nn.dot_product_attention(
                 query,
                 key,

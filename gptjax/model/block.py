@@ -1,4 +1,4 @@
-"""One layer: attention and FFN, each with its norm, joined to the residual stream."""
+"""One layer: attention and, unless it has none, an FFN, each with its norm, joined to the residual stream."""
 
 from flax import linen as nn
 from jax import Array
@@ -47,8 +47,9 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         m = self.config
-        self.attention_norm, self.ffn_norm = Norm(m), Norm(m)
-        self.attention, self.ffn = Attention(m), FFN(m)
+        self.attention_norm, self.attention = Norm(m), Attention(m)
+        if m.ffn != "none":
+            self.ffn_norm, self.ffn = Norm(m), FFN(m)
         self.dropout = Dropout(m.dropout)
 
     def __call__(
@@ -61,5 +62,7 @@ class Block(nn.Module):
             return x + self.dropout(mixed) + self.dropout(self.ffn(self.ffn_norm(x))), grown
         x = x + self.dropout(mixed)
         x = x if pre else self.attention_norm(x)
+        if self.config.ffn == "none":
+            return x, grown
         x = x + self.dropout(self.ffn(self.ffn_norm(x) if pre else x))
         return (x if pre else self.ffn_norm(x)), grown

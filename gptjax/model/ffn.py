@@ -16,11 +16,9 @@ class FFN(nn.Module):
 
     def setup(self) -> None:
         m = self.config
-        matrix, zeros = nn.initializers.normal(m.init_std), nn.initializers.zeros
-        joins_residual = nn.initializers.normal(
-            m.init_std / (2 * m.num_layers) ** 0.5 if m.init_depth_scaled else m.init_std
-        )
-        self.gated = m.ffn in ("swiglu", "geglu")
+        matrix, zeros = nn.initializers.normal(m.hidden_std), nn.initializers.zeros
+        joins_residual = nn.initializers.normal(m.hidden_std / (m.num_branches**0.5 if m.init_depth_scaled else 1))
+        self.gated = m.gated
         self.up = declare(self, "up", ("embed", "ffn"), matrix)
         self.down = declare(self, "down", ("ffn", "embed"), joins_residual)
         if self.gated:

@@ -1,4 +1,4 @@
-"""The whole model: token and position embedding, a stack of blocks, a head.
+"""The whole model: token and position embedding, a stack of blocks, a head for tokens or for classes.
 
 `GPT(config).apply({"params": p}, tokens)` gives logits; pass `rngs={"dropout": key}` to train with dropout. The weights
 of all layers are stacked along a leading "layers" axis, so that scan and unrolled depth share one checkpoint.
@@ -19,7 +19,7 @@ from gptjax import config
 from gptjax.model import ops
 from gptjax.model.attention import Cached, KVCache
 from gptjax.model.block import Block, Dropout, Norm
-from gptjax.model.weights import Axes, Declared, declare
+from gptjax.model.weights import TABLE, Axes, Declared, declare
 from gptjax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -29,22 +29,26 @@ REMAT_POLICIES = {
 
 
 class Embedding(nn.Module):
-    """Token table, learned position table where there is one, and the head where it is not tied."""
+    """Token table, learned position table where there is one, and the head where it is not tied.
+
+    A model that tells classes has no head for tokens: nothing would learn it.
+    """
 
     config: config.Model
 
     def setup(self) -> None:
         m = self.config
         init = nn.initializers.normal(m.init_std)
-        self.tokens = declare(self, "tokens", ("vocab", "embed"), init)
+        self.tokens = declare(self, TABLE, ("vocab", "embed"), init)
         if m.positions == "learned":
             self.positions = declare(self, "positions", ("positions", "embed"), init)
-        if not m.tie_embeddings:
+        for_tokens = m.num_classes == 0
+        if for_tokens and not m.tie_embeddings:
             self.head = declare(self, "head", ("embed", "vocab"), init)
         if m.embedding_norm:
             self.norm = Norm(m)
-        if m.head == "mlm":
-            self.transform = declare(self, "transform", ("embed", "features"), init)
+        if for_tokens and m.head == "mlm":
+            self.transform = declare(self, "transform", ("embed", "features"), nn.initializers.normal(m.hidden_std))
             self.transform_bias = declare(self, "transform_bias", ("features",), nn.initializers.zeros)
             self.transform_norm = Norm(m)
             self.head_bias = declare(self, "head_bias", ("vocab",), nn.initializers.zeros)
@@ -62,8 +66,27 @@ class Embedding(nn.Module):
         if m.head == "mlm":
             x = ops.project(x, self.transform) + self.transform_bias
             x = self.transform_norm(ops.ACTIVATIONS[m.ffn](x))
+        x = x / m.times_wider if m.mup_width else x
         logits = ops.logits(x, self.tokens, self.head if not m.tie_embeddings else None)
         return logits + self.head_bias.astype(jnp.float32) if m.head == "mlm" else logits
+
+
+class Classifier(nn.Module):
+    """The head of a model that tells classes: one linear layer, read at every token.
+
+    A module of its own beside the embedding: rates that fall from the top down and patterns of frozen weights treat it
+    as what it is, the top.
+    """
+
+    config: config.Model
+
+    def setup(self) -> None:
+        self.weight = declare(self, "weight", ("embed", "classes"), nn.initializers.normal(self.config.init_std))
+        self.bias = declare(self, "bias", ("classes",), nn.initializers.zeros)
+
+    def __call__(self, x: Array) -> Array:
+        """[B, Q, embed] -> float32 logits [B, Q, classes]."""
+        return ops.project(x.astype(jnp.float32) / self.config.times_wider, self.weight) + self.bias
 
 
 class GPT(nn.Module):
@@ -89,23 +112,33 @@ class GPT(nn.Module):
         )(m)
         if m.norm_placement == "pre":
             self.final_norm = Norm(m)
+        if m.num_classes:
+            self.classifier = Classifier(m)
 
-    def __call__(self, tokens: Array, positions: Array | None = None, segments: Array | None = None) -> Array:
-        """int32 tokens [B, L] -> float32 logits [B, L, vocab].
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        prefix: Array | None = None,
+    ) -> Array:
+        """int32 tokens [B, L] -> float32 logits [B, L, vocab], or [B, L, classes] where the model tells these.
 
         `positions` [B, L] counts within documents and `segments` [B, L] numbers them; None: one document a row.
+        `prefix` bool [B, L]: tokens that those before them in their document see as well; None: none.
         """
         places = jnp.arange(tokens.shape[1])
         positions = places if positions is None else positions
         m = self.config
         x = constrain(self.dropout(self.embedding.encode(tokens, positions)), "batch", "length", "features")
         rope = ops.rope_table(m, positions) if m.positions == "rope" else None
-        x, _ = self.blocks(x, rope, ops.Sight(places, places, segments, segments))
+        x, _ = self.blocks(x, rope, ops.Sight(places, places, segments, segments, prefix))
         return self.logits(self.final_norm(x) if m.norm_placement == "pre" else x)
 
     def logits(self, x: Array) -> Array:
-        """[B, Q, embed] -> float32 [B, Q, vocab]."""
-        return constrain(ops.softcap(self.embedding.decode(x), self.config.logit_softcap), "batch", "length", "vocab")
+        """[B, Q, embed] -> float32 [B, Q, vocab or classes]."""
+        head, told = (self.classifier, "classes") if self.config.num_classes else (self.embedding.decode, "vocab")
+        return constrain(ops.softcap(head(x), self.config.logit_softcap), "batch", "length", told)
 
 
 Params = dict[str, "Params | Array"]

@@ -1,5 +1,6 @@
 """A weight is declared once: name, named axes, initialiser; its shape and its sharding both follow from the axes."""
 
+import dataclasses
 from typing import Any
 
 import flax
@@ -8,9 +9,11 @@ from flax import linen as nn
 from flax.core import meta
 
 from gptjax import config
-from gptjax.model.ops import Int8
+from gptjax.model.ops import Int8, LowRank, Turned
 
 Axes = tuple[str, ...]
+TABLE = "tokens"  # the matrix that is looked up: a target of LoRA like the others
+LORA_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(inputs), as in PEFT
 UNDECAYED = ("bias", "scale")  # the last word of a name that is no matrix: not decayed, not for Muon
 
 
@@ -49,22 +52,59 @@ def axis_sizes(model: config.Model) -> dict[str, int]:
         "ffn": m.ffn_dim,
         "positions": m.context_length,
         "features": m.embed_dim,
+        "rank": m.lora_rank,
+        "classes": m.num_classes,
     }
 
 
 def declare(module: nn.Module, name: str, axes: Axes, init: nn.initializers.Initializer) -> Any:
     """Declares a float32 weight of a module that has a `config`, and returns it in the dtype of the computation.
 
-    In its place the params may hold the weight in that dtype already, or a matrix in 8 bits.
+    In its place the params may hold the weight in that dtype already, or a matrix in another form. A target of LoRA
+    comes with the two small matrices that are learnt beside it.
     """
     given: Any = module.get_variable("params", name) if module.has_variable("params", name) else None
-    if isinstance(given, Int8):
+    if isinstance(given, Int8 | Turned):
         return given
     model: config.Model = module.config  # type: ignore[attr-defined]
     sizes = axis_sizes(model)
     shape = [sizes[axis] for axis in axes]
     value: Any = module.param(name, lambda key: Declared(init(key, shape, jnp.float32), axes))
-    return value if name.rpartition("_")[2] == "scale" else value.astype(model.dtype)
+    if name.rpartition("_")[2] == "scale":
+        return value
+    value = value.astype(model.dtype)
+    if not model.lora_rank or name not in model.lora_targets:
+        return value
+    inputs, zeros = num_inputs(name, axes), nn.initializers.zeros
+    first, second = (zeros, nn.initializers.normal(1.0)) if name == TABLE else (LORA_INIT, zeros)  # both as in PEFT
+    down = declare(module, f"{name}_lora_down", (*axes[:inputs], "rank"), first)
+    up = declare(module, f"{name}_lora_up", ("rank", *axes[inputs:]), second)
+    return LowRank(value, down, up, model.lora_alpha / model.lora_rank)
+
+
+def num_inputs(name: str, axes: Axes) -> int:
+    """How many of a matrix's axes, those of a layer alone, are summed over in its product."""
+    return axes.index("embed") if name == "out" else 1
+
+
+def merged(model: config.Model, params: Any) -> tuple[config.Model, Any]:
+    """The same model without LoRA: what was learnt beside a matrix added to it."""
+    if not model.lora_rank:
+        return model, params
+    scale = model.lora_alpha / model.lora_rank
+
+    def merge(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        kept = {name: merge(value) for name, value in part.items() if "_lora_" not in name}
+        for name in kept.keys() & set(model.lora_targets):
+            down, up = part[f"{name}_lora_down"], part[f"{name}_lora_up"]  # [layers, *in, rank], [layers, rank, *out]
+            layers = () if name == TABLE else (len(down),)
+            down, up = down.reshape(*layers, -1, model.lora_rank), up.reshape(*layers, model.lora_rank, -1)
+            kept[name] = kept[name] + scale * (down @ up).reshape(kept[name].shape)
+        return kept
+
+    return dataclasses.replace(model, lora_rank=0), merge(params)
 
 
 def is_matrix(name: str) -> bool:

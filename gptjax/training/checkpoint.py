@@ -29,7 +29,7 @@ import numpy as np
 
 from gptjax.data.batches import Place
 from gptjax.durable import digest, read_json, read_text, sync_folder, sync_tree, write_durably
-from gptjax.errors import EXIT_FAILED, RunError, TrainingFailed
+from gptjax.errors import EXIT_FAILED, RunError, TrainingFailed, warn
 from gptjax.training.state import TrainState, Weights, leaf_name
 
 FORMAT_VERSION = 2
@@ -97,7 +97,7 @@ def choose(folder: Path, which: str = "last") -> Checkpoint:
     if not checkpoints:
         raise RunError(f"{folder}: has no checkpoint yet; train the run first")
     if which == "last":
-        return _newest_whole(folder, checkpoints, lambda c, why: _warn(f"step {c.step} cannot be used: {why}"))
+        return _newest_whole(folder, checkpoints, lambda c, why: warn(f"step {c.step} cannot be used: {why}"))
     wanted = str([*_from_the_best(checkpoints), checkpoints[-1]][0].step) if which == "best" else which
     for checkpoint in checkpoints:
         if wanted == str(checkpoint.step):
@@ -159,11 +159,11 @@ def tidy(folder: Path) -> None:
         if path.name.endswith(DELETING):
             shutil.rmtree(path, ignore_errors=True)
         elif path not in _step_folders(folder):
-            _warn(f"{path}: {why}; it is left alone")
+            warn(f"{path}: {why}; it is left alone")
         elif (path / MANIFEST).exists():
             _set_aside(path, "uncommitted", f"{path.name}: {why}")
         else:
-            _warn(f"{path}: {why}; it is no checkpoint, and is cleared away")
+            warn(f"{path}: {why}; it is no checkpoint, and is cleared away")
             shutil.rmtree(path)
 
 
@@ -320,7 +320,7 @@ class Writer:
                     sync_folder(self.folder)
                     shutil.rmtree(condemned)
                 except OSError as e:  # the save is done; what is left is cleared away at the next start
-                    _warn(f"{condemned}: could not be removed ({e.strerror})")
+                    warn(f"{condemned}: could not be removed ({e.strerror})")
 
 
 def state_bytes(abstract: Any) -> int:
@@ -342,7 +342,7 @@ def _newest_whole(
         why = problem(checkpoint)
         if why is None:
             if checkpoint is not checkpoints[-1]:
-                _warn(f"falling back to step {checkpoint.step}, the newest checkpoint that is whole")
+                warn(f"falling back to step {checkpoint.step}, the newest checkpoint that is whole")
             return checkpoint
         if checkpoint.folder.exists():  # else the run itself has removed it while we looked
             on_damage(checkpoint, why)
@@ -359,11 +359,7 @@ def _set_aside(path: Path, reason: str, message: str) -> None:
     target.parent.mkdir(exist_ok=True)
     path.rename(target)
     sync_folder(path.parent)
-    _warn(f"{message}; it is set aside in {target}")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    warn(f"{message}; it is set aside in {target}")
 
 
 def _step_folders(folder: Path) -> list[Path]:

@@ -17,7 +17,9 @@ from gptjax.errors import RunError
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
 from gptjax.training import checkpoint
-from gptjax.training.run import Run, check_data
+from gptjax.training.initial import Open
+from gptjax.training.optim import trained
+from gptjax.training.run import Run, check_data, check_imports
 from gptjax.training.state import TrainState, leaf_name, named_key
 from gptjax.training.step import loss_and_gradient
 from gptjax.training.workshop import Workshop, first_state, prepare
@@ -49,18 +51,19 @@ class Diagnosis:
 
 def diagnose(shop: Workshop, state: TrainState, step: int) -> Diagnosis:
     """Looks into the update from `step` to step + 1, made from this state; the state stays as it is."""
-    m, z_loss = shop.experiment.model, shop.experiment.objective.z_loss
+    m, lesson, learnt = shop.experiment.model, shop.lesson, trained(shop.experiment)
+    weights = lesson.other.params if lesson.other and not lesson.rollout else None
     model = GPT(dataclasses.replace(m, remat="none"))  # the same numbers, and every module to be seen
     order: dict[str, None] = {}  # of the modules, as they run
 
     def look(state: TrainState, batch: Batch) -> Any:
-        loss, grads = loss_and_gradient(state, batch, model, z_loss)
+        shown, grads = loss_and_gradient(state, batch, model, lesson.loss, learnt, weights)
         parts = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(batch.tokens.shape[0])]
         outputs, rows = zip(*[_forward(state, part, model, i, order) for i, part in enumerate(parts)], strict=True)
-        return loss, optax.tree.norm(grads), _all(*outputs), _backward(grads), jnp.stack(rows)
+        return shown["loss"], optax.tree.norm(grads), _all(*outputs), _backward(grads), jnp.stack(rows)
 
     everywhere = NamedSharding(shop.mesh, PartitionSpec())
-    batch = shop.batches.on_devices(step, shop.mesh)
+    batch, _ = shop.batch(state, step)
     loss, norm, outputs, grads, rows = jax.device_get(jax.jit(look, out_shardings=everywhere)(state, batch))
     sequence = _sequence(list(order), m.num_layers)
     samples = shop.batches.samples(step)[~rows]
@@ -69,15 +72,18 @@ def diagnose(shop: Workshop, state: TrainState, step: int) -> Diagnosis:
     )
 
 
-def replay(run: Run, step: int) -> list[str]:
+def replay(run: Run, step: int, open_init: Open | None = None) -> list[str]:
     """Makes step number `step` of a run again, from the checkpoint before it; what was found, as lines of text.
 
+    `open_init` is needed as for `train`, where the run began with another model and has no checkpoint before the step.
     Raises `RunError` where the steps before it cannot be made again as they were.
     """
     if not 1 <= step <= run.experiment.train.steps:
         raise RunError(f"--step {step}: the run has steps 1 to {run.experiment.train.steps}")
+    store = find_store(run.data_key(), run.experiment.data)
+    check_imports(run, store)
     changed = max((change["step"] for change in run.provenance().get("changes", [])), default=0)
-    shop = prepare(run.experiment, store=find_store(run.data_key(), run.experiment.data))
+    shop = prepare(run.experiment, store=store, run=run, open_init=open_init)
     check_data(run, shop.store)
     earlier = [c for c in checkpoint.listing(run.checkpoints) if changed <= c.step < step]
     chosen = next((c for c in reversed(earlier) if checkpoint.problem(c) is None), None)
@@ -90,7 +96,7 @@ def replay(run: Run, step: int) -> list[str]:
         shop.batches.start_at((chosen and chosen.place) or shop.batches.place(int(state.step)))
         first = int(state.step)
         for before in range(first, step - 1):
-            state, _ = shop.train_step(state, shop.batches.on_devices(before, shop.mesh))
+            state, _ = shop.train_step(state, shop.batch(state, before)[0])
         found = diagnose(shop, state, step - 1)
     samples = shop.batches.samples(step - 1)
     origin = f"the checkpoint of step {first}" if chosen else "the start"
@@ -126,7 +132,7 @@ def _forward(state: TrainState, part: Batch, model: GPT, index: int, order: dict
 
     key = jax.random.fold_in(named_key(state.key, "dropout"), state.step)
     rngs = {"dropout": jax.random.fold_in(key, index)} if model.config.dropout else {}
-    reads = (part.tokens, part.positions, part.segments)
+    reads = (part.tokens, part.positions, part.segments, part.prefix)
     logits, captured = model.apply(
         {"params": state.params}, *reads, rngs=rngs, capture_intermediates=watched, mutable=["intermediates"]
     )

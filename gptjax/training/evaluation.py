@@ -9,43 +9,75 @@ import jax
 import numpy as np
 
 from gptjax import sharding
+from gptjax.data.objectives import Batch
 from gptjax.data.store import find_store
 from gptjax.training import checkpoint
+from gptjax.training.initial import Open
 from gptjax.training.metrics import num_params
-from gptjax.training.run import Run, check_data
+from gptjax.training.optim import evaluation_params
+from gptjax.training.run import Run, check_data, check_imports
 from gptjax.training.state import TrainState
 from gptjax.training.workshop import Workshop, one_device, prepare, restore_state
+from gptjax.tuning.risk import Rollout
 
 Figures = dict[str, Any]
 
 
 def evaluate(shop: Workshop, state: TrainState, beat: Callable[[], None] = lambda: None) -> Figures:
-    """Loss over the whole validation text: nats a token, and bits a byte, which do not depend on the tokenizer.
+    """What the loss shows of the whole validation text, as val_loss and so on.
 
-    Bits a byte count the bytes of the tokens that are asked for; `end_of_text` has none, its cost is spread over them.
+    Where that is nats a token, bits a byte as well, which do not depend on the tokenizer: they count the bytes of the
+    tokens that are asked for; `end_of_text` has none, its cost is spread over them. Where the model writes answers of
+    its own, val_score is the mean of their scores, by the same draws each time, and val_loss that reversed.
     """
-    piece_bytes = np.zeros(shop.experiment.model.vocab_size or 0)
-    piece_bytes[: shop.store.tokenizer.vocab_size] = [len(piece) for piece in shop.store.tokenizer.pieces]
-    nats, answers, num_bytes = [], [], 0.0
+    if shop.lesson.rollout:
+        return _evaluate_written(shop, shop.lesson.rollout, state, beat)
+    sums, counts, num_bytes = [], [], 0
     for batch in shop.batches.validation():
         beat()
-        num_bytes += float((piece_bytes[batch.targets] * batch.weights).sum())
-        total, count = shop.eval_step(state, sharding.place(batch, ("batch", "length"), shop.mesh))
-        nats.append(total)
-        answers.append(count)
-    total_nats, total_answers = (float(np.sum(np.array(jax.device_get(x), np.float64))) for x in (nats, answers))
-    return {
-        "val_loss": total_nats / total_answers,
-        "val_bits_per_byte": total_nats / math.log(2) / max(num_bytes, 1.0),
-        "val_tokens": int(total_answers),
-        "val_bytes": int(num_bytes),
-    }
+        shown, count = shop.eval_step(state, sharding.place(batch, ("batch", "length"), shop.mesh))
+        sums.append(shown)
+        counts.append(count)
+        num_bytes += _num_bytes(shop, batch)
+    total = _total(counts)
+    figures = {f"val_{name}": _total([shown[name] for shown in sums]) / total for name in sums[0]}
+    if shop.lesson.of_tokens:
+        bits = figures["val_loss"] * total / math.log(2) / max(num_bytes, 1)
+        return figures | {"val_bits_per_byte": bits, "val_tokens": int(total), "val_bytes": num_bytes}
+    return figures | {"val_answers": int(total)}
 
 
-def evaluate_run(run: Run, which: str = "last") -> Figures:
-    """`evaluate` for a checkpoint of a run folder, on one device; with the step and size of the model."""
+def _num_bytes(shop: Workshop, batch: Batch) -> int:
+    """Of the tokens that a batch asks for; 0 where it asks for something else."""
+    if not shop.lesson.of_tokens:
+        return 0
+    pieces, asked = shop.store.tokenizer.pieces, batch.targets[batch.weights > 0]
+    return sum(len(pieces[i]) for i in asked if i < len(pieces))  # the ids of an objective's own stand for no text
+
+
+def _total(parts: list[jax.Array]) -> float:
+    return float(np.sum(np.array(jax.device_get(parts), np.float64)))
+
+
+def _evaluate_written(shop: Workshop, rollout: Rollout, state: TrainState, beat: Callable[[], None]) -> Figures:
+    params, scores = evaluation_params(state.params, state.opt_state), []
+    for number, batch in enumerate(shop.batches.validation()):
+        beat()
+        questions = rollout.questions(batch)
+        made = rollout.write(params, questions, (shop.experiment.seed, 7, number))
+        scores.append(rollout.scores(questions, made))
+    score = float(np.concatenate(scores).mean())
+    return {"val_loss": -score, "val_score": score, "val_answers": sum(map(len, scores))}
+
+
+def evaluate_run(run: Run, which: str = "last", open_init: Open | None = None) -> Figures:
+    """`evaluate` for a checkpoint of a run folder, on one device; with the step and size of the model.
+
+    `open_init` is needed as for `train`, where the loss looks at another model besides.
+    """
     store = find_store(run.data_key(), run.experiment.data)
-    shop = prepare(run.experiment, one_device(), store)
+    check_imports(run, store)
+    shop = prepare(run.experiment, one_device(), store, run, open_init)
     check_data(run, shop.store)
     chosen = checkpoint.choose(run.checkpoints, which)
     with jax.set_mesh(shop.mesh):
@@ -58,6 +90,6 @@ def evaluate_run(run: Run, which: str = "last") -> Figures:
         "steps": chosen.step,
         "tokens": place.tokens,
         "seconds": seconds,
-        "tokens_per_second": figures["val_tokens"] / seconds,
+        **({"tokens_per_second": figures["val_tokens"] / seconds} if "val_tokens" in figures else {}),
         "num_params": num_params(shop.experiment.model)["total"],
     }

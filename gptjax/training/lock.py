@@ -20,6 +20,7 @@ from gptjax.errors import RunError
 
 NAME = "lock.json"
 ALIVE_SECONDS = 60.0  # a lock of another machine that was touched within this time is held
+LOOKS = 5  # how often a lock that is held is tried again: `holder` of another process holds it for an instant
 
 
 class Lock:
@@ -52,28 +53,50 @@ def hold(folder: Path) -> Iterator[Lock]:
             folder.rmdir()
 
 
+def holder(folder: Path) -> str | None:
+    """Who is training in a run folder, on this machine or another; None: nobody. Takes nothing over."""
+    try:
+        file = os.fdopen(os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")
+    except OSError:
+        return None
+    with file:
+        told = _holder(file)
+        silent = time.time() - os.fstat(file.fileno()).st_mtime
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _name(told)
+        except OSError:
+            return _name(told) if silent < ALIVE_SECONDS else None
+        return _name(told) if told.get("host") not in (None, socket.gethostname()) and silent < ALIVE_SECONDS else None
+
+
 def _acquire(path: Path) -> TextIO:
-    kernel_knows = True
+    kernel_knows, looks = True, 0
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if (looks := looks + 1) < LOOKS:
+                file.close()
+                time.sleep(0.02)
+                continue
             raise _refusal(path, _holder(file)) from None
         except OSError:  # the file system has no flock: only what the holder shows is left
             kernel_knows = False
         if _is_at(path, file):
             break
         file.close()  # its holder has just removed it
-    holder, here = _holder(file), socket.gethostname()
+    before, here = _holder(file), socket.gethostname()
     silent = time.time() - os.fstat(file.fileno()).st_mtime
-    if holder and (holder.get("host") != here or not kernel_knows) and silent < ALIVE_SECONDS:
+    if before and (before.get("host") != here or not kernel_knows) and silent < ALIVE_SECONDS:
         file.close()
         raise _refusal(
-            path, holder, f"it showed itself {silent:.0f} s ago; if it has ended, wait {ALIVE_SECONDS:.0f} s"
+            path, before, f"it showed itself {silent:.0f} s ago; if it has ended, wait {ALIVE_SECONDS:.0f} s"
         )
-    if holder:
-        print(f"{path.parent}: the lock of {_name(holder)}, which has ended without letting go, is taken over",
+    if before:
+        print(f"{path.parent}: the lock of {_name(before)}, which has ended without letting go, is taken over",
               file=sys.stderr, flush=True)  # fmt: skip
     file.seek(0)
     file.truncate()
@@ -94,10 +117,10 @@ def _is_at(path: Path, file: TextIO) -> bool:
 def _holder(file: TextIO) -> dict[str, object]:
     """Who wrote the lock; empty for a new one."""
     try:
-        holder = json.loads(file.read(4096) or "{}")
+        found = json.loads(file.read(4096) or "{}")
     except ValueError:
-        holder = {"host": "an unknown host"}
-    return holder if isinstance(holder, dict) else {}
+        found = {"host": "an unknown host"}
+    return found if isinstance(found, dict) else {}
 
 
 def _name(holder: dict[str, object]) -> str:

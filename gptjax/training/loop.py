@@ -21,7 +21,7 @@ from gptjax.training import checkpoint
 from gptjax.training.diagnosis import diagnose
 from gptjax.training.evaluation import Figures, evaluate
 from gptjax.training.metrics import MetricsLog, Progress, flops_per_token, memory_bytes, num_params, peak_flops
-from gptjax.training.optim import make_schedule
+from gptjax.training.optim import make_schedule, num_trained
 from gptjax.training.run import Run
 from gptjax.training.state import TrainState
 from gptjax.training.step import Metrics
@@ -29,6 +29,7 @@ from gptjax.training.watch import Watch
 from gptjax.training.workshop import Workshop
 
 LAG = 8  # steps after which a step is looked at: the devices are never waited for because of it
+HEALTH = ("usual_loss", "skipped", "skipped_in_row")  # metrics that `_examine` looks at
 SPIKE = 10.0  # times the usual loss, from which on a loss is worth a warning
 
 
@@ -150,6 +151,7 @@ class Fit:
                 if step > self.first + 1:  # as the stopwatch, which leaves the first step out
                     self.waited += time.perf_counter() - began
                 self.writer.check()  # a save that failed is told of now, not at the next one
+                batch, written = self.shop.batch(state, step - 1, batch)
                 state, metrics = self.shop.train_step(state, batch)
                 self.unread.append((step, metrics))
                 stopping = asked_to_stop(step)
@@ -163,7 +165,7 @@ class Fit:
                 jax.block_until_ready(metrics)
                 self.clock.pause(step)
                 self._examine(state)
-                self._report(step, metrics, logs)
+                self._report(step, metrics, written, logs)
                 val_loss = self._evaluate(step, state) if evaluates else None
                 if saves or stopping or (val_loss is not None and val_loss == self.best and t.keep_best):
                     self._save(step, state, val_loss)
@@ -201,21 +203,16 @@ class Fit:
         self.log.sync()
         self.writer.save(state, self.shop.batches.place(step), val_loss)
 
-    def _report(self, step: int, metrics: Metrics, logs: bool) -> None:
-        loss, grad_norm, answers = (float(metrics[name]) for name in ("loss", "grad_norm", "answers"))
+    def _report(self, step: int, metrics: Metrics, written: Figures, logs: bool) -> None:
+        shown = {name: float(x) for name, x in metrics.items() if name not in HEALTH} | written
         if step == self.first + 1:
             say(f"  first step done {time.perf_counter() - self.began:.1f} s after the start; peak of the machine "
                 f"{self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})")  # fmt: skip
-        if not math.isfinite(loss + grad_norm):
+        if not math.isfinite(shown["loss"] + shown["grad_norm"]):
             return  # skipped: `_examine` has told of it
         per_step = self.shop.batches.tokens_per_step
         speed = self.clock.rate * per_step
-        figures = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": float(self.rate(step - 1)),
-            "answers": answers,
-        }
+        figures = shown | {"learning_rate": float(self.rate(step - 1))}
         if not math.isnan(speed):
             mfu = speed * flops_per_token(self.shop.experiment.model) / self.peak
             figures |= {"tokens_per_second": speed, "mfu": mfu, "seconds": self.clock.seconds}
@@ -236,7 +233,7 @@ class Fit:
         if not math.isfinite(figures["val_loss"]):
             say(f"warning: step {step}: the validation loss is {figures['val_loss']}")
             self.log.event(step, "validation loss is not finite")
-            self.latest |= figures | {"val_loss": None, "val_bits_per_byte": None}
+            self.latest |= {name: value if isinstance(value, int) else None for name, value in figures.items()}
             return None
         self.latest |= figures
         self.best = min(self.best, figures["val_loss"])
@@ -250,10 +247,7 @@ class Fit:
         timed = place.tokens - self.shop.batches.tokens_per_step  # the first step compiles: it is not timed
         speed = timed / seconds if seconds else 0.0
         return {
-            "val_loss": latest["val_loss"],
-            "val_bits_per_byte": latest["val_bits_per_byte"],
-            "val_tokens": latest["val_tokens"],
-            "val_bytes": latest["val_bytes"],
+            **{name: value for name, value in latest.items() if name.startswith("val_")},
             "best_val_loss": self.best if math.isfinite(self.best) else None,
             "train_loss": latest.get("loss"),
             "steps": e.train.steps,
@@ -265,6 +259,7 @@ class Fit:
             "mfu": speed * flops_per_token(e.model) / self.peak,
             "peak_flops": self.peak,
             "num_params": num_params(e.model)["total"],
+            "num_trained": num_trained(e),
             "data_wait_share": self.waited / max(seconds, 1e-9),
             "data_work_share": self.shop.batches.seconds / max(seconds, 1e-9),
             "memory_bytes": memory_bytes(),

@@ -20,6 +20,7 @@ from gptjax.config import Experiment, Model
 from gptjax.durable import write_durably
 from gptjax.errors import GptjaxError, RunError, TrainingFailed
 from gptjax.model.gpt import init_params
+from gptjax.model.weights import TABLE
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
 PEAKS = {
@@ -46,7 +47,7 @@ def num_params(model: Model) -> dict[str, int]:
     looked_up = sum(
         math.prod(x.shape)
         for name, x in shapes["embedding"].items()  # type: ignore[union-attr]
-        if name == "positions" or (name == "tokens" and not model.tie_embeddings)
+        if name == "positions" or (name.startswith(TABLE) and (model.num_classes > 0 or not model.tie_embeddings))
     )
     total = sum(sizes.values())
     return {"total": total, "multiplied": total - looked_up}
@@ -215,8 +216,9 @@ class Progress:
         self.total, self.seconds, self.last = total, seconds, 0.0
 
     def show(self, step: int, figures: dict[str, float], always: bool = False) -> None:
-        """`figures`: loss, tokens_per_second, mfu, seconds_left, and val_loss once there is one."""
+        """`figures`: loss, tokens_per_second, mfu, seconds_left; val_loss and val_accuracy once there is one."""
         val = f" | val {figures['val_loss']:.4f}" if figures.get("val_loss") is not None else ""
+        val += f" ({figures['val_accuracy']:.1%} right)" if figures.get("val_accuracy") is not None else ""
         left = int(figures["seconds_left"])
         line = (
             f"step {step:>{len(str(self.total))}}/{self.total} | loss {figures['loss']:.4f}{val}"

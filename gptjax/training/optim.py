@@ -4,6 +4,7 @@ The weights of all layers are stacked, and heads have axes of their own, so what
 Adafactor) is told by the names of the axes what its rows, columns and layers are.
 """
 
+import fnmatch
 import math
 from typing import Any, NamedTuple
 
@@ -14,22 +15,104 @@ from jax import Array
 from optax import contrib
 
 from gptjax.config import Experiment, Optim
+from gptjax.errors import ConfigError
 from gptjax.model.gpt import weight_axes
-from gptjax.model.weights import Axes, is_matrix
+from gptjax.model.weights import TABLE, Axes, axis_sizes, is_matrix
 
 Tree = Any  # params, or anything in their shape
+GROWING = ("embed", "features", "heads", "kv_heads", "ffn")  # sides of matrices that grow with the width
 HEAD_AXES = ("heads", "kv_heads")  # always followed by head_dim: together one side of a matrix
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
     """Clipping, the update rule with decoupled decay on matrices, the schedule, and the average of the weights."""
-    o, axes = experiment.optim, weight_axes(experiment.model)
-    rate = make_schedule(o, experiment.train.steps)
+    o, learnt = experiment.optim, trained(experiment)
+    axes = pick(weight_axes(experiment.model), learnt)
     parts = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
-    parts.append(_update_rule(o, rate, axes))
+    wider = experiment.model.times_wider if experiment.model.mup_width else None
+    parts.append(_update_rule(o, make_schedule(o, experiment.train.steps), axes, wider))
+    if o.layer_decay != 1:
+        parts.append(scale_layers(o.layer_decay, axes, experiment.model.num_layers))
     if o.ema_decay:
         parts.append(average_weights(o.ema_decay))
-    return optax.chain(*parts)
+    return only(optax.chain(*parts), learnt)
+
+
+def trained(experiment: Experiment) -> Tree:
+    """True for the weights that are learnt: all that match none of `optim.frozen`; with LoRA only what is new.
+
+    Raises `ConfigError` for a pattern that no weight matches, and where nothing is left to learn.
+    """
+    frozen, lora = experiment.optim.frozen, experiment.model.lora_rank > 0
+    unused = set(frozen)
+
+    def learnt(path: tuple[Any, ...], _: Axes) -> bool:
+        name = ".".join(part.key for part in path)
+        matched = {pattern for pattern in frozen if fnmatch.fnmatch(name, pattern)}
+        unused.difference_update(matched)
+        new = "_lora_" in name or name.startswith("classifier.")
+        return (new or not lora) and not matched
+
+    chosen = jax.tree.map_with_path(learnt, weight_axes(experiment.model), is_leaf=_is_axes)
+    if unused:
+        raise ConfigError([f"optim.frozen: no weight is called {min(unused)!r}; there is blocks.ffn.up, for instance"])
+    if not any(jax.tree.leaves(chosen)):
+        raise ConfigError([f"optim.frozen = {frozen}: leaves nothing to learn; freeze less"])
+    return chosen
+
+
+def num_trained(experiment: Experiment) -> int:
+    """How many numbers are learnt, of a resolved experiment."""
+    sizes = axis_sizes(experiment.model)
+    learnt = pick(weight_axes(experiment.model), trained(experiment))
+    return sum(math.prod(sizes[name] for name in names) for names in jax.tree.leaves(learnt, is_leaf=_is_axes))
+
+
+def pick(tree: Tree, learnt: Tree) -> Tree:
+    """A tree in the shape of the weights, with nothing where they are frozen."""
+    return jax.tree.map(lambda chosen, x: x if chosen else None, learnt, tree)
+
+
+def only(inner: optax.GradientTransformation, learnt: Tree) -> optax.GradientTransformation:
+    """A transformation that sees the weights to be learnt alone: the others have no moments and no updates."""
+    if all(jax.tree.leaves(learnt)):
+        return inner
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+        moved, state = inner.update(pick(updates, learnt), state, None if params is None else pick(params, learnt))
+        return jax.tree.map(lambda u, m: jnp.zeros_like(u) if m is None else m, updates, moved), state
+
+    return optax.GradientTransformation(lambda params: inner.init(pick(params, learnt)), update)
+
+
+def scale_layers(decay: float, axes: Tree, num_layers: int) -> optax.GradientTransformation:
+    """Updates of layer i of n times `decay` ** (n - 1 - i), those of the embedding times `decay` ** n.
+
+    Rates that fall from the top down (Howard & Ruder 2018).
+    """
+
+    def scale(path: tuple[Any, ...], names: Axes, update: Array) -> Array:
+        if names[0] == "layers":
+            factors = decay ** jnp.arange(num_layers - 1, -1, -1.0)
+            return update * factors.reshape(-1, *[1] * (update.ndim - 1))
+        part = path[1].key.partition("_lora_")[0] if path[0].key == "embedding" else ""
+        below = part in (TABLE, "positions", "norm")  # the head is above
+        return update * decay**num_layers if below else update
+
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(scale, axes, updates, is_leaf=_is_axes))
+
+
+def scale_hidden(wider: float, axes: Tree) -> optax.GradientTransformation:
+    """Updates of matrices whose two sides both grow with the width, over how many times wider the model is.
+
+    The rates of muP for Adam (Yang et al. 2022, table 8); decay, which comes after, stays the same at every width.
+    """
+
+    def scale(names: Axes, update: Array) -> Array:
+        growing = [name for name in names if name in GROWING]
+        return update / wider if len(growing) > 1 else update
+
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, axes, updates, is_leaf=_is_axes))
 
 
 def make_schedule(o: Optim, steps: int) -> optax.Schedule:
@@ -57,14 +140,20 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
     return rate
 
 
-def _update_rule(o: Optim, rate: optax.Schedule, axes: Tree) -> optax.GradientTransformation:
+def _update_rule(
+    o: Optim, rate: optax.Schedule, axes: Tree, wider: float | None = None
+) -> optax.GradientTransformation:
     matrices = decayed(axes)
     decay = optax.add_decayed_weights(o.weight_decay, matrices) if o.weight_decay else optax.identity()
     step = optax.scale_by_learning_rate(rate)
-    if o.name == "adamw":
-        return optax.chain(optax.scale_by_adam(o.beta1, o.beta2, o.epsilon), decay, step)
-    if o.name == "lion":
-        return optax.chain(optax.scale_by_lion(o.beta1, o.beta2), decay, step)
+    if o.name in ("adamw", "lion"):
+        direction = (
+            optax.scale_by_adam(o.beta1, o.beta2, o.epsilon)
+            if o.name == "adamw"
+            else optax.scale_by_lion(o.beta1, o.beta2)
+        )
+        scaled = [scale_hidden(wider, axes)] if wider is not None else []
+        return optax.chain(direction, *scaled, decay, step)
     if o.name == "sgd":
         return optax.chain(optax.trace(o.beta1) if o.beta1 else optax.identity(), decay, step)
     if o.name == "adafactor":
@@ -158,7 +247,10 @@ def evaluation_params(params: Tree, opt_state: Tree) -> Tree:
     kinds = (Average, contrib.ScheduleFreeState)
     states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
     if averages := [s for s in states if isinstance(s, Average)]:
-        return averages[0].params
-    if free := [s for s in states if isinstance(s, contrib.ScheduleFreeState)]:
-        return contrib.schedule_free_eval_params(free[0], params)
-    return params
+        found = averages[0].params
+    elif free := [s for s in states if isinstance(s, contrib.ScheduleFreeState)]:
+        learnt = jax.tree.map(lambda p, z: z is not None, params, free[0].z)
+        found = contrib.schedule_free_eval_params(free[0], pick(params, learnt))
+    else:
+        return params
+    return jax.tree.map(lambda p, f: p if f is None else f, params, found)  # what is frozen has no average

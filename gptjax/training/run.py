@@ -6,7 +6,7 @@ metrics.jsonl     one line a logged step: the source of truth, of which plots ar
 checkpoints/      see checkpoint.py
 tokenizer/        see data/tokenizer.py
 result.json       the final figures
-generation.json   of an imported model: how its makers recommend to sample from it
+generation.json   of an imported model, or one that began with it: how its makers recommend to sample from it
 lock.json         who is training here, while someone is; see lock.py
 processes/        what each process of a job over several does; see watch.py
 """
@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,17 +30,19 @@ import jax
 from gptjax.config import Experiment, diff
 from gptjax.data import tokenizer
 from gptjax.data.batches import Place
-from gptjax.data.store import Store
+from gptjax.data.store import Store, names
+from gptjax.data.synthetic import is_function
 from gptjax.durable import read_json, read_text, write_durably
 from gptjax.errors import RunError
+from gptjax.inference.pretrained import Pretrained
 from gptjax.training import lock, watch
 from gptjax.training.metrics import read_metrics
 
 FORMAT_VERSION = 1
 EXPERIMENT, PROVENANCE, METRICS, RESULT = "experiment.json", "provenance.json", "metrics.jsonl", "result.json"
 GENERATION = "generation.json"
-CONTEXT = {"model.context_length"}  # a validation loss depends on it as on the text
-UNBORN = {lock.NAME, watch.FOLDER, "tokenizer", PROVENANCE}  # what a folder may hold before it has an experiment
+COMPARED = ("data", "model.context_length", "objective", "reference")  # what a validation loss depends on
+UNBORN = {lock.NAME, watch.FOLDER, "tokenizer", PROVENANCE, GENERATION}  # what may stand there before an experiment
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def generation(self) -> dict[str, Any]:
-        """`recommended`, `stop_tokens` and `chat_template` of an imported model; of any other nothing."""
+        """`recommended`, `stop_tokens`, `chat_template` and `passed_on` of an imported model; of any other nothing."""
         path = self.folder / GENERATION
         return read_json(path) if path.exists() else {}
 
@@ -84,9 +87,9 @@ class Run:
         write_durably(self.folder / RESULT, json.dumps({"format": FORMAT_VERSION} | figures, indent=2) + "\n")
 
     def last_change_of_text(self) -> int:
-        """The step from which on validation losses are of today's text and context length; -1 from the first."""
+        """The step from which on validation losses are of today's text, context and objective; -1 from the first."""
         changes = self.provenance().get("changes", [])
-        told = [c["step"] for c in changes if any(f.startswith("data") or f in CONTEXT for f in c["fields"])]
+        told = [c["step"] for c in changes if any(f.startswith(COMPARED) for f in c["fields"])]
         return max(told, default=-1)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -105,6 +108,23 @@ def open_run(folder: Path) -> Run:
         return Run(folder, Experiment.from_json(read_text(path)))
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise RunError(f"{path}: is damaged ({e}); it cannot be read as an experiment") from None
+
+
+def check_imports(run: Run, store: Store | None) -> None:
+    """A run folder may be a stranger's: raises `RunError` where its experiment names a function to be imported.
+
+    A function that has made its text already, so that there is a `store` of it, is not needed again.
+    """
+    e = run.experiment
+    named = {"objective.score": e.objective.score} if ":" in e.objective.score else {}
+    if store is None:
+        sources = {"data.source": e.data.source, "data.val_source": e.data.val_source}
+        named |= {field: s for field, given in sources.items() for s in names(given) if is_function(s)}
+    for field, name in named.items():
+        raise RunError(
+            f"{run.folder}: {field} = {name!r} names a function, which is imported for an "
+            "experiment file only; evaluate the run with --data or --task"
+        )
 
 
 def _check_contained(folder: Path) -> None:
@@ -153,8 +173,18 @@ def check_room(folder: Path, needed: int) -> None:
 Changes = dict[str, tuple[Any, Any]]  # dotted field, or "data" -> (value there, value now)
 
 
-def start_run(folder: Path, experiment: Experiment, store: Store, allow_changes: bool = False) -> Changes:
+def start_run(
+    folder: Path,
+    experiment: Experiment,
+    store: Store,
+    allow_changes: bool = False,
+    init: Callable[[], Pretrained] | None = None,
+    reference: str | None = None,
+) -> Changes:
     """Makes the run folder of a resolved experiment; or returns how the one that stands there differs from it.
+
+    What is recommended for the model that it starts from, `init`, is kept for the new run; and the fingerprint of the
+    `reference` beside it, where there is one and it is needed.
 
     For the holder of the lock. Raises `RunError` with the differences, unless they are allowed.
     """
@@ -163,7 +193,10 @@ def start_run(folder: Path, experiment: Experiment, store: Store, allow_changes:
     if not (folder / EXPERIMENT).exists():
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         store.tokenizer.save(folder / "tokenizer")
-        write_durably(folder / PROVENANCE, json.dumps(new_provenance(store.key), indent=2) + "\n")
+        if init is not None and any(init().generation().values()):
+            write_generation(folder, init())
+        beside = {"reference": reference} if reference else {}
+        write_durably(folder / PROVENANCE, json.dumps(new_provenance(store.key) | beside, indent=2) + "\n")
         write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
         return {}
     run = open_run(folder)
@@ -171,6 +204,9 @@ def start_run(folder: Path, experiment: Experiment, store: Store, allow_changes:
     changes = diff(run.experiment, experiment)
     if key != store.key:
         changes["data"] = (key, store.key)
+    before = run.provenance().get("reference")
+    if reference and before and before != reference:
+        changes["reference"] = (before, reference)
     if changes and not allow_changes:
         raise RunError(
             f"{folder}: holds another experiment; take the same values, choose another --run-dir, or go on with the "
@@ -183,9 +219,22 @@ def start_run(folder: Path, experiment: Experiment, store: Store, allow_changes:
     return changes
 
 
+def write_generation(folder: Path, pretrained: Pretrained) -> None:
+    """Keeps in a run folder how to sample from a model."""
+    write_json(folder / GENERATION, {"format": FORMAT_VERSION} | pretrained.generation())
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """A JSON file of a run folder, for people to read as well."""
+    write_durably(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
 def lines(changes: Changes) -> list[str]:
     """Each change as a line of its own."""
-    named = {"data": "data (SHA-256 of text, tokenizer and split)"}
+    named = {
+        "data": "data (SHA-256 of text, tokenizer and split)",
+        "reference": "the weights of the model beside it (SHA-256)",
+    }
     return [f"  - {named.get(path, path)}: {old!r} there, {new!r} now" for path, (old, new) in changes.items()]
 
 
@@ -195,7 +244,8 @@ def accept_changes(run: Run, experiment: Experiment, store: Store, changes: Chan
     now = datetime.now(UTC).isoformat(timespec="seconds")
     change = {"when": now, "step": place.step, "samples": place.samples, "tokens": place.tokens, "fields": changes}
     provenance["changes"] = [*provenance.get("changes", []), change]
-    write_durably(run.folder / PROVENANCE, json.dumps(provenance | {"data": store.key}, indent=2) + "\n")
+    now_used = {"data": store.key} | ({"reference": changes["reference"][1]} if "reference" in changes else {})
+    write_durably(run.folder / PROVENANCE, json.dumps(provenance | now_used, indent=2) + "\n")
     write_durably(run.folder / EXPERIMENT, experiment.to_json())
 
 
@@ -220,7 +270,7 @@ def check_data(run: Run, store: Store) -> None:
 
 
 def _is_scratch(path: Path) -> bool:
-    return re.fullmatch(r"\.+(experiment|provenance|metrics|result|probe)\b.*\.\d+", path.name) is not None
+    return re.fullmatch(r"\.+(experiment|provenance|generation|metrics|result|probe)\b.*\.\d+", path.name) is not None
 
 
 def new_provenance(data: str | None) -> dict[str, Any]:

@@ -102,6 +102,8 @@ SIZES = {  # axis of a weight -> the field that decides its size
     "ffn": "model.ffn_dim",
     "positions": "model.context_length",
     "features": "model.embed_dim",
+    "rank": "model.lora_rank",
+    "classes": "model.num_classes",
 }
 
 

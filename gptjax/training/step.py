@@ -1,6 +1,8 @@
 """One update of the weights, and one look at the validation text: pure functions, compiled once for a whole run."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,71 +16,148 @@ from gptjax.training.optim import evaluation_params
 from gptjax.training.state import RECENT, Health, TrainState, named_key
 
 Metrics = dict[str, Array]
+Rngs = dict[str, Array]
 
 
-def batch_loss(params: Any, batch: Batch, model: GPT, z_loss: float, rngs: dict[str, Array]) -> tuple[Array, Array]:
-    """Weighted sums over a [rows, length] batch: what to minimise, and the plain nats of the answers."""
-    logits: Any = model.apply({"params": params}, batch.tokens, batch.positions, batch.segments, rngs=rngs)
-    nats, log_z = ops.cross_entropy(logits, batch.targets)
+class Loss(NamedTuple):
+    """What is learnt from a batch, as sums over [rows, length] parts of it that are divided by a count of the whole."""
+
+    sums: Callable[[Any, Batch, GPT, Rngs, Any], tuple[Array, Metrics]]  # of params, part, model, rngs, other weights:
+    # what to minimise, and what to show, "loss" and perhaps more
+    counted: Callable[[Batch], Array]  # float32, at least 1; of [..., rows, length]
+
+
+def batch_loss(params: Any, batch: Batch, model: GPT, z_loss: float, rngs: Rngs) -> tuple[Array, Array]:
+    """Weighted sums over a [rows, length] batch: what to minimise, and the plain nats of the answers.
+
+    Of text that the model wrote, what is minimised counts each token by its advantage as well: its gradient is that of
+    the expected score, reversed (REINFORCE, Williams 1992).
+    """
+    nats, log_z = token_nats(params, batch, model, rngs)
     total = (nats * batch.weights).sum()
-    return total + z_loss * (jnp.square(log_z) * batch.weights).sum(), total
+    minimised = total if batch.advantages is None else (nats * batch.weights * batch.advantages).sum()
+    return minimised + z_loss * (jnp.square(log_z) * batch.weights).sum(), total
 
 
-def loss_and_gradient(state: TrainState, batch: Batch, model: GPT, z_loss: float = 0.0) -> tuple[Array, Any]:
-    """Nats a token of a [microbatches, rows, length] batch, and the gradient of what is minimised."""
-    answers = _answers(batch)
+def token_nats(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array, Array]:
+    """-ln of the probability of each target, and the log of the sum that normalises it: float32 [rows, length]."""
+    return ops.cross_entropy(batch_logits(params, batch, model, rngs), batch.targets)
+
+
+def batch_logits(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> Array:
+    """What the model says at each place of a [rows, length] batch: float32 [rows, length, vocab]."""
+    reads = (batch.tokens, batch.positions, batch.segments, batch.prefix)
+    logits: Any = model.apply({"params": params}, *reads, rngs=rngs)
+    return logits
+
+
+def num_answers(batch: Batch) -> Array:
+    """The sum of the weights, or 1 where there are none."""
+    return jnp.maximum(batch.weights.sum(), 1.0)
+
+
+def num_texts(batch: Batch) -> Array:
+    """The rows in which anything is asked for, or 1 where there are none."""
+    return jnp.maximum((batch.weights > 0).any(-1).sum().astype(jnp.float32), 1.0)
+
+
+def token_loss(z_loss: float = 0.0, counted: Callable[[Batch], Array] = num_answers) -> Loss:
+    """Nats of the answers: a token, or with `num_texts` a text."""
+
+    def sums(params: Any, batch: Batch, model: GPT, rngs: Rngs, reference: Any) -> tuple[Array, Metrics]:
+        minimised, nats = batch_loss(params, batch, model, z_loss, rngs)
+        return minimised, {"loss": nats}
+
+    return Loss(sums, counted)
+
+
+TOKENS = token_loss()
+
+
+def class_loss() -> Loss:
+    """Nats of the labels, and as accuracy how many of them are the likeliest."""
+
+    def sums(params: Any, batch: Batch, model: GPT, rngs: Rngs, reference: Any) -> tuple[Array, Metrics]:
+        logits = batch_logits(params, batch, model, rngs)
+        nats = (ops.cross_entropy(logits, batch.targets)[0] * batch.weights).sum()
+        return nats, {"loss": nats, "accuracy": ((logits.argmax(-1) == batch.targets) * batch.weights).sum()}
+
+    return Loss(sums, num_answers)
+
+
+def loss_and_gradient(
+    state: TrainState, batch: Batch, model: GPT, loss: Loss, learnt: Any = None, reference: Any = None
+) -> tuple[Metrics, Any]:
+    """What a loss shows of a [microbatches, rows, length] batch, and the gradient of what it minimises.
+
+    The gradient is 0, and not computed, for weights that are not `learnt` (None: all are). `reference`: the weights of
+    another model, for a loss that looks at one.
+    """
+    count = loss.counted(batch)
     key = jax.random.fold_in(named_key(state.key, "dropout"), state.step)
     gradient = jax.value_and_grad(
-        lambda params, part, rngs: jax.tree.map(lambda x: x / answers, batch_loss(params, part, model, z_loss, rngs)),
+        lambda params, part, rngs: jax.tree.map(
+            lambda x: x / count, loss.sums(_held(params, learnt), part, model, rngs, reference)
+        ),
         has_aux=True,
     )
 
-    def of_part(index: Array | int, part: Batch) -> tuple[Array, Any]:
+    def of_part(index: Array | int, part: Batch) -> tuple[Metrics, Any]:
         rngs = {"dropout": jax.random.fold_in(key, index)} if model.config.dropout else {}
-        (_, loss), grads = gradient(state.params, part, rngs)
-        return loss, grads
+        (_, shown), grads = gradient(state.params, part, rngs)
+        return shown, grads
 
+    first = jax.tree.map(lambda x: x[0], batch)
     microbatches = batch.tokens.shape[0]
     if microbatches == 1:
-        return of_part(0, jax.tree.map(lambda x: x[0], batch))
+        return of_part(0, first)
 
-    def add(total: tuple[Array, Any], part: tuple[Array, Batch]) -> tuple[tuple[Array, Any], None]:
+    def add(total: tuple[Metrics, Any], part: tuple[Array, Batch]) -> tuple[tuple[Metrics, Any], None]:
         return jax.tree.map(jnp.add, total, of_part(*part)), None
 
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(partial(of_part, 0), first))
     return jax.lax.scan(add, zeros, (jnp.arange(microbatches), batch))[0]
+
+
+def _held(params: Any, learnt: Any) -> Any:
+    """The weights, of which those that are not learnt have no gradient."""
+    if learnt is None or all(jax.tree.leaves(learnt)):
+        return params
+    return jax.tree.map(lambda x, moves: x if moves else jax.lax.stop_gradient(x), params, learnt)
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
+    reference: Any = None,
     *,
     model: GPT,
     tx: optax.GradientTransformation,
-    z_loss: float = 0.0,
+    loss: Loss = TOKENS,
     skip_spikes: float | None = None,
+    learnt: Any = None,
 ) -> tuple[TrainState, Metrics]:
     """One update from a [microbatches, rows, length] batch; the same update however the batch is cut into microbatches.
 
     Where loss or gradient are not finite, or the loss lies `skip_spikes` sigma above the recent ones, the batch is left
-    behind: weights and optimiser stay as they are. Metrics, scalars: loss (nats a token), grad_norm (before clipping),
-    answers (the sum of the weights), usual_loss (the mean of the recent ones), skipped (so far), skipped_in_row.
+    behind: weights and optimiser stay as they are. Metrics, scalars: what the loss shows (mostly: loss, nats a token),
+    grad_norm (before clipping), answers (what it counts, for most the sum of the weights), usual_loss (the mean of
+    the recent ones), skipped (so far), skipped_in_row.
     """
-    loss, grads = loss_and_gradient(state, batch, model, z_loss)
+    shown, grads = loss_and_gradient(state, batch, model, loss, learnt, reference)
     grad_norm = optax.tree.norm(grads)
     usual, limit = usual_loss(state, skip_spikes)
-    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
+    good = jnp.isfinite(shown["loss"]) & jnp.isfinite(grad_norm) & (shown["loss"] <= limit)
 
     def update() -> tuple[Any, Any]:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return optax.apply_updates(state.params, updates), opt_state
 
     params, opt_state = jax.lax.cond(good, update, lambda: (state.params, state.opt_state))
-    health = _examined(state, loss, good)
-    metrics = {
-        "loss": loss,
+    health = _examined(state, shown["loss"], good)
+    metrics = shown | {
         "grad_norm": grad_norm,
-        "answers": _answers(batch),
+        "answers": loss.counted(batch),
         "usual_loss": usual,
         "skipped": health.skipped,
         "skipped_in_row": health.in_row,
@@ -104,12 +183,10 @@ def _examined(state: TrainState, loss: Array, good: Array) -> Health:
     return Health(skipped + bad, (in_row + 1) * bad, jnp.where(good, with_this, losses))
 
 
-def _answers(batch: Batch) -> Array:
-    return jnp.maximum(batch.weights.sum(), 1.0)
-
-
-def eval_step(state: TrainState, batch: Batch, *, model: GPT) -> tuple[Array, Array]:
-    """Nats of the answers of a [rows, length] batch under the weights to evaluate with, and how many answers."""
+def eval_step(
+    state: TrainState, batch: Batch, reference: Any = None, *, model: GPT, loss: Loss = TOKENS
+) -> tuple[Metrics, Array]:
+    """What a loss shows of a [rows, length] batch under the weights to evaluate with, as sums, and its count."""
     params = evaluation_params(state.params, state.opt_state)
-    _, total = batch_loss(params, batch, model, 0.0, {})
-    return total, batch.weights.sum()
+    _, shown = loss.sums(params, batch, model, {}, reference)
+    return shown, jnp.where((batch.weights > 0).any(), loss.counted(batch), 0.0)

@@ -12,9 +12,11 @@ from gptjax.config import Experiment
 from gptjax.errors import Interrupted, RunError, TrainingFailed
 from gptjax.training import checkpoint
 from gptjax.training.evaluation import Figures
+from gptjax.training.initial import Open
 from gptjax.training.lock import Lock, hold
 from gptjax.training.loop import Fit, say
 from gptjax.training.run import (
+    EXPERIMENT,
     Changes,
     Run,
     accept_changes,
@@ -35,11 +37,13 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     from_step: int | None = None,
+    open_init: Open | None = None,
 ) -> Figures:
     """Trains an experiment in a run folder, or goes on with the run that stands there; returns its final figures.
 
     `resume` insists that a run stands there; `allow_changes` goes on with other values than those it was trained with;
-    `from_step` takes it back to that checkpoint (0: to the beginning) and sets aside what came after. Raises
+    `from_step` takes it back to that checkpoint (0: to the beginning) and sets aside what came after;
+    `open_init` opens the model that `experiment.init` names, which else must be a run folder. Raises
     `GptjaxError`s, each with what to do; `Interrupted` after the first Ctrl-C or SIGTERM, with the state saved.
     """
     began = time.perf_counter()
@@ -53,7 +57,9 @@ def train(
         watch = Watch(folder, experiment.train.stuck_seconds, locks[0].touch if locks else None)
         failure: BaseException | None = None
         try:
-            return _train(prepare(experiment), folder, watch, began, allow_changes, from_step)
+            run = open_run(folder) if (folder / EXPERIMENT).exists() else None
+            shop = prepare(experiment, run=run, open_init=open_init)
+            return _train(shop, folder, watch, began, allow_changes, from_step)
         except jax.errors.JaxRuntimeError as e:
             failure = e
             if jax.process_count() == 1:
@@ -73,12 +79,15 @@ def _train(
 ) -> Figures:
     run, first = Run(folder, shop.experiment), sharding.on_first_process
     fresh = from_step == 0 or first(lambda: not checkpoint.listing(run.checkpoints))
-    check_start(shop, fresh)
+    finished, other = first(run.result) is not None, shop.lesson.other
+    check_start(shop, fresh, finished)
 
     def claim() -> Changes:
         if run.result() is None:
             check_room(folder, checkpoint.state_bytes(shop.abstract))
-        return start_run(folder, shop.experiment, shop.store, allow_changes)
+        beside = other.fingerprint if other and not finished else None
+        init = shop.start.open if shop.start else None
+        return start_run(folder, shop.experiment, shop.store, allow_changes, init, beside)
 
     changes = first(claim)
     figures = first(run.result)

@@ -1,5 +1,6 @@
 """Everything that is made from an experiment before the first step: data, layout, compiled functions, weights."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,26 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import sharding
 from gptjax.checks import check
 from gptjax.config import Experiment
-from gptjax.data.batches import Batches
-from gptjax.data.objectives import Batch
-from gptjax.data.store import Store, cache_folder, open_store
-from gptjax.errors import ConfigError, RunError
+from gptjax.data.batches import Batches, PackedStream
+from gptjax.data.examples import classes_of
+from gptjax.data.objectives import Batch, extra_tokens
+from gptjax.data.store import INIT, Store, cache_folder, open_store
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import ConfigError, PromptError, RunError
+from gptjax.inference.pretrained import Pretrained, check_tells_tokens
+from gptjax.inference.rules import Sampling
 from gptjax.model.attention import choose_kernel
 from gptjax.model.gpt import GPT
+from gptjax.model.weights import merged
 from gptjax.training import checkpoint
 from gptjax.training.checkpoint import Checkpoint
+from gptjax.training.initial import Open, Start, adopt, body, fitted, misfits, start_of
 from gptjax.training.metrics import flops_per_token, num_params
-from gptjax.training.optim import evaluation_params, make_optimizer
-from gptjax.training.run import Run, open_run
+from gptjax.training.optim import evaluation_params, make_optimizer, num_trained, trained
+from gptjax.training.run import EXPERIMENT, GENERATION, Run, open_run
 from gptjax.training.state import TrainState, Weights, abstract_state, create_state, mismatches, new_health
 from gptjax.training.step import Metrics, eval_step, train_step
+from gptjax.tuning.lesson import Lesson, lesson_of, other_of
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,19 @@ class Workshop:
     batches: Batches
     mesh: jax.sharding.Mesh
     abstract: TrainState  # shapes and layout of the state
+    start: Start | None  # the model whose weights come first; None: random ones
+    lesson: Lesson
     tx: optax.GradientTransformation
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    eval_step: Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]
+    eval_step: Callable[[TrainState, Batch], tuple[Metrics, jax.Array]]
+
+    def batch(self, state: TrainState, step: int, read: Batch | None = None) -> tuple[Batch, dict[str, float]]:
+        """What the update from `step` to step + 1 learns from, on the devices; and figures about what was written.
+
+        It is `read`, the examples of the step, or what the model writes to their prompts.
+        """
+        read = self.batches.on_devices(step, self.mesh) if read is None else read
+        return self.lesson.rollout(state.params, read, step) if self.lesson.rollout else (read, {})
 
 
 def enable_compilation_cache() -> None:
@@ -54,44 +71,81 @@ def one_device() -> jax.sharding.Mesh:
     return sharding.mesh_of(jax.local_devices()[:1], 1, 1)
 
 
-def prepare(experiment: Experiment, mesh: jax.sharding.Mesh | None = None, store: Store | None = None) -> Workshop:
+def prepare(
+    experiment: Experiment,
+    mesh: jax.sharding.Mesh | None = None,
+    store: Store | None = None,
+    run: Run | None = None,
+    open_init: Open | None = None,
+) -> Workshop:
     """Opens the data and lays out the state; computes nothing yet. Raises `ConfigError` and `DataError`.
 
     `mesh`: all devices, as the experiment has it; `store`: that of the experiment's data; unless they are given.
+    `run`: that of the experiment, where there is one already; `open_init`: how to open `init`, else as a run folder.
     """
+    opened = functools.cache(open_init or (lambda name: open_trained(open_run(Path(name)))))
+    start = start_of(experiment, run, opened)
+    if start:
+        experiment = adopt(experiment, start.model)
     check(experiment, jax.device_count() if mesh is None else None)
-    store = store or open_store(experiment.data)
-    e = experiment.resolved(store.tokenizer.vocab_size)
-    if (e.model.vocab_size or 0) < store.tokenizer.vocab_size:
-        raise ConfigError(
-            [f"model.vocab_size = {e.model.vocab_size}: the tokenizer has {store.tokenizer.vocab_size}; leave it out"]
-        )
+    store = store or open_store(experiment.data, _given_tokenizer(experiment, start, run, opened))
+    tokens, extra = store.tokenizer.vocab_size, len(extra_tokens(experiment.objective))
+    needed = max(tokens + extra, (start.model.vocab_size or 0) if start else 0)  # a table may be padded
+    classes = classes_of(experiment.data)
+    e = experiment.resolved(needed, classes)
+    if (e.model.vocab_size or 0) < needed:
+        more = f" and objective.name = {e.objective.name!r} adds {extra}" if extra else ""
+        raise ConfigError([f"model.vocab_size = {e.model.vocab_size}: the tokenizer has {tokens}{more}; leave it out"])
+    if e.model.num_classes != len(classes):
+        raise ConfigError([f"model.num_classes = {e.model.num_classes}: there are {len(classes)} labels; leave it out"])
     mesh = mesh or sharding.make_mesh(e.mesh)
     batches, model, tx = Batches(store, e), GPT(e.model), make_optimizer(e)
     abstract = abstract_state(e, tx, mesh)
     layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
-    step = partial(train_step, model=model, tx=tx, z_loss=e.objective.z_loss, skip_spikes=e.train.skip_spikes)
+    lesson = lesson_of(e, store.tokenizer, mesh, opened)
+    own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e))
+    step = partial(train_step, model=model, tx=tx, loss=lesson.loss, **own)
+    look = partial(eval_step, model=model, loss=lesson.loss)
     return Workshop(
         experiment=e,
         store=store,
         batches=batches,
         mesh=mesh,
         abstract=abstract,
+        start=start,
+        lesson=lesson,
         tx=tx,
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(layout, everywhere)),
-        eval_step=jax.jit(partial(eval_step, model=model), out_shardings=everywhere),
+        train_step=_beside(lesson, jax.jit(step, donate_argnums=0, out_shardings=(layout, everywhere))),
+        eval_step=_beside(lesson, jax.jit(look, out_shardings=everywhere)),
     )
 
 
+def _given_tokenizer(experiment: Experiment, start: Start | None, run: Run | None, opened: Open) -> Tokenizer | None:
+    """What data.tokenizer = "init" stands for: that of init, else of the other model; None where nobody asks."""
+    if start:
+        return start.tokenizer
+    if experiment.data.tokenizer != INIT:
+        return None
+    other = other_of(experiment)
+    return run.tokenizer() if run else opened(other).tokenizer if other else None
+
+
+def _beside(lesson: Lesson, step: Any) -> Any:
+    """A step with the weights of the other model given, where it looks at one."""
+    other = lesson.other
+    if other is None or lesson.rollout is not None:
+        return step
+    return lambda state, batch: step(state, batch, other.params)
+
+
 def first_state(shop: Workshop, chosen: Checkpoint | None) -> TrainState:
-    """The state in a checkpoint; or a new one, with random weights or those of `experiment.init`."""
+    """The state in a checkpoint; or a new one, with random weights or those of another model."""
     if chosen is not None:
         return restore_state(chosen, shop.abstract, shop.experiment)
     state = create_state(shop.experiment, shop.tx, shop.abstract)
-    if shop.experiment.init is None:
+    if shop.start is None:
         return state
-    loaded, _ = load_params(open_run(Path(shop.experiment.init)), "last")
-    params = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), loaded, shop.abstract.params)
+    params = fitted(body(shop.start.open(), shop.experiment), state.params)
     layout = jax.tree.map(lambda x: x.sharding, shop.abstract.opt_state)
     return state._replace(params=params, opt_state=jax.jit(shop.tx.init, out_shardings=layout)(params))
 
@@ -134,27 +188,51 @@ def _check_match(
         )
 
 
-def check_start(shop: Workshop, fresh: bool = True) -> None:
+def check_start(shop: Workshop, fresh: bool = True, finished: bool = False) -> None:
     """Raises, before anything is written, where the run could not start or could not make its samples at the end.
 
-    One that is not `fresh` has checkpoints of its own and needs the weights of `experiment.init` no more.
+    One that is not `fresh` has checkpoints of its own and needs the weights of `experiment.init` no more; one that is
+    `finished` needs no other model beside it either.
     """
     e, tokens = shop.experiment, shop.store.tokenizer
     length = len(tokens.encode(e.train.sample_prompt))
     room = e.model.context_length
     if e.train.sample_tokens and length >= room:
         raise ConfigError([f"train.sample_prompt: its {length} tokens leave no room in model.context_length = {room}"])
-    if e.init is None or not fresh:
+    if not finished:
+        _check_lesson(shop)
+    if shop.start is None or not fresh:
         return
-    source = open_run(Path(e.init))
-    checkpoint.choose(source.checkpoints)
-    if source.tokenizer().pieces != tokens.pieces:
-        raise RunError(f"init = {e.init!r}: was trained with another tokenizer, so its ids mean other text than here")
-    theirs = abstract_state(source.experiment, make_optimizer(source.experiment), one_device())
-    if (there := _shapes(theirs.params)) != (here := _shapes(shop.abstract.params)):
-        differ = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
-        lines = [f"  - {name}: {there.get(name)} there, {here.get(name)} here" for name in differ]
-        raise RunError(f"init = {e.init!r}: has other weights than this model:\n" + "\n".join(lines))
+    first = shop.start.open()
+    if first.tokenizer.pieces != tokens.pieces:
+        raise RunError(
+            f"init = {e.init!r}: was trained with another tokenizer, so its ids mean other text than here; "
+            "set data.tokenizer = 'init'"
+        )
+    if differ := misfits(body(first, e), shop.abstract.params, e.model):
+        raise RunError(f"init = {e.init!r}: has other weights than this model:\n  - " + "\n  - ".join(differ))
+
+
+def _check_lesson(shop: Workshop) -> None:
+    e, other = shop.experiment, shop.lesson.other
+    if shop.lesson.rollout and jax.process_count() > 1:
+        raise ConfigError([f"objective.name = {e.objective.name!r}: the model writes in one process only; start one"])
+    if other is None:
+        return
+    check_tells_tokens(other.pretrained)
+    if other.pretrained.tokenizer.pieces != shop.store.tokenizer.pieces:
+        raise RunError(
+            f"{other.name}: has another tokenizer than the text, so that its probabilities are of other tokens; "
+            "set data.tokenizer = 'init', or to that of the other model"
+        )
+    theirs, length = other.pretrained.model, e.model.context_length
+    if theirs.causal != e.model.causal:
+        raise RunError(f"{other.name}: has model.causal = {theirs.causal}, so that it sees other tokens; take another")
+    if theirs.positions == "learned" and theirs.context_length < length:
+        raise RunError(
+            f"{other.name}: knows {theirs.context_length} positions, and the windows have model.context_length = "
+            f"{length}; set that to as many"
+        )
 
 
 def load_params(run: Run, which: str) -> tuple[Any, int]:
@@ -177,6 +255,34 @@ def load_params(run: Run, which: str) -> tuple[Any, int]:
     return evaluation_params(saved["params"], saved["opt_state"]), chosen.step
 
 
+def open_trained(run: Run, checkpoint: str = "last", merge: bool = True) -> Pretrained:
+    """The model in a run folder. What LoRA learnt is added to the weights, or with `merge` False stays beside them."""
+    params, _ = load_params(run, checkpoint)
+    model = run.experiment.model
+    model, params = merged(model, params) if merge else (model, params)
+    labels, given = run.experiment.data.labels if model.num_classes else (), run.generation()
+    if len(labels) != model.num_classes:
+        raise RunError(
+            f"{run.folder / EXPERIMENT}: is damaged (model.num_classes = {model.num_classes}, and data.labels has "
+            f"{len(labels)})"
+        )
+    try:
+        Sampling(**given.get("recommended", {}))
+        return Pretrained(
+            name=run.experiment.name,
+            model=model,
+            params=params,
+            tokenizer=run.tokenizer(),
+            labels=labels,
+            recommended=given.get("recommended", {}),
+            stop_tokens=tuple(map(int, given.get("stop_tokens", ()))),
+            chat_template=given.get("chat_template"),
+            passed_on=dict(given.get("passed_on", {})),
+        )
+    except (TypeError, ValueError, PromptError) as e:
+        raise RunError(f"{run.folder / GENERATION}: is damaged ({e})") from None
+
+
 def _seen_in_evaluation(abstract: TrainState) -> tuple[Any, Any]:
     """The params and the optimiser's state, with `UNREAD` for every array that `evaluation_params` does not look at."""
     parts = (abstract.params, abstract.opt_state)
@@ -191,17 +297,21 @@ def _seen_in_evaluation(abstract: TrainState) -> tuple[Any, Any]:
 def summary(shop: Workshop, step: int) -> str:
     """What is about to be trained, on what, and what it takes."""
     e, m, store = shop.experiment, shop.experiment.model, shop.store
-    size = num_params(m)["total"]
+    size, learnt = num_params(m)["total"], num_trained(e)
+    share = "" if learnt == size else f" ({learnt:,} of them learnt, {learnt / size:.2%})"
     tokens = e.train.steps * shop.batches.tokens_per_step
     corpus = sum(len(s.ids) for s in store.train)
     kernel, why = choose_kernel(m, jax.default_backend())
     device = jax.devices()[0]
+    cut = sum(s.shortened for s in shop.batches.train_streams if isinstance(s, PackedStream))
     return "\n".join(
         [
-            f"{e.name}: {size:,} parameters, {m.num_layers} layers of width {m.embed_dim}, context {m.context_length}, "
-            f"vocabulary {m.vocab_size:,}",
+            f"{e.name}: {size:,} parameters{share}, {m.num_layers} layers of width {m.embed_dim}, context "
+            f"{m.context_length}, vocabulary {m.vocab_size:,}"
+            + (f", {m.num_classes} classes" if m.num_classes else ""),
             f"  data     {corpus:,} tokens ({store.tokenizer.kind}), and "
-            f"{sum(len(s.ids) for s in store.validation):,} for validation",
+            f"{sum(len(s.ids) for s in store.validation):,} for validation"
+            + (f"; {cut:,} prompts are longer than the context, and lose their beginning" if cut else ""),
             f"  training {'from step ' + format(step, ',') + ' ' if step else ''}to step {e.train.steps:,} of "
             f"{shop.batches.tokens_per_step:,} tokens: {tokens:,} tokens, {tokens / size:.1f} a parameter, "
             f"{tokens / corpus:.1f} epochs, {tokens * flops_per_token(m):.2g} FLOPs",
@@ -209,9 +319,3 @@ def summary(shop: Workshop, step: int) -> str:
             f"{shop.mesh.shape['model']}, {m.dtype}, attention by {kernel} ({why})",
         ]
     )
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in jax.tree.leaves_with_path(params)
-    }

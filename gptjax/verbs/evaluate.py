@@ -1,10 +1,11 @@
-"""`gptjax eval`: how well a model does on its own validation text, on any other text, or on the tasks of lm-eval."""
+"""`gptjax eval`: how well a model does on its own validation text, any other text, a task, or the tasks of lm-eval."""
 
 import dataclasses
 import json
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from gptjax.errors import DataError, GptjaxError
-from gptjax.verbs import parse, start_jax
+from gptjax.durable import read_json, write_durably
+from gptjax.errors import DataError, GptjaxError, warn
+from gptjax.verbs import check_belongs, is_run, parse, start_jax, without_run
 
 if TYPE_CHECKING:
     from gptjax.inference.pretrained import Pretrained
@@ -41,20 +43,32 @@ class Tasks:
     """What goes with --tasks."""
 
     include_path: Path | None = None  # a folder with YAML files of your own tasks
-    limit: float | None = None  # examples of each task; below 1: a share of them
     num_fewshot: int | None = None  # examples shown before each question; None: as the task has it
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What goes with --task."""
+
+    split: Literal["test", "validation"] = "test"  # of the task's examples
+    out: Path | None = None  # folder for predictions and scores; None: the run folder, where the model is a run
+    temperature: float = 0.0  # at which answers are drawn; 0: the likeliest token each time
+    against: str | None = None  # a model to compare with, in the place of a trivial answer
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Loss of a run over its validation text, of any model over other text (--data), or lm-eval's tasks (--tasks)."""
+    """Loss of a run over its validation text, of any model over other text (--data); a task (--task), or lm-eval's."""
 
     model: Annotated[Positional[str], tyro.conf.arg(help=MODEL)]
     data: tuple[str, ...] = ()  # files, folders (txt md jsonl csv parquet), pydoc or hub:NAME; several may follow
     text: Annotated[Text, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Text)
+    task: str | None = None  # one of gptjax's own tasks, for instance sentiment
+    answers: Annotated[Answers, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Answers)
     tasks: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or YAML files; several may follow
     harness: Annotated[Tasks, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Tasks)
-    batch_size: int = 8  # windows or requests computed at once, with --data and --tasks
+    limit: float | None = None  # examples of a task; below 1: a share of them
+    batch_size: int = 8  # windows or requests computed at once, with --data, --task and --tasks
     dtype: Literal["float32", "bfloat16", "int8"] | None = None  # None: the model's own; int8: 8-bit weights
     json: bool = False  # print one JSON object on stdout
     checkpoint: str = "last"  # of a run: last, best, or a step
@@ -64,43 +78,56 @@ def evaluate(arguments: list[str]) -> None:
     """MODEL -> figures on stdout."""
     options: Evaluation = parse(Evaluation, arguments, "eval")
     _check_belongs(options)
-    start = {"tasks": _on_tasks, "data": _on_data}
-    kind = "tasks" if options.tasks else "data" if options.data else None
-    figures, shown = start[kind](options) if kind else _on_its_own_text(options)
+    on = _on_data if options.data else _on_task if options.task else _on_tasks if options.tasks else _on_its_own_text
+    figures, shown = on(options)
     print(json.dumps(figures) if options.json else shown)
 
 
 def _check_belongs(options: Evaluation) -> None:
-    """Raises where an option would have no effect."""
-    if options.data and options.tasks:
-        raise GptjaxError("--data and --tasks: give one of them; they are evaluated in different ways")
-    names = [f.name for f in dataclasses.fields(options.text)] if not options.data else []
-    names += [f.name for f in dataclasses.fields(options.harness)] if not options.tasks else []
-    names += ["batch_size", "dtype"] if not (options.data or options.tasks) else []
-    values = vars(options) | vars(options.text) | vars(options.harness)
-    plain = {f.name: f.default for part in (Evaluation, Text, Tasks) for f in dataclasses.fields(part)}
-    if idle := [f"--{name.replace('_', '-')}" for name in names if values[name] != plain[name]]:
-        homes = {
-            f.name: home for part, home in ((Text, "--data"), (Tasks, "--tasks")) for f in dataclasses.fields(part)
-        }
-        home = homes.get(idle[0][2:].replace("-", "_"), "--data or --tasks")
-        raise GptjaxError(f"{', '.join(idle)}: have no effect here; {idle[0]} goes with {home}")
+    """Raises `GptjaxError` where an option would have no effect."""
+    from gptjax.data.corpus import TEXT
+
+    given = [flag for flag in ("data", "task", "tasks") if getattr(options, flag)]
+    if len(given) > 1:
+        flags = " and ".join(f"--{flag}" for flag in given)
+        raise GptjaxError(f"{flags}: give one of them; they are evaluated in different ways")
+    idle = without_run(options.model)
+    if not options.task:
+        idle["no effect without --task"] = [f.name for f in dataclasses.fields(Answers)]
+    if not options.tasks:
+        idle["no effect without --tasks"] = [f.name for f in dataclasses.fields(Tasks)]
+    if not options.data:
+        idle["no effect without --data"] = [f.name for f in dataclasses.fields(Text)]
+    if not (options.task or options.tasks):
+        idle["no effect without --task or --tasks"] = ["limit"]
+    if not given:
+        idle["no effect without --data, --task or --tasks"] = ["batch_size", "dtype"]
+    if options.data and not any(source.startswith("hub:") for source in options.data):
+        idle["no effect without --data hub:NAME"] = ["hub_config", "hub_split"]
+    if options.data and all(source == "pydoc" or source.endswith(TEXT) for source in options.data):
+        idle["no effect on plain text, which has no columns"] = ["column"]
+    check_belongs(options, idle)
 
 
 def _on_its_own_text(options: Evaluation) -> tuple[Any, str]:
-    from gptjax.training.run import EXPERIMENT, open_run
+    from gptjax.training.run import open_run
 
-    folder = Path(options.model)
-    if not (folder / EXPERIMENT).exists() and ((folder / "config.json").exists() or _may_be_hub_name(options.model)):
+    folder, why = Path(options.model), None
+    if is_run(options.model):
+        why = "holds imported weights" if "imported" in open_run(folder).provenance() else None
+    elif (folder / "config.json").exists() or _may_be_hub_name(options.model):
+        why = "is no run folder"
+    if why:
         raise DataError(
-            f"{options.model}: is no run folder, so it has no validation text of its own; say what to evaluate on by "
-            "--data FILE or --tasks TASK"
+            f"{options.model}: {why}, so it has no validation text of its own; say what to evaluate on by "
+            "--data FILE, --task TASK or --tasks TASK"
         )
     run = open_run(folder)
     start_jax()
+    from gptjax.interop.open import open_here
     from gptjax.training.evaluation import evaluate_run
 
-    figures = evaluate_run(run, options.checkpoint)
+    figures = evaluate_run(run, options.checkpoint, open_here)
     return figures, _lines(figures)
 
 
@@ -149,6 +176,108 @@ def _on_data(options: Evaluation) -> tuple[Any, str]:
     return figures, shown
 
 
+def _on_task(options: Evaluation) -> tuple[Any, str]:
+    from gptjax.data.tasks import find_task
+
+    assert options.task
+    task = find_task(options.task)
+    try:
+        from gptjax.tuning.tasks import evaluate_task
+    except ModuleNotFoundError as e:
+        raise GptjaxError(f"--task: needs a library that is not installed ({e}); pip install 'gptjax[tasks]'") from None
+    from gptjax.interop.open import open_model
+
+    own = options.answers
+    if own.temperature and task.labels:
+        raise GptjaxError(f"--temperature: has no effect, as task {task.name} has labels and nothing is written")
+    label = _label(options)
+    folder = _folder_of(options, label)
+    figures, predictions = evaluate_task(
+        _open(options),
+        task,
+        own.split,
+        options.limit,
+        options.batch_size,
+        options.dtype,
+        temperature=own.temperature,
+        against=open_model(own.against) if own.against else None,
+    )
+    shown = _table(task.metrics, figures, own.against or "baseline")
+    figures |= {"temperature": own.temperature} | ({"against": own.against} if own.against else {})
+    if is_run(options.model):
+        figures["checkpoint"] = options.checkpoint
+    if folder is None:
+        return figures, f"{shown}\n\npredictions are not kept; --out FOLDER keeps them"
+    path = folder / f"predictions-{label}.jsonl"
+    rows = (json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in predictions)
+    write_durably(path, "".join(f"{row}\n" for row in rows))
+    if not _keep_scores(folder, label, figures):
+        warn(f"{folder}: is not finished, so that it has no result.json to keep the scores in; they are printed only")
+    return figures | {"predictions": str(path)}, f"{shown}\n\npredictions: {path}"
+
+
+def _label(options: Evaluation) -> str:
+    """The task, and all that is not as usual: what is found is kept under it, beside what others have found."""
+    own = options.answers
+    other = own.against and re.sub(r"[^\w.-]+", "_", own.against.strip("/"))
+    unusual = {
+        own.split: own.split != "test",
+        f"limit-{options.limit}": options.limit is not None,
+        f"checkpoint-{options.checkpoint}": options.checkpoint != "last",
+        f"{options.dtype}": options.dtype is not None,
+        f"temperature-{own.temperature:g}": own.temperature > 0,
+        f"against-{other}": own.against is not None,
+    }
+    return "-".join([str(options.task), *(name for name, there in unusual.items() if there)])
+
+
+def _folder_of(options: Evaluation, label: str) -> Path | None:
+    """Where to keep what is found. Raises `GptjaxError` for a folder that cannot take it, before a model is loaded."""
+    folder = options.answers.out
+    if folder is None:
+        return Path(options.model) if is_run(options.model) else None
+    if is_run(str(folder)):
+        raise GptjaxError(f"--out {folder}: is a run folder; leave --out out to keep what is found in the run itself")
+    if (path := folder / f"predictions-{label}.jsonl").exists():
+        raise GptjaxError(f"{path}: exists already; choose another --out, or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise GptjaxError(f"--out {folder}: cannot be made ({e.strerror}); choose another folder") from None
+    return folder
+
+
+def _keep_scores(folder: Path, label: str, figures: Mapping[str, Any]) -> bool:
+    """Adds the scores to result.json; not where a run is unfinished, which is told by there being none."""
+    from gptjax.training.run import RESULT, open_run
+
+    path = folder / RESULT
+    if not path.exists() and is_run(str(folder)) and "imported" not in open_run(folder).provenance():
+        return False
+    result = read_json(path) if path.exists() else {}
+    result["tasks"] = result.get("tasks", {}) | {label: figures}
+    write_durably(path, json.dumps(result, indent=2) + "\n")
+    return True
+
+
+def _table(metrics: Sequence[str], figures: Mapping[str, Any], other: str) -> str:
+    """Each metric with its interval beside that of the trivial or the other model's answers; then other figures."""
+    from gptjax.tuning.intervals import LOWER_IS_BETTER
+
+    def row(name: str) -> tuple[str, ...]:
+        shown = f"{name} (lower is better)" if name in LOWER_IS_BETTER else name
+        low, high = figures[f"{name}_interval"]
+        less, more = figures[f"{name}_difference_interval"]
+        return (shown, f"{figures[name]:.4f}", f"{low:.4f} to {high:.4f}", f"{figures[f'{name}_baseline']:.4f}",
+                f"{figures[f'{name}_difference']:+.4f}", f"{less:+.4f} to {more:+.4f}")  # fmt: skip
+
+    rows = [("metric", "score", "95% interval", other, "difference", "95% interval"), *map(row, metrics)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows)
+    others = ["loss", "bits_per_byte", "examples", "shortened", "seconds"]
+    return f"{table}\n\n{_lines({name: figures[name] for name in others if name in figures})}"
+
+
 def _on_tasks(options: Evaluation) -> tuple[Any, str]:
     try:
         with redirect_stdout(sys.stderr):  # what a task prints is no figure
@@ -161,7 +290,7 @@ def _on_tasks(options: Evaluation) -> tuple[Any, str]:
     with redirect_stdout(sys.stderr):
         lm = harness.GptjaxLM(_open(options), options.batch_size, options.dtype)
         names = [name for group in options.tasks for name in group.split(",") if name]
-        results = harness.run_tasks(lm, names, own.include_path, own.limit, own.num_fewshot)
+        results = harness.run_tasks(lm, names, own.include_path, options.limit, own.num_fewshot)
     return results, harness.table(results)
 
 

@@ -8,14 +8,17 @@ from typing import Literal
 from tyro.conf import Positional
 
 from gptjax.errors import ExchangeError
-from gptjax.verbs import parse, start_jax
+from gptjax.verbs import check_belongs, parse, start_jax
+
+WITH = "an adapter is one float32 file, of the family of its model"
+WITHOUT = "only an adapter has a base; add --adapter"
 
 
 @dataclass(frozen=True)
 class Import:
     """Make a run folder of a Hugging Face model (gpt2, llama, gpt_neox, bert), and check its logits."""
 
-    source: Positional[str]  # a folder with config.json and model.safetensors, or the name of a model on the hub
+    source: Positional[str]  # a folder with config.json and model.safetensors, or of an adapter, or a name on the hub
     run: Positional[Path]  # the run folder to make: new, or empty
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; the weights are kept in float32
 
@@ -30,6 +33,8 @@ class Export:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     max_shard_size: str = "5GB"  # of one file of weights; MB and GB are understood
     checkpoint: str = "last"  # last, best, or a step
+    adapter: bool = False  # of a run with LoRA only what it learnt, as PEFT loads it; else that is added to the weights
+    base: str | None = None  # the Hugging Face model that the adapter is for; None: the one that the run began with
 
 
 def import_(arguments: list[str]) -> None:
@@ -38,28 +43,31 @@ def import_(arguments: list[str]) -> None:
     start_jax()
     from gptjax.interop.agreement import agreement, insist
     from gptjax.interop.files import check_empty
-    from gptjax.interop.huggingface import load_folder
-    from gptjax.interop.open import fetch, open_trained
+    from gptjax.interop.open import find, load
     from gptjax.interop.runs import import_run
+    from gptjax.training.workshop import open_trained
 
     check_empty(options.run)
-    folder = fetch(options.source)
-    run = import_run(load_folder(folder, options.source), options.run, options.source, options.dtype)
-    line = insist(agreement(open_trained(run), folder), str(options.run))
+    folder, adapter = find(options.source)
+    run = import_run(load(folder, adapter, options.source), options.run, options.source, options.dtype)
+    line = insist(agreement(open_trained(run), folder, adapter), str(options.run))
     print(f"{options.run}: {options.source}, {_size(run.experiment.model)}\n{line}")
 
 
 def export(arguments: list[str]) -> None:
     """A run folder -> a Hugging Face model, which is then read and compared with it."""
     options: Export = parse(Export, arguments, "export")
+    check_belongs(options, {WITH: ["family", "dtype", "max_shard_size"]} if options.adapter else {WITHOUT: ["base"]})
     size = _bytes(options.max_shard_size)
     start_jax()
+    if options.adapter:
+        return _export_adapter(options)
     from gptjax.interop.agreement import agreement, insist, rounded
     from gptjax.interop.files import check_empty
     from gptjax.interop.huggingface import read_config
-    from gptjax.interop.open import open_trained
     from gptjax.interop.saving import save_folder
     from gptjax.training.run import open_run
+    from gptjax.training.workshop import open_trained
 
     check_empty(options.folder)
     pretrained = open_trained(open_run(options.run), options.checkpoint)
@@ -67,6 +75,25 @@ def export(arguments: list[str]) -> None:
     family = read_config(options.folder)[0]
     line = insist(agreement(rounded(pretrained, options.dtype), options.folder), str(options.folder))
     print(f"{options.folder}: {options.run} as {family.architecture} in {options.dtype}\n{line}")
+
+
+def _export_adapter(options: Export) -> None:
+    """What a run with LoRA learnt -> an adapter of PEFT, which is then put on its model and compared with the run."""
+    from gptjax.interop.adapter import base_of_run, save_adapter
+    from gptjax.interop.agreement import agreement, insist
+    from gptjax.interop.files import check_empty
+    from gptjax.interop.open import fetch
+    from gptjax.training.run import open_run
+    from gptjax.training.workshop import open_trained
+
+    check_empty(options.folder)
+    run = open_run(options.run)
+    base = base_of_run(run, options.base)
+    folder = fetch(base)
+    pretrained = open_trained(run, options.checkpoint, merge=False)
+    save_adapter(pretrained, options.folder, base, folder)
+    line = insist(agreement(pretrained, folder, options.folder), str(options.folder))
+    print(f"{options.folder}: what {options.run} learnt, an adapter for {base}\n{line}")
 
 
 def _size(model: object) -> str:

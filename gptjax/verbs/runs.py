@@ -55,10 +55,11 @@ class Replay:
 def replay(arguments: list[str]) -> None:
     """RUN and a step -> the step made again, and where its numbers are not finite."""
     options: Replay = parse(Replay, arguments, "replay")
+    from gptjax.interop.open import open_here
     from gptjax.training.run import open_run
 
     run = open_run(options.run)
     start_jax()
     from gptjax.training.diagnosis import replay as make_again
 
-    print("\n".join(make_again(run, options.step)))
+    print("\n".join(make_again(run, options.step, open_here)))

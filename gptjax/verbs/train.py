@@ -41,23 +41,31 @@ def train(arguments: list[str]) -> None:
     start_jax()
     import jax
 
+    from gptjax.interop.open import open_model
     from gptjax.lab.report import plot_loss
     from gptjax.training import train as training
     from gptjax.training.loop import say
     from gptjax.training.run import open_run
 
     folder = options.run_dir or Path("runs") / experiment.name
-    figures = training.train(experiment, folder, options.resume, options.allow_changes, options.from_step)
+    figures = training.train(experiment, folder, options.resume, options.allow_changes, options.from_step, open_model)
     run = open_run(folder)
     plot = plot_loss(run) if jax.process_index() == 0 else None
     if experiment.train.sample_tokens and jax.process_count() == 1:
         print(_final_samples(run), flush=True)
     val = "not finite"
     if figures["val_loss"] is not None:
-        val = f"{figures['val_loss']:.4f} nats a token, {figures['val_bits_per_byte']:.4f} bits a byte"
+        val = f"{figures['val_loss']:.4f}"
+        if figures.get("val_bits_per_byte") is not None:
+            val += f" nats a token, {figures['val_bits_per_byte']:.4f} bits a byte"
+        if "val_accuracy" in figures:
+            val += f", {figures['val_accuracy']:.1%} right"
+    speed = figures["tokens_per_second"]
+    each = f", {1e3 * figures['tokens'] / figures['steps'] / speed:.1f} ms a step" if speed else ""
     say(
         f"{folder}: val loss {val}; {figures['steps']:,} steps, {figures['tokens']:,} tokens in "
-        f"{figures['seconds']:.0f} s" + (f"; loss curve in {plot}" if plot else "")
+        f"{figures['seconds']:.0f} s{each}, at most {figures['memory_bytes'] / 1e9:.2f} GB of memory"
+        + (f"; loss curve in {plot}" if plot else "")
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from gptjax.errors import EXIT_FAILED, GptjaxError, PromptError
-from gptjax.verbs import parse, start_jax
+from gptjax.verbs import check_belongs, parse, start_jax, without_run
 
 if TYPE_CHECKING:
     from gptjax.inference.constrained import Grammar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gptjax.inference.writer import Completion, Writer
 
 MODEL = "a run folder, a Hugging Face folder, or the name of a model on the Hugging Face hub"
+DRAWN = ("top_k", "top_p", "min_p", "seed")  # options that have an effect only where tokens are drawn
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Sample:
 def sample(arguments: list[str]) -> None:
     """MODEL and a prompt -> continuations on stdout."""
     options: Sample = parse(Sample, arguments, "sample")
+    _check_belongs(options)
     start_jax()
     writer = _writer(options.model, options.checkpoint, options.dtype)
     if strange := [i for i in options.stop_tokens if not 0 <= i < writer.tokenizer.vocab_size]:
@@ -88,7 +91,7 @@ def sample(arguments: list[str]) -> None:
         prompts = _read(options.prompts, "prompts").removesuffix("\n").split("\n")
         if options.prompt or prompts == [""]:
             raise PromptError("give either a prompt or a file of prompts with at least one line")
-    sampling = options.drawing.sampling(writer)
+    sampling = _sampling(options, writer)
     lengths = [writer.room(p, options.max_length, options.max_new_tokens) for p in prompts]
     grammar = _grammar(options, writer)
     plain = not (options.json or options.logprobs or options.num_beams != 1 or options.draft or options.prompt_lookup)
@@ -105,6 +108,33 @@ def sample(arguments: list[str]) -> None:
     for i, completion in enumerate(done):
         _show(options, writer, i, prompts[i // options.num_return_sequences], completion, alone=len(done) == 1)
     _check_whole(whole)
+
+
+def _check_belongs(options: Sample) -> None:
+    """Raises `GptjaxError` where an option would have no effect."""
+    idle = without_run(options.model)
+    if options.num_beams > 1:
+        idle["no effect with --num-beams, which draws nothing"] = ("temperature", *DRAWN)
+        idle["not possible with --num-beams"] = (
+            "draft", "prompt_lookup", "stop", "logprobs", "json_schema", "regex", "grammar",
+        )  # fmt: skip
+    else:
+        idle |= _cold(options) | {"no effect without --num-beams above 1": ["length_penalty"]}
+    if not (options.draft or options.prompt_lookup):
+        idle["no effect without --draft or --prompt-lookup"] = ("draft_tokens",)
+    check_belongs(options, idle)
+
+
+def _cold(options: "Sample | Talk") -> dict[str, Iterable[str]]:
+    return {"no effect at --temperature 0, which draws nothing": DRAWN} if options.drawing.temperature == 0 else {}
+
+
+def _sampling(options: "Sample | Talk", writer: "Writer") -> "Sampling":
+    """Raises `GptjaxError` where the model's makers recommend to draw nothing, and options are about drawing."""
+    sampling = options.drawing.sampling(writer)
+    if sampling.temperature == 0:
+        check_belongs(options, {"no effect at temperature 0, as the model's makers recommend; give another": DRAWN})
+    return sampling
 
 
 def _complete(
@@ -124,8 +154,6 @@ def _complete(
     if options.num_return_sequences < 1:
         raise PromptError(f"num_return_sequences = {options.num_return_sequences}: must be at least 1")
     if options.num_beams > 1:
-        if grammar or options.draft or options.prompt_lookup or options.stop or options.logprobs:
-            raise PromptError("num_beams: goes with no grammar, draft, stop string or logprobs; leave them out")
         beams = Beams(options.num_beams, options.length_penalty)
         found = [writer.search(*p, sampling, beams) for p in zip(prompts, lengths, strict=True)]
         if options.num_return_sequences > options.num_beams:
@@ -186,6 +214,7 @@ class Talk:
 def chat(arguments: list[str]) -> None:
     """MODEL -> a dialogue on the terminal."""
     options: Talk = parse(Talk, arguments, "chat")
+    check_belongs(options, without_run(options.model) | _cold(options))
     start_jax()
     from gptjax.inference.chat import Chat
 
@@ -193,7 +222,7 @@ def chat(arguments: list[str]) -> None:
     usual = min(256, writer.engine.model.context_length // 2)
     most = usual if options.max_new_tokens is None else options.max_new_tokens
     dialogue = Chat(writer, options.system, most)
-    sampling, interactive = options.drawing.sampling(writer), sys.stdin.isatty()
+    sampling, interactive = _sampling(options, writer), sys.stdin.isatty()
     if interactive:
         how = "its own chat template" if dialogue.template else "no chat template: it goes on with a written dialogue"
         print(f"{writer.pretrained.name} ({how}); /reset forgets, /exit ends", file=sys.stderr)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gptjax import sharding
 from gptjax.data import batches as batches_module
-from gptjax.data.batches import CYCLE, Batches, WindowedStream, mixture, permute, prefetch
-from gptjax.data.objectives import Windows, causal, positions_within
+from gptjax.data.batches import CYCLE, Batches, PackedStream, WindowedStream, mixture, pack, permute, prefetch
+from gptjax.data.objectives import Windows, causal, positions_within, supervised
 from gptjax.data.store import Store, Stream, open_store
 from gptjax.errors import DataError
 
@@ -230,3 +230,47 @@ def test_a_run_goes_on_from_the_example_at_which_it_stood(tmp_path):
     again = batches(**{"model.context_length": 32})
     again.start_at(longer.place(13))
     assert again.samples(13).ravel().tolist() == list(range(8, 16)), "in the order that was begun"
+
+
+def packed(lengths, length: int, seed=(0,)) -> PackedStream:
+    """Examples of these lengths, in which every token is its own place and the second half is asked for."""
+    starts = np.cumsum([0, *lengths])
+    asked = np.concatenate([np.arange(n) >= (n + 1) // 2 for n in lengths])
+    stream = Stream("examples", np.arange(starts[-1], dtype=np.uint32), starts[:-1], asked)
+    return PackedStream(stream, length, seed)
+
+
+@given(lengths=st.lists(st.integers(2, 17), min_size=1, max_size=60), seed=st.integers(0, 99), epoch=st.integers(0, 2))
+@settings(max_examples=50, deadline=None)
+def test_an_epoch_of_examples_shows_each_once_whole_and_apart(lengths, seed, epoch):
+    stream = packed(lengths, 16, (seed,))
+    count = stream.windows
+    windows = stream.shuffled(np.arange(epoch * count, (epoch + 1) * count))
+    ids = windows.ids[windows.valid]
+    assert sorted(ids) == list(range(sum(lengths)))
+    batch = supervised(windows)
+    right = batch.weights > 0
+    assert sorted(batch.targets[right]) == list(np.flatnonzero(stream.asked)), "every answer is asked for once"
+    np.testing.assert_array_equal(batch.tokens[right] + 1, batch.targets[right])
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    for row in range(len(windows.ids)):
+        inside = windows.valid[row]
+        own, numbers = owner[windows.ids[row][inside]], windows.documents[row][inside]
+        assert len(set(zip(own, numbers, strict=True))) == len(set(own)) == len(set(numbers))
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=80))
+def test_packs_hold_all_and_are_not_many(lengths):
+    packs = pack(np.array(lengths), 20)
+    assert sorted(i for p in packs for i in p) == list(range(len(lengths)))
+    filled = [sum(lengths[i] for i in p) for p in packs]
+    assert max(filled) <= 20 and len(packs) <= 1.5 * -(-sum(lengths) // 20) + 1, "best fit decreasing is never far off"
+
+
+def test_of_a_long_example_the_end_is_read_and_answers_must_fit(tmp_path):
+    stream = packed([30, 8], 20)
+    assert stream.shortened == 1 and stream.begins.tolist() == [9, 30]
+    with pytest.raises(DataError, match=r"row 1: its answers are 30 tokens long, and model.context_length = 20 must"):
+        (tmp_path / "origins").write_text("table.csv, row 1\ntable.csv, row 2")
+        first = Stream("x", np.arange(68), np.array([0, 60]), np.arange(68) % 60 >= 30, tmp_path / "origins")
+        PackedStream(first, 20, (0,))

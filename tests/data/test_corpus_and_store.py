@@ -1,14 +1,20 @@
 """Sources of every kind, what is refused about them, and a store that is either whole or not there."""
 
+import csv
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY, write_corpus
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptjax.config import Data
 from gptjax.data import corpus, store
@@ -38,6 +44,50 @@ def test_every_format_gives_the_same_documents(tmp_path):
     for path in write_tables(tmp_path):
         assert texts(path) == DOCUMENTS, path
         assert texts(path, max_documents=3) == DOCUMENTS[:3]
+
+
+cells = st.text('ab",\n é#', max_size=6)
+
+
+@given(st.lists(st.tuples(cells, cells), min_size=1), st.data())
+def test_the_rows_of_a_table_are_exact_and_know_their_lines(rows, data):
+    """Cells of any text, over several lines, and blank lines between the rows."""
+    written, lines = io.StringIO("a,b\n"), []
+    written.seek(0, io.SEEK_END)
+    for row in rows:
+        written.write("\n" * data.draw(st.integers(0, 2)))
+        lines.append(written.getvalue().count("\n") + 1)
+        csv.writer(written, lineterminator="\n").writerow(row)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        path.write_text(written.getvalue(), encoding="utf-8")
+        found = list(corpus.rows(str(path), Data()))
+        assert [(x["a"], x["b"]) for x, _ in found] == rows
+        assert [where for _, where in found] == [f"{path}, line {n}" for n in lines]
+        path = path.with_suffix(".jsonl")
+        path.write_text("\n".join(json.dumps({"a": a}) + "\n" * (len(b) % 2) for a, b in rows))
+        found, at = list(corpus.rows(str(path), Data())), 1
+        for (a, b), (x, where) in zip(rows, found, strict=True):
+            assert x == {"a": a} and where == f"{path}, line {at}"
+            at += 1 + len(b) % 2
+
+
+def test_tables_that_are_not_what_they_say_are_refused_with_the_line(tmp_path):
+    for name, content, message in [
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3: has 3 cells, and the first line names 2 columns"),
+        ("b.csv", b'a,b\n"x\ny",2\n"open,2\n\n', "line 4: cannot be read as csv"),
+        ("c.csv", b"a,a\n1,2\n", "line 1: names the column 'a' twice"),
+        ("d.csv", b"a,b\n1,2\n1,caf\xe9\n", "line 3: is not UTF-8"),
+        ("a.jsonl", b'{"a": "x"}\n\n{"a": \n', "line 3: cannot be read as json"),
+        ("b.jsonl", b'{"a": "x"}\n[1]\n', "line 2: holds '[1]\\n'; an object with the columns is needed"),
+        ("c.jsonl", b'{"a": "\xe9"}\n', "line 1: cannot be read as json"),
+        ("d.jsonl", b"[" * 100_000, "line 1: cannot be read as json"),
+        ("bom.csv", b"\xef\xbb\xbf", "has no text in it"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            list(corpus.read(str(tmp_path / name), Data(column="a")))
+        assert name in str(caught.value) and message in str(caught.value), name
 
 
 def test_words_that_look_like_missing_values_are_text(tmp_path):
@@ -100,7 +150,7 @@ def test_what_is_wrong_with_a_source_is_named(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     refused(tmp_path / "rows.jsonl", "has no column 'body' (data.column); it has text", column="body")
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
-    refused(tmp_path / "number.jsonl", "row 1, column 'text' holds 3")
+    refused(tmp_path / "number.jsonl", "line 1, column 'text' holds 3")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut off")
     refused(tmp_path / "cut.parquet", "cut.parquet: cannot be read as parquet")
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer
+from gptjax.config import Data
+from gptjax.data.examples import examples
+from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer, SentencePieceTokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.chat import Chat
 from gptjax.inference.pretrained import Pretrained
@@ -50,6 +52,23 @@ def test_the_prompt_is_what_the_template_says():
     assert (ids == 256).sum() == 1 and (ids == 257).sum() == 3 and (ids == 258).sum() == 2
 
 
+def test_a_dialogue_in_chat_is_one_that_the_dialogue_task_trains_on(monkeypatch):
+    """Token for token up to where the agent speaks; and the agent learns to stop where chat listens for it."""
+    monkeypatch.delenv("GPTJAX_DATA", raising=False)  # so that it is the sample
+    found = list(examples("task:dialogue", Data(), "train"))
+    texts = ["".join(part.text for part in example.parts) for example in found]
+    for tokenizer in (ByteTokenizer(), SentencePieceTokenizer.train(texts, 400)):
+        chat = Chat(writer_of(tokenizer), new_tokens=8)
+        for example, text in zip(found, texts, strict=True):
+            speakers, said = zip(*(line.split(": ", 1) for line in text.split("\n")), strict=True)
+            messages = [{"role": role.lower(), "content": x} for role, x in zip(speakers, said, strict=True)]
+            *before, answer = tokenizer.parts([part.text for part in example.parts])
+            np.testing.assert_array_equal(chat.prompt(messages[:-1]), np.concatenate(before))
+            assert tokenizer.decode(answer) == f" {said[-1]}"
+            *others, _ = [part.text for part in example.parts if part.asked]
+            assert all(turn.endswith(tuple(chat.stop)) for turn in others)
+
+
 def test_a_user_who_writes_special_tokens_writes_text():
     pytest.importorskip("jinja2")
     tokenizer = chat_tokenizer()
@@ -81,6 +100,13 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came():
     heard = next(parts) + next(parts)
     parts.close()
     assert chat.messages[-1]["content"] == heard.strip()
+
+
+def test_an_answer_begins_with_its_first_visible_character():
+    sampling = Sampling(logit_bias=tuple((i, 60.0) for i in b" a"))
+    chat = Chat(writer_of(ByteTokenizer()), new_tokens=20)
+    answers = ["".join(chat.reply("hello", sampling, seed)) for seed in range(6)]
+    assert any(" " in a for a in answers) and not any(a.startswith(" ") for a in answers)
 
 
 def test_what_cannot_be_said_is_refused():

@@ -154,3 +154,36 @@ def test_eight_bits_change_little_and_take_a_quarter():
     assert abs(a - b) < 0.02
     with pytest.raises(PromptError, match=r"dtype = 'int4': must be one of float32, bfloat16, int8"):
         make_engine(pretrained, "int4")
+
+
+def test_bfloat16_is_near_float32():
+    model = tiny_model(vocab_size=257, context_length=32, embed_dim=64, num_heads=4, ffn="swiglu", tie_embeddings=False)
+    whole, narrow = (make_engine(pretrained_of(model, 1.0), numbers) for numbers in (None, "bfloat16"))
+    for texts in ([range(20)], [range(20), range(3)]):
+        requests = [ask(text, 1, sampling=GREEDY) for text in texts]
+        a, b = (next(iter(generate(engine, requests))) for engine in (whole, narrow))
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=0.05)
+
+
+class EndsAfter:
+    """A guide that forbids nothing and ends a text after some tokens."""
+
+    def __init__(self, tokens):
+        self.left, self.seen = tokens, []
+
+    def allowed(self):
+        return None
+
+    def take(self, token):
+        self.seen.append(token)
+        self.left -= 1
+        return self.left == 0
+
+
+def test_a_text_may_end_early_and_its_company_goes_on(engine):
+    whole = made(engine, [ask([1, 2, 3], 9), ask([7, 8], 9)])
+    guide = EndsAfter(2)
+    early, late = made(engine, [ask([1, 2, 3], 9, guides=(guide,)), ask([7, 8], 9)])
+    assert (early, late) == (whole[0][:2], whole[1]) and guide.seen == early, "nothing is told after the end"
+    assert made(engine, [ask([1, 2, 3], 9, guides=(EndsAfter(3),))]) == [whole[0][:3]]

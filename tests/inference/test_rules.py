@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.errors import PromptError
-from gptjax.inference.rules import History, Sampling, choose, penalised, rules_of, warped
+from gptjax.inference.rules import History, Sampling, choose, likeliest, penalised, rules_of, warped
 
 VOCAB, ROWS, LENGTH = 23, 3, 12
 
@@ -43,7 +43,7 @@ settings_drawn = st.builds(
 @given(seed=st.integers(0, 10**6), samplings=st.lists(settings_drawn, min_size=ROWS, max_size=ROWS))
 def test_every_rule_is_that_of_transformers(seed, samplings):
     torch = pytest.importorskip("torch")
-    from transformers import generation as g
+    g = pytest.importorskip("transformers.generation")
 
     logits, tokens, prompts, lengths = case(seed)
     rules = rules_of(samplings, VOCAB, VOCAB)
@@ -139,3 +139,9 @@ def test_settings_that_mean_nothing_are_refused(wrong):
         Sampling(**wrong)
     with pytest.raises(PromptError, match=r"logit_bias: 7 is no token; there are ids 0 to 4"):
         rules_of([Sampling(logit_bias=((7, 1.0),))], 5, 8)
+
+
+def test_of_equals_the_first_is_the_likeliest():
+    logits = np.random.default_rng(0).integers(-2, 3, (50, VOCAB)).astype(np.float32)
+    logits[0], logits[1, :5] = -np.inf, -np.inf
+    np.testing.assert_array_equal(likeliest(jnp.asarray(logits)), logits.argmax(-1) * (logits.max(-1) > -np.inf))

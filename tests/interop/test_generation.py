@@ -36,7 +36,10 @@ def neox():
     return transformers.GPTNeoXForCausalLM(config)
 
 
-@pytest.fixture(scope="module", params=[gpt2, llama, neox], ids=["gpt2", "llama", "neox"])
+FAMILIES = [gpt2, llama, neox]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
 def pair(request, tmp_path_factory):
     """The same random weights in transformers and here, large enough that the next token depends on the text."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
@@ -80,15 +83,15 @@ def test_greedy_texts_are_those_of_transformers(pair, rules):
         assert theirs(model, PROMPTS) == alone, "ragged batches there as here"
 
 
-SEARCHES = [Beams(5, 2.0), Beams(2), Beams(4, -0.5), Beams(3, 1.0, True), Beams(4, 0.7, "never")]
+LONG = Beams(5, 2.0)
+OTHERS = [Beams(2), Beams(4, -0.5), Beams(3, 1.0, True), Beams(4, 0.7, "never")]
+SEARCHES = [(family, LONG) for family in FAMILIES] + [(gpt2, beams) for beams in OTHERS]  # which know no family
 
 
-@pytest.mark.parametrize("beams", SEARCHES, ids=str)
+@pytest.mark.parametrize(("pair", "beams"), SEARCHES, indirect=["pair"], ids=lambda x: getattr(x, "__name__", str(x)))
 def test_beams_are_those_of_transformers(pair, beams):
     """With a stop token that the texts often reach, and all that were found, in their order."""
     model, engine = pair
-    if beams != SEARCHES[0] and model.config.model_type != "gpt2":
-        pytest.skip("the search does not know the family: one search for each is enough")
     for prompt, penalty in [(PROMPTS[0], 1.0), (PROMPTS[2], 1.3)]:
         free = ours(engine, [prompt], Sampling(temperature=0))[0]
         stop = free[4]

@@ -1,5 +1,6 @@
 """Models of Hugging Face: the same logits in both directions, the same bits there and back, and what is refused."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from conftest import tiny_model, tiny_run
 
 from gptjax.config import Experiment, Model
 from gptjax.data.batches import Place
-from gptjax.data.tokenizer import ByteTokenizer
+from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.errors import Disagreement, ExchangeError, GptjaxError, RunError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.agreement import Agreement, agreement, insist, logits, rounded
@@ -300,6 +301,10 @@ def test_what_no_family_can_express_is_named():
     for words in ("gpt2 has no", "llama has no", "gpt_neox has no", "positions = 'alibi'", "qk_norm", "window = 4",
                   "logit_softcap = 30.0"):  # fmt: skip
         assert words in str(caught.value)
+    with pytest.raises(ExchangeError, match="ffn = 'none'"):
+        choose_family(made(dict(ffn="none")).model)
+    with pytest.raises(ExchangeError, match="mup_width = 4"):
+        choose_family(made(dict(mup_width=4)).model)
     with pytest.raises(ExchangeError, match="there are auto, gpt2, gpt_neox, llama"):
         choose_family(made({}).model, "bert")
 
@@ -385,9 +390,30 @@ def test_what_the_makers_recommend(folder):
     edit(folder / "generation_config.json", min_p=7)
     with pytest.raises(ExchangeError, match=r"min_p = 7"):
         load_folder(folder)
-    edit(folder / "generation_config.json", min_p=0.1, suppress_tokens=[3])
-    with pytest.raises(ExchangeError, match=r"suppress_tokens = \[3\]: gptjax has no such rule"):
-        load_folder(folder)
+
+
+def test_what_gptjax_does_not_follow_is_named_and_kept(folder, tmp_path, capsys):
+    """From a folder to a run to a folder: nothing in generation_config.json is lost."""
+    path = folder / "generation_config.json"
+    harmless = dict(pad_token_id=5, max_length=50, transformers_version="4.30", top_k=0, typical_p=1.0, num_beams=1)
+    edit(path, **harmless, do_sample=False, temperature=0.6, min_length=0, suppress_tokens=[], constraints=None)
+    assert load_folder(folder).recommended == {"temperature": 0.0} and capsys.readouterr().err == ""
+    edit(path, num_beams=4, suppress_tokens=list(range(99)), novel_rule=0.5, forced_bos_token_id=0, do_sample=True)
+    read = load_folder(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    for told in ("warning: ", "num_beams = 4", "suppress_tokens = [0, 1, 2, 3, 4, 5, ...]", "novel_rule = 0.5",
+                 "forced_bos_token_id = 0", "may differ from those of transformers"):  # fmt: skip
+        assert told in line
+    for silent in harmless.keys() - {"num_beams"}:
+        assert silent not in line
+    import_run(read, tmp_path / "run", "x")
+    save_folder(open_model(str(tmp_path / "run")), tmp_path / "again")
+    before, after = (json.loads((at / "generation_config.json").read_text()) for at in (folder, tmp_path / "again"))
+    ids = {"bos_token_id", "eos_token_id"}  # which a tokenizer has a say in
+    assert {n: v for n, v in after.items() if n not in ids} == {n: v for n, v in before.items() if n not in ids}
+    greedy = dataclasses.replace(read, recommended={"temperature": 0.0})
+    save_folder(greedy, tmp_path / "greedy")
+    assert load_folder(tmp_path / "greedy").recommended == {"temperature": 0.0}, "what is recommended now has the say"
 
 
 def test_chat_templates_of_both_kinds(folder):
@@ -406,6 +432,40 @@ def test_the_wrong_tokenizer_is_refused(folder):
     edit_weights(folder, change)
     with pytest.raises(ExchangeError, match=r"has 257 ids and the model 200: it is the wrong tokenizer"):
         load_folder(folder)
+
+
+def test_a_stop_token_that_the_tokenizer_lacks_is_refused(folder):
+    edit(folder / "generation_config.json", eos_token_id=[3, 258])
+    with pytest.raises(ExchangeError, match=r"eos_token_id = 258, and the tokenizer has only 257 ids: it is the wrong"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "doubtful"),
+    [
+        (50_277, 50_304, False),  # Pythia 160M
+        (50_277, 50_688, False),  # Pythia 12B
+        (32_000, 32_000, False),  # Llama 2
+        (49_152, 49_152, False),  # SmolLM
+        (259, 384, False),  # ByT5
+        (257, 514, False),
+        (257, 515, True),
+        (32_000, 33_023, False),
+        (32_000, 33_024, True),
+        (32_000, 50_257, True),  # Llama's beside GPT-2
+        (50_257, 128_256, True),  # GPT-2's beside Llama 3
+    ],
+)
+def test_a_tokenizer_far_smaller_than_its_model_is_doubted(ids, rows, doubtful, tmp_path, capsys):
+    characters = "".join(map(chr, range(0x100, 0x100 + ids)))
+    ours = made(dict(vocab_size=rows, context_length=4, num_layers=1, embed_dim=2, num_heads=1, ffn_dim=2))
+    tokenizer = CharTokenizer(characters, has_end_of_text=False)
+    assert tokenizer.vocab_size == ids
+    save_folder(dataclasses.replace(ours, tokenizer=tokenizer), tmp_path / "out")
+    assert capsys.readouterr().err == "", "whoever writes a model knows its tokenizer"
+    assert load_folder(tmp_path / "out").tokenizer.vocab_size == ids
+    doubt = f"warning: {tmp_path}/out: the tokenizer has {ids:,} ids and the model {rows:,}."
+    assert capsys.readouterr().err.startswith(doubt) if doubtful else capsys.readouterr().err == ""
 
 
 class Payload:
@@ -627,7 +687,7 @@ def test_names_that_are_no_model_are_explained(tmp_path, monkeypatch):
         (str(tmp_path / "file"), "is a file"),
         (str(tmp_path / "absent"), "does not exist"),
         (str(tmp_path / "other"), "holds neither experiment.json .* nor config.json"),
-        ("nobody/nothing", "is no folder here, and could not be fetched"),
+        ("nobody/nothing", r"is no folder here \(train it first, if it is a run\), and could not be fetched"),
     ]:
         with pytest.raises(GptjaxError, match=message):
             open_model(name)

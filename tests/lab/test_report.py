@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from gptjax.lab.report import _smooth, plot_loss
+from gptjax.lab.curves import smooth
+from gptjax.lab.report import plot_by_distance, plot_loss
 from gptjax.training.run import Run
 
 
@@ -20,6 +21,13 @@ def test_a_run_of_any_length_can_be_drawn(tmp_path, count):
 
 def test_smoothing_keeps_lines_and_length():
     line = np.arange(40.0)
-    np.testing.assert_allclose(_smooth(line)[4:-4], line[4:-4])
+    np.testing.assert_allclose(smooth(line)[4:-4], line[4:-4])
     for count in (1, 2, 11):
-        np.testing.assert_allclose(_smooth(np.full(count, 3.0)), np.full(count, 3.0))
+        np.testing.assert_allclose(smooth(np.full(count, 3.0)), np.full(count, 3.0))
+
+
+def test_shares_by_distance_are_drawn_with_and_without_intervals(tmp_path):
+    known = np.array([[0.9, 0.5, 0.2], [0.8, 0.3, -0.1], [1.1, 0.7, 0.5]])
+    unknown = np.array([[0.9, 0.5, 0.2], [np.nan] * 3, [np.nan] * 3])  # of a single run
+    plot_by_distance([2, 64, 256], {"one": known, "other": unknown}, 64, 0.1, tmp_path / "shares.png")
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")

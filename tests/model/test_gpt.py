@@ -13,7 +13,7 @@ from gptjax.inference.cache import cache_bytes, empty_cache
 from gptjax.model import ops
 from gptjax.model.attention import choose_kernel
 from gptjax.model.gpt import GPT, decode, init_params, layers_apart, read_out, weight_axes
-from gptjax.training.metrics import num_params
+from gptjax.training.metrics import flops_per_token, num_params
 
 VARIANTS = {
     "learned": {},
@@ -33,6 +33,9 @@ VARIANTS = {
     "neox": dict(positions="rope", rope_fraction=0.25, parallel_residual=True, ffn="gelu_exact"),
     "llama3": dict(positions="rope", rope_scaling="llama3", rope_factor=2.0),
     "bert": dict(norm_placement="post", embedding_norm=True, head="mlm", ffn="gelu_exact"),
+    "mup": dict(mup_width=8, tie_embeddings=False),
+    "attention-only": dict(ffn="none", positions="rope"),
+    "attention-only-post": dict(ffn="none", norm_placement="post"),
     "relu-bfloat16": dict(ffn="relu", dtype="bfloat16"),
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -58,14 +61,14 @@ def logits_of(model, params, tokens, **inputs):
     return jax.jit(lambda p, t: GPT(model).apply({"params": p}, t, **inputs))(params, tokens)
 
 
-def influence(model, params, tokens, segments=None, positions=None):
+def influence(model, params, tokens, segments=None, positions=None, prefix=None):
     """|d logits at place i / d embedding of place j|, summed over everything else: [length, length]."""
     places = jnp.arange(tokens.shape[1])
     angles = places if positions is None else positions
 
     def from_embeddings(module, x):
         rope = ops.rope_table(model, angles) if model.positions == "rope" else None
-        y, _ = module.blocks(x, rope, ops.Sight(places, places, segments, segments))
+        y, _ = module.blocks(x, rope, ops.Sight(places, places, segments, segments, prefix))
         logits = module.logits(module.final_norm(y) if model.norm_placement == "pre" else y)
         return logits[0].astype(jnp.float32)
 
@@ -110,6 +113,53 @@ def test_documents_do_not_leak(changes):
     alone = logits_of(model, params, tokens[:, 3:7])
     tolerance = 0.05 if model.dtype == "bfloat16" else 2e-5
     np.testing.assert_allclose(packed[:, 3:7], alone, atol=tolerance)
+
+
+some_variants = pytest.mark.parametrize("name", ["learned", "rope", "window-alibi-caps", "gqa"])
+PACKED = dict(
+    segments=jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]]),
+    positions=jnp.array([[0, 1, 2, 3, 0, 1, 2, 3]]),
+    prefix=jnp.array([[True, True, False, False, True, True, True, False]]),
+)
+
+
+@some_variants
+def test_a_prefix_is_seen_by_all_of_its_document_and_by_no_other(name):
+    """By gradient, and by value: an asked token changes no logit before it, a prefix token all of its document's."""
+    model = tiny_model(**VARIANTS[name])
+    params, tokens = random_params(model), random_tokens(model, rows=1, length=8)
+    seen = influence(model, params, tokens, **PACKED)
+    later, in_prefix = np.triu(np.ones((8, 8), bool), 1), np.array(PACKED["prefix"][0])[None, :]
+    same = np.array(PACKED["segments"][0][:, None] == PACKED["segments"][0])
+    assert np.all(seen[~same] == 0), "another document was seen"
+    assert np.all(seen[later & ~in_prefix] == 0), "a later token that is asked for was seen"
+    if model.window is None:
+        assert np.all(seen[same & (~later | in_prefix)] > 0), "something of the prefix was not seen"
+
+    logits = np.array(logits_of(model, params, tokens, **PACKED))
+    for changed in range(8):
+        other = tokens.copy()
+        other[0, changed] = (other[0, changed] + 1) % model.vocab_size
+        moved = np.any(np.array(logits_of(model, params, other, **PACKED)) != logits, -1)[0]
+        may_move = same[:, changed] & (~later[:, changed] | in_prefix[0, changed])
+        assert not np.any(moved & ~may_move), "the logits stay the same bit for bit"
+        assert moved[changed] and (model.window or np.all(moved == may_move))
+
+
+@some_variants
+def test_documents_with_a_prefix_are_read_as_if_each_stood_alone(name):
+    model = tiny_model(**VARIANTS[name])
+    params, tokens = random_params(model), random_tokens(model, rows=1, length=8)
+    packed = logits_of(model, params, tokens, **PACKED)
+    for here in (slice(0, 4), slice(4, 8)):
+        alone = logits_of(model, params, tokens[:, here], prefix=PACKED["prefix"][:, here])
+        np.testing.assert_allclose(packed[:, here], alone, atol=2e-5)
+
+
+def test_a_prefix_of_everything_is_the_bidirectional_model():
+    params, tokens = random_params(tiny_model()), random_tokens(tiny_model())
+    everything = logits_of(tiny_model(), params, tokens, prefix=jnp.ones(tokens.shape, bool))
+    np.testing.assert_allclose(everything, logits_of(tiny_model(causal=False), params, tokens), atol=1e-6)
 
 
 @every_variant
@@ -231,3 +281,33 @@ def test_the_kernel_is_chosen_in_the_open():
     assert choose_kernel(tiny_model(dtype="bfloat16", attention_kernel="xla"), "gpu") == ("xla", "asked for")
     kernel, why = choose_kernel(tiny_model(dtype="bfloat16", attention_softcap=30.0, dropout=0.1), "gpu")
     assert kernel == "xla" and "soft-cap" in why and "dropout" in why
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_attention_alone_is_a_block_whose_ffn_adds_nothing(placement):
+    whole, alone = (tiny_model(ffn=ffn, norm_placement="pre") for ffn in ("gelu", "none"))
+    if placement == "post":  # where the norm behind the FFN is there all the same: it must change nothing either
+        whole, alone = (
+            tiny_model(ffn=ffn, norm_placement="post", bias=False, norm="rmsnorm") for ffn in ("gelu", "none")
+        )
+    params = random_params(whole)
+    blocks = dict(params["blocks"])
+    blocks["ffn"] = jax.tree.map(jnp.zeros_like, blocks["ffn"])
+    if placement == "post":  # unit scales: a norm of what is normalised already
+        blocks |= {name: {"scale": jnp.ones_like(blocks[name]["scale"])} for name in ("attention_norm", "ffn_norm")}
+    params = params | {"blocks": blocks}
+    kept = {name: part for name, part in blocks.items() if not name.startswith("ffn")}
+    tokens = random_tokens(whole)
+    np.testing.assert_allclose(
+        logits_of(whole, params, tokens), logits_of(alone, params | {"blocks": kept}, tokens), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_attention_alone_has_the_weights_and_flops_of_attention():
+    m = tiny_model(ffn="none", bias=False, num_layers=3)
+    sizes = num_params(m)
+    blocks = 3 * (4 * m.embed_dim**2 + m.embed_dim)  # query, key, value, out, and one norm
+    assert sizes["total"] == blocks + m.embed_dim + (m.vocab_size + m.context_length) * m.embed_dim
+    assert flops_per_token(m) == 6 * sizes["multiplied"] + 12 * 3 * m.embed_dim * m.context_length
+    spread = np.std(init_params(tiny_model(ffn="none", embed_dim=64), jax.random.key(0))["blocks"]["attention"]["out"])
+    assert spread == pytest.approx(0.02 / 2**0.5, rel=0.03), "two layers of one branch each"

@@ -64,6 +64,32 @@ def test_attention_is_the_float64_loop(kv_heads, group, causal, window, document
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 6),
+    documents=st.booleans(),
+    prefix=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_a_key_is_seen_where_the_rules_of_one_pair_say_so(causal, window, documents, prefix, seed):
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(0, 3, (2, 6)), 1) if documents else None
+    begun = rng.random((2, 6)) < 0.5 if prefix else None
+
+    def sees(row, query, key):
+        early = key <= query or (begun is not None and begun[row, key])
+        near = window is None or abs(query - key) < window
+        together = segments is None or segments[row, query] == segments[row, key]
+        return (early or not causal) and near and together
+
+    expected = [[[sees(row, q, k) for k in range(6)] for q in range(6)] for row in range(2)]
+    inputs = [None if x is None else jnp.array(x) for x in (segments, segments, begun)]
+    mask = ops.visible(ops.Sight(jnp.arange(6), jnp.arange(6), *inputs), causal, window)
+    mask = np.ones((1, 1, 6, 6), bool) if mask is None else mask
+    np.testing.assert_array_equal(np.broadcast_to(mask, (2, 1, 6, 6))[:, 0], expected)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     scaling=st.sampled_from(["none", "linear", "ntk", "yarn"]),
@@ -163,3 +189,15 @@ def test_softcap_bounds_and_leaves_small_values():
     x = jnp.array([-1e4, -0.01, 0.0, 0.01, 1e4])
     np.testing.assert_allclose(ops.softcap(x, 30.0), [-30, -0.01, 0, 0.01, 30], atol=1e-6)
     assert ops.softcap(x, None) is x
+
+
+@pytest.mark.parametrize(("shape", "num_inputs"), [((6, 10), 1), ((6, 2, 5), 1), ((2, 3, 10), 2)])
+def test_a_matrix_may_lie_the_other_way(shape, num_inputs):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, *shape[:num_inputs])).astype(np.float32)
+    weight = rng.normal(size=shape).astype(np.float32)
+    expected = np.tensordot(x.astype(np.float64), weight, num_inputs)
+    for form in (jnp.asarray(weight), ops.turn(jnp.asarray(weight), num_inputs)):
+        np.testing.assert_allclose(ops.project(jnp.asarray(x), form, num_inputs), expected, rtol=1e-5, atol=1e-5)
+    rounded = ops.project(jnp.asarray(x), ops.quantise(jnp.asarray(weight), num_inputs), num_inputs)
+    np.testing.assert_allclose(rounded, expected, atol=0.03 * abs(expected).max())

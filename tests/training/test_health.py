@@ -166,8 +166,8 @@ def test_a_spike_is_told_of_and_skipped_where_that_is_asked_for(tmp_path, monkey
     prepared = train.prepare
     surprise = 140  # steps before it: the window of recent losses is full
 
-    def surprising(experiment):
-        shop = prepared(experiment)
+    def surprising(experiment, **how):
+        shop = prepared(experiment, **how)
         on_devices = shop.batches.on_devices
 
         def other(step, mesh):

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import assert_same, restored, tiny_run, write_corpus
+from conftest import assert_same, fine_tuning, restored, tiny_run, use_one_device, write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import start, start_job, wait_for_step, write_experiment
@@ -39,8 +39,8 @@ class Recorder:
         patch.setattr(train, "prepare", self.prepare)
         patch.setattr(loop, "stop_requests", self.stop_requests)
 
-    def prepare(self, experiment):
-        shop = self._prepare(experiment)
+    def prepare(self, experiment, **how):
+        shop = self._prepare(experiment, **how)
 
         def step(state, batch):
             number, samples = int(state.step), shop.batches.samples(int(state.step))
@@ -75,14 +75,15 @@ class Recorder:
         return train.train(experiment, folder)
 
 
-def check_in_pieces(changes: dict, stops: list[tuple[int, str]]) -> None:
+def check_in_pieces(changes: dict, stops: list[tuple[int, str]], init: Path | None = None) -> None:
+    """Of pre-training; with `init` of fine-tuning from that run."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
         sources = changes.pop("sources", 1)
         if sources > 1:
             (folder / "b").mkdir()
             changes |= {"data.source": (str(write_corpus(folder)), str(write_corpus(folder / "b", 3000)))}
-        e = tiny_run(folder, **changes)
+        e = fine_tuning(folder, init, **changes) if init else tiny_run(folder, **changes)
         recorder = Recorder(patch)
         whole = recorder.run(e, folder / "whole", [])
         assert sorted(recorder.seen) == list(range(1, e.train.steps + 1))
@@ -97,39 +98,47 @@ def check_in_pieces(changes: dict, stops: list[tuple[int, str]]) -> None:
         assert not (folder / "parts" / "lock.json").exists()
 
 
-RUNS = st.fixed_dictionaries(
-    {
-        "train.steps": st.integers(4, 9),
-        "train.checkpoint_every": st.sampled_from([1, 2, 3]),
-        "train.microbatches": st.sampled_from([1, 2]),
-        "train.eval_every": st.sampled_from([0, 2]),
-        "model.dropout": st.sampled_from([0.0, 0.2]),
-        "optim.ema_decay": st.sampled_from([None, 0.9]),
-        "data.tokenizer": st.sampled_from(["byte", "char"]),
-        "train.skip_spikes": st.sampled_from([None, 6.0]),
-        "sources": st.sampled_from([1, 2]),
-    }
-)
+ANY: dict[str, st.SearchStrategy] = {
+    "train.steps": st.integers(4, 9),
+    "train.checkpoint_every": st.sampled_from([1, 2, 3]),
+    "train.microbatches": st.sampled_from([1, 2]),
+    "train.eval_every": st.sampled_from([0, 2]),
+    "model.dropout": st.sampled_from([0.0, 0.2]),
+    "optim.ema_decay": st.sampled_from([None, 0.9]),
+    "train.skip_spikes": st.sampled_from([None, 6.0]),
+}
+RUNS = {
+    "pre-training": {"data.tokenizer": st.sampled_from(["byte", "char"]), "sources": st.sampled_from([1, 2])},
+    "fine-tuning": {
+        "objective.name": st.sampled_from(["supervised", "prefix"]),
+        "model.lora_rank": st.sampled_from([0, 1, 3]),
+        "optim.frozen": st.sampled_from([(), ("embedding.*", "*.up*"), ("blocks.ffn.*",)]),
+        "optim.layer_decay": st.sampled_from([1.0, 0.7]),
+    },
+}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "sgd", "muon", "schedule_free"])
 @settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(changes=RUNS, data=st.data())
-def test_any_run_in_any_pieces_is_the_unbroken_run_bit_for_bit(optimizer, changes, data):
-    changes |= {"optim.name": optimizer}
+@given(data=st.data())
+def test_any_run_in_any_pieces_is_the_unbroken_run_bit_for_bit(finished_run, kind, optimizer, data):
+    changes = data.draw(st.fixed_dictionaries(ANY | RUNS[kind])) | {"optim.name": optimizer}
     if optimizer == "schedule_free":
         changes |= {"optim.schedule": "constant"}
     steps = changes["train.steps"]
     kinds = st.tuples(st.integers(1, steps - 1), st.sampled_from(["signal", "crash"]))
     stops = sorted(data.draw(st.lists(kinds, min_size=1, max_size=3, unique_by=lambda stop: stop[0])))
-    check_in_pieces(dict(changes), stops)
+    check_in_pieces(changes, stops, finished_run if kind == "fine-tuning" else None)
 
 
-def test_a_run_stopped_three_times_is_the_unbroken_run_bit_for_bit():
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_stopped_three_times_is_the_unbroken_run_bit_for_bit(finished_run, kind):
     """By a signal, by a crash with a save in flight, and by a signal again; dropout, accumulation and averages on."""
     changes = {"model.dropout": 0.1, "train.microbatches": 2, "optim.ema_decay": 0.9, "train.checkpoint_every": 2}
-    check_in_pieces(changes, [(1, "signal"), (4, "crash"), (5, "signal")])
+    stops = [(1, "signal"), (4, "crash"), (5, "signal")]
+    check_in_pieces(changes, stops, finished_run if kind == "fine-tuning" else None)
 
 
 @pytest.mark.slow
@@ -164,8 +173,8 @@ def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twic
     read: list[int] = []
     prepared = train.prepare
 
-    def recording(experiment):
-        shop = prepared(experiment)
+    def recording(experiment, **how):
+        shop = prepared(experiment, **how)
         samples = shop.batches.samples
 
         def train_step(state, batch):
@@ -210,6 +219,51 @@ def test_the_same_shapes_with_another_meaning_are_refused(finished_run, change):
     other = {"model.head_dim": 16 // 4, "model.num_kv_heads": 4} if field == "model.num_heads" else {}
     with pytest.raises(RunError, match=f"{field}: .* there, .* now"):
         train.train(e.override(change | other), finished_run)
+
+
+@pytest.fixture(scope="module")
+def tuned_run(finished_run, tmp_path_factory) -> Path:
+    """A run of two steps that began with another one."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_device(patch)
+        train.train(fine_tuning(folder, finished_run, **{"train.steps": 2, "optim.warmup_steps": 1}), folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init": "another"},
+        {"data.prompt": "{number}{letter}:"},
+        {"data.answer": "{next}{next}"},
+        {"data.labels": tuple("bcdefghijklmnopqrstuvwxyz")},
+        {"objective.name": "prefix"},
+        {"model.lora_rank": 3},
+        {"model.lora_alpha": 3.0},
+        {"model.lora_targets": ("query", "out", "up", "down")},
+        {"optim.frozen": ()},
+        {"optim.layer_decay": 0.9},
+    ],
+)
+def test_fine_tuning_in_another_way_is_refused_with_the_difference(tuned_run, change):
+    (field,) = change
+    e, before = open_run(tuned_run).experiment, (tuned_run / "experiment.json").read_text()
+    with pytest.raises(RunError, match=rf"(?s)holds another experiment.*{field}: .* there, .* now"):
+        train.train(e.override(change), tuned_run)
+    if field == "model.lora_rank":
+        with pytest.raises(RunError, match=r"lora_down: float32\[2, 16, 2\] saved, .*decided by model\.lora_rank"):
+            train.train(e.override(change | {"train.steps": 3}), tuned_run, allow_changes=True)
+    assert (tuned_run / "experiment.json").read_text() == before
+
+
+def test_a_table_that_was_changed_by_one_letter_is_refused(finished_run, tmp_path):
+    e = fine_tuning(tmp_path, finished_run, **{"train.steps": 2, "optim.warmup_steps": 1})
+    train.train(e, tmp_path / "run")
+    table = tmp_path / "table.jsonl"
+    table.write_text(table.read_text().replace('"a"', '"A"', 1))
+    with pytest.raises(RunError, match=r"data \(SHA-256 of text, tokenizer and split\): .* there, .* now"):
+        train.train(e.override({"train.steps": 3}), tmp_path / "run")
 
 
 def test_another_tokenizer_is_refused_even_with_permission(tmp_path):

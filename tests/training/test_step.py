@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, tiny_run
+from conftest import TINY, fine_tuning, tiny_run
 
 from gptjax import sharding
 from gptjax.data.objectives import Batch
 from gptjax.model.gpt import GPT
 from gptjax.training.optim import Average, evaluation_params, make_optimizer
-from gptjax.training.state import create_state, init_state, named_key
-from gptjax.training.step import batch_loss, eval_step, train_step
-from gptjax.training.workshop import prepare
+from gptjax.training.state import init_state, named_key
+from gptjax.training.step import batch_loss, eval_step, token_loss, train_step
+from gptjax.training.workshop import first_state, prepare
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
 
@@ -26,13 +26,13 @@ def losses_on(e, data, model, steps=4):
     mesh = sharding.mesh_of(jax.devices()[: data * model], data, model)
     shop = prepare(e, mesh)
     with jax.set_mesh(mesh):
-        state, losses = create_state(shop.experiment, shop.tx, shop.abstract), []
+        state, losses = first_state(shop, None), []
         for step in range(steps):
             state, metrics = shop.train_step(state, shop.batches.on_devices(step, mesh))
             losses.append(float(metrics["loss"]))
         part = sharding.place(next(shop.batches.validation()), ("batch", "length"), mesh)
-        total, count = shop.eval_step(state, part)
-    return [*losses, float(total / count)], state, shop
+        shown, count = shop.eval_step(state, part)
+    return [*losses, float(shown["loss"] / count)], state, shop
 
 
 PLAIN = {"model.dropout": 0.2, "train.microbatches": 1}
@@ -41,9 +41,12 @@ RICH = {"optim.name": "muon", "model.positions": "rope", "model.num_kv_heads": 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [PLAIN, RICH], ids=["plain", "rich"])
-def test_every_mesh_gives_the_same_losses(tmp_path, changes):
-    e = tiny_run(tmp_path, **{"model.num_heads": 4, "model.head_dim": 8} | changes)
+@pytest.mark.parametrize("changes", [PLAIN, RICH, None], ids=["plain", "rich", "fine-tuning"])
+def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
+    if changes is None:
+        e = fine_tuning(tmp_path, finished_run, **{"optim.ema_decay": 0.5})
+    else:
+        e = tiny_run(tmp_path, **{"model.num_heads": 4, "model.head_dim": 8} | changes)
     expected, reference, _ = losses_on(e, 1, 1)
     for data, model in MESHES[1:]:
         losses, state, shop = losses_on(e, data, model)
@@ -89,7 +92,7 @@ def test_microbatches_make_the_same_update_as_the_whole_batch():
     e = TINY.override({"model.vocab_size": 11})
     tx, batch = make_optimizer(e), random_batch(0)
     state = jax.jit(lambda: init_state(e, tx))()
-    step = jax.jit(partial(train_step, model=GPT(e.model), tx=tx, z_loss=1e-3))
+    step = jax.jit(partial(train_step, model=GPT(e.model), tx=tx, loss=token_loss(z_loss=1e-3)))
     whole, metrics = step(state, batch)
     for parts in (2, 8):
         cut = jax.tree.map(lambda x: x.reshape(parts, 8 // parts, -1), batch)  # noqa: B023
@@ -125,13 +128,14 @@ def test_evaluation_uses_the_average_and_no_dropout():
     e = TINY.override({"model.vocab_size": 11, "model.dropout": 0.5, "optim.ema_decay": 0.5})
     tx, batch = make_optimizer(e), random_batch(3)
     state = jax.jit(lambda: init_state(e, tx))()
-    state, _ = jax.jit(partial(train_step, model=GPT(e.model), tx=tx))(state, batch)
+    how = dict(model=GPT(e.model), loss=token_loss())
+    state, _ = jax.jit(partial(train_step, tx=tx, **how))(state, batch)
     part = jax.tree.map(lambda x: x[0], batch)
-    total, count = jax.jit(partial(eval_step, model=GPT(e.model)))(state, part)
+    shown, count = jax.jit(partial(eval_step, **how))(state, part)
     still = GPT(dataclasses.replace(e.model, dropout=0.0))
     average = evaluation_params(state.params, state.opt_state)
     expected = jax.jit(lambda p: batch_loss(p, part, still, 0.0, {})[1])(average)
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    np.testing.assert_allclose(shown["loss"], expected, rtol=1e-6)
     assert count == part.weights.sum()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from gptjax.data.store import find_store
 from gptjax.errors import GptjaxError
 from gptjax.training.run import open_run
+from gptjax.training.train import train
 from gptjax.verbs.evaluate import evaluate
 
 
@@ -78,18 +80,38 @@ def test_loss_by_position_as_table_json_and_picture(finished_run, run_verb, text
     (["{0}"], "is no run folder"),
     (["{1}", "--data", "{0}/nothing.txt"], "nothing.txt': no such file or folder"),
     (["{1}", "--data", "{0}/a.txt", "--tasks", "x"], "--data and --tasks: give one of them"),
-    (["{1}", "--stride", "4"], "--stride: have no effect here; --stride goes with --data"),
-    (["{1}", "--data", "{0}/a.txt", "--limit", "4"], "--limit goes with --tasks"),
-    (["{1}", "--dtype", "bfloat16"], "--dtype goes with --data or --tasks"),
+    (["{1}", "--data", "{0}/a.txt", "--task", "sentiment"], "--data and --task: give one of them"),
+    (["{1}", "--task", "nothing"], "task:nothing: no such task"),
+    (["{1}", "--data", "{0}/a.txt", "--limit", "4"], "--limit: no effect without --task or --tasks"),
+    (["{1}", "--tasks", "x", "--split", "validation", "--out", "y"], "--split, --out: no effect without --task"),
+    (["{1}", "--task", "x", "--num-fewshot", "2"], "--num-fewshot: no effect without --tasks"),
+    (["{1}", "--dtype", "bfloat16", "--by-position", "--num-fewshot", "2", "--context", "8", "--batch-size", "2"],
+     "--num-fewshot: no effect without --tasks; --context, --by-position: no effect without --data; "
+     "--batch-size, --dtype: no effect without --data, --task or --tasks; leave out what has no place"),
+    (["{1}", "--tasks", "x", "--by-position", "--plot", "x.png", "--stride", "4", "--max-documents", "2"],
+     "--max-documents, --stride, --by-position, --plot: no effect without --data"),
+    (["{1}", "--data", "{0}/a.txt", "pydoc", "--column", "body", "--hub-split", "train", "--hub-config", "en"],
+     "--hub-config, --hub-split: no effect without --data hub:NAME; --column: no effect on plain text"),
+    (["{0}", "--data", "{0}/a.txt", "--checkpoint", "best"], "--checkpoint: no effect, as {0} is no run folder"),
     (["{1}", "--data", "{0}/a.txt", "--stride", "17"], "stride = 17: must be at least 1 and at most the 16"),
     (["{1}", "--data", "{0}/a.txt", "--context", "17"], "context = 17: must be at least 1 and at most 16"),
     (["{1}", "--data", "{0}/a.txt", "--plot", "x.jpeg"], "must end in .png"),
     (["{1}", "--data", "{0}/b.jsonl"], "has no column 'text'"),
 ])  # fmt: skip
 def test_what_cannot_be_evaluated_gets_one_clear_message(finished_run, run_verb, texts, arguments, message):
-    with pytest.raises(GptjaxError, match=re.escape(message)) as refused:
+    with pytest.raises(GptjaxError, match=re.escape(message.format(texts, finished_run))) as refused:
         run_verb(*(a.format(texts, finished_run) for a in arguments))
     assert refused.value.exit_code == 2
+
+
+def test_an_imported_run_is_asked_for_a_text_and_not_trained(finished_run, run_verb, texts, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "imported")
+    about = json.loads((run / "provenance.json").read_text()) | {"imported": "us/tiny"}
+    (run / "provenance.json").write_text(json.dumps(about))
+    with pytest.raises(GptjaxError, match=r"holds imported weights, so it has .*--data FILE, --task TASK or") as e:
+        run_verb(run)
+    assert "train" not in str(e.value).replace(str(run), "")
+    assert json.loads(run_verb(run, "--data", texts / "a.txt", "--json"))["tokens"] == 125
 
 
 def test_tasks_without_the_harness_name_the_extra(finished_run, run_verb, monkeypatch):
@@ -115,3 +137,86 @@ def test_a_task_of_ones_own(finished_run, run_verb, tmp_path):
     assert results["n-samples"]["mine"] == {"original": 5, "effective": 4}
     assert 0 <= results["results"]["mine"]["acc,none"] <= 1
     assert "|mine |" in run_verb(finished_run, *own)
+
+
+@pytest.fixture
+def own_task(monkeypatch):
+    """A task of six rows that every test may ask for as `parity`."""
+    from gptjax.data import tasks
+
+    rows = [({"x": f"line {i}", "y": ("even", "odd")[i % 2]}, f"rows.txt:{i}") for i in range(6)]
+    task = tasks.Task(
+        name="parity", summary="", read=lambda side, folder: iter(rows), prompt="{x}: ", answer="{y}",
+        labels=("even", "odd"), metrics=("accuracy", "edit_distance"), baseline="majority", source="", licence="",
+    )  # fmt: skip
+    monkeypatch.setitem(tasks.TASKS, "parity", task)
+
+
+def test_a_task_is_scored_into_the_run_and_nothing_there_is_lost(finished_run, run_verb, own_task, tmp_path):
+    pytest.importorskip("sacrebleu")
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    before = json.loads((run / "result.json").read_text()) | {"tasks": {"another": {"f1": 0.5}}}
+    (run / "result.json").write_text(json.dumps(before))
+    label = "parity-checkpoint-4"
+    f = json.loads(run_verb(run, "--task", "parity", "--checkpoint", 4, "--json"))
+    assert (f["task"], f["side"], f["checkpoint"], f["examples"]) == ("parity", "test", "4", 6)
+    assert f["accuracy_baseline"] == 0.5
+    low, high = f["accuracy_interval"]
+    assert 0 <= low <= f["accuracy"] <= high <= 1 and f["accuracy_difference"] == f["accuracy"] - 0.5
+    predictions = [json.loads(line) for line in (run / f"predictions-{label}.jsonl").read_text().splitlines()]
+    assert f["predictions"] == str(run / f"predictions-{label}.jsonl")
+    assert [p["where"] for p in predictions] == [f"rows.txt:{i}" for i in range(6)]
+    assert np.mean([p["prediction"] in p["references"] for p in predictions]) == f["accuracy"]
+    after = json.loads((run / "result.json").read_text())
+    kept = after["tasks"].pop(label)
+    assert after == before and kept == {k: v for k, v in f.items() if k != "predictions"}
+
+    shown = run_verb(run, "--task", "parity", "--split", "validation", "--limit", 0.5)
+    assert re.search(r"accuracy +0\.\d{4} +0\.\d{4} to [01]\.\d{4} +0\.\d{4}", shown) and "lower is better" in shown
+    assert re.search(r"examples +3\n", shown) and "predictions-parity-validation-limit-0.5.jsonl" in shown
+    tasks = open_run(run).result()["tasks"]
+    assert tasks["parity-validation-limit-0.5"]["side"] == "validation" and tasks["another"] == {"f1": 0.5}
+    assert tasks[label] == kept, "what was found before stays"
+
+
+def test_a_run_that_has_scores_is_still_finished(run_verb, own_task, finished_run, tmp_path, single_device):
+    pytest.importorskip("sacrebleu")
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    run_verb(run, "--task", "parity")
+    figures = train(open_run(run).experiment, run)
+    assert figures == open_run(run).result() and figures["steps"] == 6 and "parity" in figures["tasks"]
+
+
+def test_an_unfinished_run_is_not_made_to_look_finished(finished_run, run_verb, own_task, tmp_path, capsys):
+    pytest.importorskip("sacrebleu")
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "result.json").unlink()
+    evaluate([str(run), "--task", "parity"])
+    assert "is not finished" in capsys.readouterr().err
+    assert open_run(run).result() is None and (run / "predictions-parity.jsonl").exists()
+    with pytest.raises(GptjaxError, match="is a run folder; leave --out out"):
+        run_verb(run, "--task", "parity", "--out", run)
+
+
+def test_what_is_found_goes_into_another_folder_and_never_over_what_is_there(
+    finished_run, run_verb, own_task, tmp_path
+):
+    pytest.importorskip("sacrebleu")
+    out = tmp_path / "new" / "folder"
+    f = json.loads(run_verb(finished_run, "--task", "parity", "--out", out, "--json"))
+    result = json.loads((out / "result.json").read_text())
+    assert result["tasks"]["parity"]["accuracy"] == f["accuracy"] and "loss" in result["tasks"]["parity"]
+    assert not (finished_run / "predictions-parity.jsonl").exists()
+    with pytest.raises(GptjaxError, match=r"predictions-parity.jsonl: exists already; choose another --out"):
+        run_verb(finished_run, "--task", "parity", "--out", out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GptjaxError, match="cannot be made"):
+        run_verb(finished_run, "--task", "parity", "--out", tmp_path / "file")
+
+
+def test_a_task_without_its_libraries_names_the_extra(finished_run, run_verb, own_task, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    for module in ("gptjax.tuning.scores", "gptjax.tuning.tasks"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(GptjaxError, match=r"pip install 'gptjax\[tasks\]'"):
+        run_verb(finished_run, "--task", "parity")

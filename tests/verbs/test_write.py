@@ -19,8 +19,8 @@ from gptjax.model.gpt import init_params
 def run(finished_run, monkeypatch, capfd):
     """Runs a verb on the finished run in this process; exit code, stdout and stderr."""
 
-    def one(verb, *arguments, typed=""):
-        monkeypatch.setattr(sys, "argv", ["gptjax", verb, str(finished_run), *map(str, arguments)])
+    def one(verb, *arguments, typed="", model=finished_run):
+        monkeypatch.setattr(sys, "argv", ["gptjax", verb, *map(str, [model, *arguments])])
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the verb sets, for a process of its own
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         monkeypatch.setattr("os._exit", sys.exit)
@@ -89,7 +89,13 @@ def test_a_grammar_is_kept_or_its_breach_reported(run, tmp_path):
     (["x", "--logit-bias", "five"], "'five' is not ID:NUMBER"),
     (["x", "--logit-bias", "999:1"], "logit_bias: 999 is no token"),
     (["x", "--stop", ""], "an empty string ends every text"),
-    (["x", "--num-beams", "2", "--stop", "y"], "num_beams: goes with no grammar"),
+    (["x", "--num-beams", "2", "--stop", "y", "--seed", "1", "--regex", "a", "--top-k", "3", "--temperature", "1"],
+     "--temperature, --top-k, --seed: no effect with --num-beams, which draws nothing; "
+     "--stop, --regex: not possible with --num-beams; leave out what has no place"),
+    (["x", "--length-penalty", "2", "--draft-tokens", "3", "--temperature", "0", "--min-p", "0.1", "--top-p", "0.5"],
+     "--top-p, --min-p: no effect at --temperature 0, which draws nothing; "
+     "--length-penalty: no effect without --num-beams above 1; "
+     "--draft-tokens: no effect without --draft or --prompt-lookup; leave out what has no place"),
     (["x", "--num-beams", "2", "--num-return-sequences", "3"], "2 beams find no more texts"),
     (["x", "--num-return-sequences", "0"], "num_return_sequences = 0"),
     (["x", "--num-beams", "0"], "num_beams must be at least 1"),
@@ -116,3 +122,23 @@ def test_a_dialogue_on_the_terminal(run, monkeypatch):
     assert (code, again) == (0, out), "the same seed and questions give the same answers"
     code, _, err = run("chat", "--max-new-tokens", 3, typed="a question that is far too long, " * 2 + "\n")
     assert code == 0 and "shorten one of them" in err
+
+
+@pytest.mark.parametrize("verb", ["sample", "chat"])
+def test_checkpoints_are_asked_for_of_runs_only(run, verb, tmp_path):
+    code, out, err = run(verb, "--checkpoint", 4, "--max-new-tokens", 3, typed="hi\n")
+    assert code == 0 and "no effect" not in err, "of a run it is an option"
+    code, out, err = run(verb, "--checkpoint", 4, "--seed", 2, "--temperature", 0, model=tmp_path)
+    assert (code, out) == (2, "")
+    for told in (f"--checkpoint: no effect, as {tmp_path} is no run folder", "--seed: no effect at --temperature 0"):
+        assert told in err
+
+
+@pytest.mark.parametrize("verb", ["sample", "chat"])
+def test_where_the_makers_recommend_to_draw_nothing_the_temperature_comes_first(run, monkeypatch, verb):
+    model = tiny_model(vocab_size=257, context_length=64)
+    made = Pretrained("cold", model, init_params(model, jax.random.key(0)), ByteTokenizer(), {"temperature": 0.0})
+    monkeypatch.setattr("gptjax.interop.open.open_model", lambda name, checkpoint: made)
+    code, _, err = run(verb, "--seed", 1, "--top-k", 5, "--max-new-tokens", 2, typed="hi\n")
+    assert code == 2 and "--top-k, --seed: no effect at temperature 0, as the model's makers recommend" in err
+    assert run(verb, "--seed", 1, "--top-k", 5, "--temperature", 1, "--max-new-tokens", 2, typed="hi\n")[0] == 0

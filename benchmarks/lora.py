@@ -1,0 +1,136 @@
+"""What LoRA saves: how many weights are learnt, the peak of memory and the time of a step, beside learning all of them.
+
+    python benchmarks/lora.py [--rounds 5] [--rank 8] [--shapes quickstart gpt2] [--tiny] [--json]
+
+Each learns random tokens in a process of its own, so that its peak of memory is its own, and they take turns: a few
+steps of one, a few of the other, `--rounds` times. `peak` is that of the whole process, from its start, Python and the
+compiler included; `step` is what the compiled step takes at once: weights, moments and its own room. A time ratio
+above 1 means that LoRA is faster; the spread is that of the single rounds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHAPES = {  # experiment file, vocabulary, context, batch, steps a round
+    "quickstart": ("quickstart.py", 1024, 128, 8, 20),
+    "gpt2": ("baselines/gpt2_124m.py", 50257, 256, 1, 3),
+}
+TINY = dict(num_layers=2, embed_dim=32, num_heads=2)
+
+
+def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
+    """A worker: warms up, then times as many steps as each line of its input asks for."""
+    from functools import partial
+
+    import jax
+    import numpy as np
+
+    from gptjax.config import Experiment
+    from gptjax.data.objectives import Batch
+    from gptjax.loading import load_experiment
+    from gptjax.model.gpt import GPT
+    from gptjax.training.metrics import memory_bytes, num_params
+    from gptjax.training.optim import make_optimizer, num_trained, trained
+    from gptjax.training.state import init_state
+    from gptjax.training.step import token_loss, train_step
+
+    file, vocabulary, context, batch, _ = SHAPES[shape]
+    e: Experiment = load_experiment(str(Path(__file__).parent.parent / "experiments" / file))
+    e = e.override(model=dict(context_length=context, layers="unrolled", dtype="float32", remat="none"))
+    e = e.override(model=dict(lora_rank=rank if kind == "lora" else 0) | (TINY if tiny else {})).resolved(vocabulary)
+    tx = make_optimizer(e)
+    state = jax.jit(lambda: init_state(e, tx))()
+    step = partial(train_step, model=GPT(e.model), tx=tx, loss=token_loss(), learnt=trained(e))
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (1, batch, context + 1)).astype(np.int32)
+    data = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((1, batch, context), np.float32))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, data).compile()
+    plan = compiled.memory_analysis()
+    for _ in range(2):
+        state, metrics = compiled(state, data)
+        jax.block_until_ready(metrics)
+    print(json.dumps({
+        "total": num_params(e.model)["total"], "learnt": num_trained(e),
+        "step": plan.argument_size_in_bytes + plan.temp_size_in_bytes,
+    }), flush=True)  # fmt: skip
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            state, metrics = compiled(state, data)
+            jax.block_until_ready(metrics)
+        print(json.dumps({"seconds": time.perf_counter() - began, "peak": memory_bytes()}), flush=True)
+
+
+class Worker:
+    """One of the two, in a process of its own."""
+
+    def __init__(self, kind: str, shape: str, rank: int, tiny: bool):
+        command = [sys.executable, __file__, "--serve", kind, "--shapes", shape, "--rank", str(rank)]
+        command += ["--tiny"] if tiny else []
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.figures = self._line()
+        self.seconds: list[float] = []
+
+    def _line(self) -> dict:
+        assert self.process.stdout
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit("a worker ended; see above")
+        return json.loads(line)
+
+    def time(self, steps: int) -> None:
+        """Some steps: the seconds of each, and the peak so far."""
+        assert self.process.stdin
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        found = self._line()
+        self.seconds.append(found["seconds"] / steps)
+        self.figures["peak"] = found["peak"]
+
+
+def compare(shape: str, rounds: int, rank: int, tiny: bool) -> dict[str, float]:
+    """Prints the figures of both, and returns the ratios of full fine-tuning to LoRA."""
+    workers = {kind: Worker(kind, shape, rank, tiny) for kind in ("full", "lora")}
+    for _ in range(rounds):
+        for worker in workers.values():
+            worker.time(SHAPES[shape][-1])
+    print(f"{shape}, batch {SHAPES[shape][3]} x {SHAPES[shape][2]} tokens", flush=True)
+    for kind, worker in workers.items():
+        worker.process.kill()
+        f, seconds = worker.figures, statistics.median(worker.seconds)
+        print(f"  {kind}  {f['learnt']:>11,} of {f['total']:,} learnt ({f['learnt'] / f['total']:.2%}), peak "
+              f"{f['peak'] / 1e6:,.0f} MB, step {f['step'] / 1e6:,.1f} MB, {seconds * 1e3:.1f} ms a step")  # fmt: skip
+    full, lora = workers["full"], workers["lora"]
+    each = [a / b for a, b in zip(full.seconds, lora.seconds, strict=True)]
+    found = {
+        "time": statistics.median(full.seconds) / statistics.median(lora.seconds),
+        **{name: full.figures[name] / lora.figures[name] for name in ("peak", "step")},
+        "learnt_share": lora.figures["learnt"] / lora.figures["total"],
+    }
+    print(f"  LoRA is {found['time']:.2f}x as fast (rounds {min(each):.2f} to {max(each):.2f}); full takes "
+          f"{found['peak']:.2f}x the peak, {found['step']:.2f}x the memory of a step", flush=True)  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--tiny", action="store_true", help="small models, to see that the script works")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of the ratios")
+    parser.add_argument("--serve", choices=["full", "lora"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.shapes[0], options.rank, options.tiny)
+        return
+    found = {shape: compare(shape, options.rounds, options.rank, options.tiny) for shape in options.shapes}
+    if options.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

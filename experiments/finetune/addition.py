@@ -1,0 +1,22 @@
+"""Addition from scratch, as supervised learning: what experiments/finetune/grpo.py starts from.
+
+Question   how far does a small model get in the sums of numbers below 100, when it is stopped early?
+Command    gptjax train experiments/finetune/addition.py
+           gptjax eval runs/addition --task addition --temperature 1
+Cost       40 seconds on 2 CPU cores
+Expected   see experiments/README.md
+"""
+
+from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+
+experiment = Experiment(
+    name="addition",
+    model=Model(
+        context_length=16, num_layers=3, embed_dim=96, num_heads=4, positions="learned", norm="rmsnorm", bias=False,
+        layers="unrolled",
+    ),
+    data=Data(source="task:addition", tokenizer="char"),
+    objective=Objective(name="supervised"),
+    optim=Optim(learning_rate=2e-3, warmup_steps=50, beta2=0.98),
+    train=Train(steps=400, batch_size=64, eval_every=200, checkpoint_every=200, sample_tokens=0),
+)  # fmt: skip

@@ -1,0 +1,20 @@
+"""Dialogue: a coffee bar's agent, to talk to by `gptjax chat runs/dialogue`.
+
+Question   are 154 dialogues enough to answer better than by the most common answer?
+Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/dialogue.py
+           GPTJAX_DATA=FOLDER gptjax eval runs/dialogue --task dialogue
+Cost       3 minutes on 2 busy CPU cores, after experiments/finetune/pretraining.py; --init takes another model
+Expected   see experiments/README.md
+"""
+
+from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+
+experiment = Experiment(
+    name="dialogue",
+    init="runs/pretraining",
+    model=Model(context_length=512, dropout=0.1),
+    data=Data(source="task:dialogue", tokenizer="init"),
+    objective=Objective(name="supervised"),
+    optim=Optim(learning_rate=1e-3, warmup_steps=20, beta2=0.95),
+    train=Train(steps=200, batch_size=2, eval_every=50, checkpoint_every=50, sample_tokens=0),
+)

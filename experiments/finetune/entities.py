@@ -1,0 +1,20 @@
+"""Named entities: which people, places and things does a message name?
+
+Question   does a model of 0.6 million parameters write out entities that it has not seen before?
+Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/entities.py
+           GPTJAX_DATA=FOLDER gptjax eval runs/entities --task entities
+Cost       8 minutes on 2 busy CPU cores, after experiments/finetune/correction.py; --init takes another model
+Expected   see experiments/README.md
+"""
+
+from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+
+experiment = Experiment(
+    name="entities",
+    init="runs/correction",  # it reads bytes and can copy; pieces of words never gave a name back
+    model=Model(context_length=448, dropout=0.1),
+    data=Data(source="task:entities", tokenizer="init"),
+    objective=Objective(name="supervised"),
+    optim=Optim(name="muon", learning_rate=2e-3, warmup_steps=20, beta2=0.95),
+    train=Train(steps=600, batch_size=4, eval_every=300, checkpoint_every=300, sample_tokens=0),
+)

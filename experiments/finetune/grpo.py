@@ -1,0 +1,19 @@
+"""GRPO with a verifiable reward (Shao et al. 2024): sums that are right are written more often.
+
+Question   does a model that was taught addition and stopped early get better by being told only whether it is right?
+Command    gptjax train experiments/finetune/grpo.py
+           gptjax eval runs/grpo --task addition --temperature 1 --against runs/addition
+Cost       7 minutes on 2 CPU cores, beside other work; after experiments/finetune/addition.py
+Expected   see experiments/README.md
+"""
+
+from gptjax.config import Data, Experiment, Objective, Optim, Train
+
+experiment = Experiment(
+    name="grpo",
+    init="runs/addition",
+    data=Data(source="task:addition", tokenizer="init"),
+    objective=Objective(name="grpo", score="exact_match", samples=8, new_tokens=6, beta=0.01),
+    optim=Optim(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0),
+    train=Train(steps=300, batch_size=256, eval_every=50, checkpoint_every=100, sample_tokens=0),
+)

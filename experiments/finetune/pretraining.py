@@ -1,0 +1,40 @@
+"""Pre-training for the tasks: a small GPT reads their training sides as plain text, prompts and answers alike.
+
+Question   what does a model of 1.1 million parameters learn from a few megabytes of the tasks' own text?
+Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/pretraining.py
+Cost       13 minutes on 2 busy CPU cores
+Expected   see experiments/README.md
+"""
+
+from gptjax.config import Data, Experiment, Model, Optim, Train
+
+SHARES = {
+    "task:sentiment": 0.4,
+    "task:entities": 0.15,
+    "task:summarisation": 0.2,
+    "task:translation": 0.1,
+    "task:dialogue": 0.03,
+    "task:generation": 0.12,  # and not correction, whose held-out lines are among these
+}
+
+experiment = Experiment(
+    name="pretraining",
+    model=Model(
+        context_length=256,
+        num_layers=3,
+        embed_dim=128,
+        num_heads=4,
+        positions="rope",
+        norm="rmsnorm",
+        bias=False,
+        layers="unrolled",
+    ),
+    data=Data(
+        source=tuple(SHARES),
+        weights=tuple(SHARES.values()),
+        tokenizer="sentencepiece",
+        tokenizer_vocab_size=4096,
+    ),
+    optim=Optim(name="muon", learning_rate=4e-3, final_learning_rate=1e-4, warmup_steps=50, beta2=0.95),
+    train=Train(steps=900, batch_size=8, eval_every=450, checkpoint_every=450, sample_prompt="the film is"),
+)

@@ -1,0 +1,21 @@
+"""Risk training on the edit distance: corrections that are drawn come nearer to the truth.
+
+Question   does a model that was taught to correct by maximum likelihood write better corrections when the expected edit
+           distance of what it writes is minimised?
+Command    gptjax train experiments/finetune/risk.py
+           gptjax eval runs/risk --task correction --temperature 1 --against runs/correction
+Cost       6 minutes on 2 CPU cores, beside other work; after experiments/finetune/correction.py
+Expected   see experiments/README.md
+"""
+
+from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+
+experiment = Experiment(
+    name="risk",
+    init="runs/correction",
+    model=Model(context_length=192),  # a line and a correction of it
+    data=Data(source="task:correction", tokenizer="init"),
+    objective=Objective(name="risk", score="edit_distance", samples=8, new_tokens=80, beta=0.001),
+    optim=Optim(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
+    train=Train(steps=120, batch_size=64, eval_every=0, checkpoint_every=50, sample_tokens=0),
+)

@@ -1,0 +1,90 @@
+"""Named entities: the people, places and things that a message names (WNUT17, Derczynski et al. 2017)."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from gptjax.data.tasks import Part, Rows, Side, Tagging, Task
+
+FILES: dict[Side, str] = {
+    "train": "wnut17train.conll",
+    "validation": "emerging.dev.conll",
+    "test": "emerging.test.annotated",
+}
+TYPES = ("corporation", "creative-work", "group", "location", "person", "product")
+TAGS = ("O", *(f"{place}-{kind}" for kind in TYPES for place in "BI"))
+NONE = "none"
+MENTION = re.compile(rf"(?:^|; )({'|'.join(TYPES)}): (.*?)(?=; (?:{'|'.join(TYPES)}): |$)")
+
+
+def read(side: Side, folder: Path) -> Rows:
+    """Messages with their entities; `tokens` and `tags` (BIO) are kept with a space between. The set's own sides."""
+    path = folder / "wnut17" / FILES[side]
+    with path.open(encoding="utf-8") as stream:
+        lines = ((number, line.strip().split("\t")) for number, line in enumerate(stream, 1))
+        for blank, group in itertools.groupby(lines, key=lambda line: line[1] == [""]):
+            if blank:
+                continue
+            numbers, pairs = zip(*group, strict=True)
+            tokens, tags = zip(*pairs, strict=True)
+            columns = {"tokens": " ".join(tokens), "tags": " ".join(tags), "entities": answer_of(tokens, tags)}
+            yield columns, f"{path}, line {numbers[0]}"
+
+
+def words(row: Mapping[str, str]) -> tuple[Part, ...]:
+    """The words of a message, each with the space before it and with its tag."""
+    pairs = enumerate(zip(row["tokens"].split(" "), row["tags"].split(" "), strict=True))
+    return tuple(Part(f" {token}" if number else token, False, tag) for number, (token, tag) in pairs)
+
+
+def answer_of(tokens: Sequence[str], tags: Sequence[str]) -> str:
+    """The entities as text in the order of their first words: "person: Jane Doe; location: Paris", or "none"."""
+    mentions: list[tuple[str, list[str]]] = []
+    previous = "O"
+    for token, tag in zip(tokens, tags, strict=True):
+        prefix, _, kind = tag.partition("-")
+        if prefix == "B" or (prefix == "I" and previous.partition("-")[2] != kind):
+            mentions.append((kind, [token]))
+        elif prefix == "I":
+            mentions[-1][1].append(token)
+        previous = tag
+    return "; ".join(f"{kind}: {' '.join(words)}" for kind, words in mentions) or NONE
+
+
+def tags_of(answer: str, tokens: list[str]) -> list[str]:
+    """The BIO tags of tokens by an answer in the form of `answer_of`, one a token; what does not occur has none.
+
+    A mention is looked for after the one before it, then from the start, and never where another already is.
+    """
+    tags = ["O"] * len(tokens)
+    after = 0
+    for kind, mention in MENTION.findall(answer.strip()):
+        words = mention.split()
+        for start in [*_places(words, tokens, after), *_places(words, tokens, 0)]:
+            end = start + len(words)
+            if tags[start:end] == ["O"] * len(words):
+                tags[start:end] = [f"B-{kind}"] + [f"I-{kind}"] * (len(words) - 1)
+                after = end
+                break
+    return tags
+
+
+def _places(words: list[str], tokens: list[str], first: int) -> Iterator[int]:
+    last = len(tokens) - len(words) if words else -1
+    return (start for start in range(first, last + 1) if tokens[start : start + len(words)] == words)
+
+
+TASK = Task(
+    name="entities",
+    summary="list the people, places, groups, companies, products and works that a message names",
+    read=read,
+    prompt="{tokens}\nEntities:\n",
+    answer="{entities}",
+    metrics=("f1", "exact_match"),
+    baseline="majority",
+    new_tokens=160,
+    tagging=Tagging(TAGS, words, lambda row, tags: answer_of(row["tokens"].split(" "), tags)),
+    source="https://github.com/leondz/emerging_entities_17",
+    licence="CC BY 4.0",
+)

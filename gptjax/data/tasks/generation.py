@@ -1,0 +1,39 @@
+"""Text generation: a passage is continued."""
+
+import re
+from pathlib import Path
+
+from gptjax.data.tasks import Rows, Side, Task
+
+LENGTH = 300  # characters, after which a passage ends with the line; about half of it is shown
+
+
+def read(side: Side, folder: Path) -> Rows:
+    """Passages of whole lines, cut in two between lines. The last two tenths of the text are kept.
+
+    Not passages drawn from all of it: their neighbours in training would tell what happens.
+    """
+    path = folder / "tinyshakespeare.txt"
+    text = path.read_text(encoding="utf-8")
+    passages = list(re.finditer(rf"\S.{{{LENGTH}}}.*?(?=\n|\Z)", text, re.DOTALL))
+    first, last = len(passages) * 8 // 10, len(passages) * 9 // 10
+    wanted = {"train": passages[:first], "validation": passages[first:last], "test": passages[last:]}[side]
+    for passage in wanted:
+        half = passage[0].find("\n", LENGTH // 2) + 1
+        if passage[0][half:].strip():
+            line = text.count("\n", 0, passage.start()) + 1
+            yield {"beginning": passage[0][:half], "rest": passage[0][half:]}, f"{path}, line {line}"
+
+
+TASK = Task(
+    name="generation",
+    summary="continue a passage of a play",
+    read=read,
+    prompt="{beginning}",
+    answer="{rest}",
+    metrics=("chrf", "rouge_l"),
+    baseline="copy",
+    new_tokens=256,
+    source="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    licence="public domain",
+)

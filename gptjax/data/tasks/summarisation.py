@@ -1,0 +1,38 @@
+"""Summarisation: a scientific abstract becomes one sentence (SciTLDR, Cachola et al. 2020)."""
+
+import json
+from pathlib import Path
+
+from gptjax.data.tasks import Rows, Side, Task
+
+FILES: dict[Side, str] = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
+
+
+def read(side: Side, folder: Path) -> Rows:
+    """The abstract, and all its summaries, of which the first is learnt. The sides are those of the data set."""
+    path = folder / "scitldr" / FILES[side]
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            summaries = [" ".join(target.split()) for target in row["target"]]
+            columns = {
+                "abstract": " ".join(" ".join(row["source"]).split()),
+                "summary": summaries[0],
+                "summaries": "\n".join(summaries),
+            }
+            yield columns, f"{path}, line {number}"
+
+
+TASK = Task(
+    name="summarisation",
+    summary="say in one sentence what a scientific abstract says",
+    read=read,
+    prompt="{abstract}\n\nSummary:\n",
+    answer="{summary}",
+    references="summaries",
+    metrics=("rouge_l", "rouge_1", "rouge_2"),
+    baseline="lead",
+    new_tokens=256,
+    source="https://github.com/allenai/scitldr",
+    licence="Apache-2.0",
+)

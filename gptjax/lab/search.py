@@ -1,0 +1,146 @@
+"""Trials that a search makes one after the other, each from how those before it went. The only file that needs Optuna.
+
+optuna.journal   every trial that was asked for and how it ended: the same command goes on with the same search
+"""
+
+import contextlib
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.checks import check
+from gptjax.config import Between, Search
+from gptjax.durable import read_json
+from gptjax.errors import ConfigError, GptjaxError
+from gptjax.lab.progress import note
+from gptjax.lab.sweep import States
+from gptjax.lab.trials import Trial, write_sweep
+from gptjax.training.run import METRICS, RESULT
+
+JOURNAL = "optuna.journal"
+Method = Literal["random", "tpe", "halving"]
+
+
+class Searched:
+    """A plan that asks Optuna for the next trial whenever a worker is free, until there are `count`.
+
+    tpe: Bergstra et al. 2011. halving: random values, and at every look at the validation text the worse ones are given
+    up, by asynchronous successive halving (Li et al. 2020). Raises `ConfigError` where the space or the base of the
+    search is impossible.
+    """
+
+    def __init__(self, search: Search, method: Method, count: int, workers: int, folder: Path):
+        optuna = _optuna()
+        e = search.experiment
+        if method == "halving" and not 0 < e.train.eval_every < e.train.steps:
+            raise ConfigError(
+                [f"train.eval_every = {e.train.eval_every}: halving compares trials at these steps before the last"]
+            )
+        check(e.override({path: _lowest(values) for path, values in search.space.items()}))
+        self._search, self._count, self._workers, self._folder = search, count, workers, folder
+        self._space = {path: _distribution(optuna, values) for path, values in search.space.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
+        sampler = optuna.samplers.TPESampler if method == "tpe" else optuna.samplers.RandomSampler
+        halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, e.train.eval_every), reduction_factor=3)
+        self._study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            study_name=e.name,
+            load_if_exists=True,
+            pruner=halving if method == "halving" else optuna.pruners.NopPruner(),
+            direction="minimize" if search.lower_is_better else "maximize",
+        )
+        self._study.sampler = sampler(seed=e.seed + len(self._study.trials))  # one that goes on does not draw the same
+        self._states = optuna.trial.TrialState
+        self._running: dict[str, Any] = {}  # name -> the trial of Optuna, not told of yet
+        self._known: dict[str, Trial] = {}
+        self._given_up: set[str] = set()
+        self._reported: dict[str, int] = {}
+        for frozen in self._study.trials:
+            self._add(frozen.number, frozen.params)
+            if frozen.state == self._states.RUNNING:
+                self._running[self._name(frozen.number)] = optuna.trial.Trial(self._study, frozen._trial_id)
+            elif frozen.state != self._states.COMPLETE:
+                self._given_up.add(self._name(frozen.number))
+
+    def trials(self, states: States) -> Sequence[Trial]:
+        for name in list(self._running):
+            if name in states:
+                self._tell(name, states)
+        while len(self._known) < self._count and len(self._running) < self._workers:
+            asked = self._study.ask(self._space)
+            self._running[self._name(asked.number)] = asked
+            write_sweep(self._folder, [self._add(asked.number, asked.params)])
+        return list(self._known.values())
+
+    def given_up(self, states: States) -> Collection[str]:
+        return self._given_up
+
+    def best(self) -> tuple[str, float, dict[str, Any]] | None:
+        """Name, figure and values of the best trial so far; None before the first is done."""
+        try:
+            found = self._study.best_trial
+        except ValueError:
+            return None
+        return self._name(found.number), found.value, found.params
+
+    def _name(self, number: int) -> str:
+        return f"{self._search.experiment.name}-{number:04d}"
+
+    def _add(self, number: int, params: dict[str, Any]) -> Trial:
+        name, e = self._name(number), self._search.experiment
+        self._known[name] = Trial(name, e.seed, e.override({"name": name} | params), self._folder / name)
+        return self._known[name]
+
+    def _tell(self, name: str, states: States) -> None:
+        asked, state, trial = self._running[name], states[name], self._known[name]
+        if state.done:
+            value = read_json(trial.folder / RESULT).get(self._search.metric)
+            if value is None:
+                raise GptjaxError(f"{trial.folder / RESULT}: has no {self._search.metric}; name another metric")
+            self._study.tell(asked, value)
+        elif state.status == "failed":
+            self._study.tell(asked, state=self._states.FAIL)
+            self._given_up.add(name)
+        elif self._is_worse(name):
+            self._study.tell(asked, state=self._states.PRUNED)
+            self._given_up.add(name)
+            note(trial, "cancelled", why=f"given up at step {self._reported[name]:,}")
+        else:
+            return
+        del self._running[name]
+
+    def _is_worse(self, name: str) -> bool:
+        """Whether a trial that runs is to be given up, by its validation losses so far."""
+        path = self._known[name].folder / METRICS
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                values = json.loads(line)
+                if "val_loss" in values and values["step"] > self._reported.get(name, 0):
+                    self._reported[name] = values["step"]
+                    self._running[name].report(values["val_loss"], values["step"])
+                    if self._running[name].should_prune():
+                        return True
+        return False
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise GptjaxError("--search: needs Optuna, which is not installed; pip install 'gptjax[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _distribution(optuna: Any, values: Between | Sequence[Any]) -> Any:
+    if not isinstance(values, Between):
+        return optuna.distributions.CategoricalDistribution(tuple(values))
+    whole = isinstance(values.low, int) and isinstance(values.high, int)
+    kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
+    return kind(values.low, values.high, log=values.log)
+
+
+def _lowest(values: Between | Sequence[Any]) -> Any:
+    return values.low if isinstance(values, Between) else values[0]

@@ -1,0 +1,1 @@
+"""What a trained model can do and what it keeps, measured from outside."""

@@ -1,0 +1,220 @@
+"""Labels in place of answers: each is told at the last token of its text, once an epoch, and lost or wrong ones are
+named before anything is trained."""
+
+import collections
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import Data
+from gptjax.data import tasks
+from gptjax.data.batches import Batches, PackedStream
+from gptjax.data.examples import classes_of, examples, told_at
+from gptjax.data.objectives import Windows, positions_within, supervised
+from gptjax.data.store import Stream, open_store
+from gptjax.data.tasks import TASKS, Example, Part, Tagging, Task
+from gptjax.data.tasks.entities import TAGS, answer_of, tags_of
+from gptjax.errors import DataError
+
+LABELS = ("low", "high", "odd one")
+
+
+def table(folder, rows, **changes) -> Data:
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": x, "label": y}) + "\n" for x, y in rows))
+    given = dict(prompt="{text}?", answer=" {label}", answers="classes", labels=LABELS, val_fraction=0.2)
+    return Data(source=str(folder / "rows.jsonl"), **(given | changes))
+
+
+@pytest.fixture
+def register(monkeypatch, tmp_path):
+    """Makes a task of rows, the same on every side: words of a text with a tag each."""
+
+    def make(rows, labels=("O", "X"), name="ours") -> Task:
+        def parts(row):
+            pairs = zip(row["x"].split("|"), row["y"].split("|"), strict=True)
+            return tuple(Part(word, False, tag) for word, tag in pairs)
+
+        task = Task(
+            name=name, summary="", read=lambda side, folder: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
+            prompt="{x}", answer="{y}", metrics=("f1",), baseline="majority", source="", licence="",
+            tagging=Tagging(labels, parts, lambda row, tags: "|".join(tags)),
+        )  # fmt: skip
+        monkeypatch.setitem(tasks.TASKS, name, task)
+        return task
+
+    monkeypatch.setenv("GPTJAX_DATA", str(tmp_path))
+    return make
+
+
+def asked_of(batches: Batches, steps) -> collections.Counter:
+    """(text of an example as far as it is read, label told there), of all windows of some steps."""
+    found = collections.Counter()
+    labels = batches.experiment.data.labels
+    for step in steps:
+        batch = batches.batch(step)
+        for row in zip(*(x.reshape(-1, x.shape[-1]) for x in batch[:5]), strict=True):
+            tokens, targets, weights, segments, _ = row
+            for place in np.flatnonzero(weights):
+                own = (segments == segments[place]) & (np.arange(len(tokens)) <= place)
+                found[bytes(tokens[own].tolist()).decode(), labels[targets[place]]] += 1
+    return found
+
+
+def test_a_label_is_told_at_the_end_of_its_prompt_once_an_epoch(tmp_path):
+    """Also where a text fills the context to the last token."""
+    rows = [("x" * (i % 16) + chr(97 + i % 26), LABELS[i % 3]) for i in range(200)]
+    e = TINY.override(model=dict(context_length=17), train=dict(batch_size=1, sample_tokens=0))
+    data = table(tmp_path, rows)
+    e = e.override({f"data.{name}": getattr(data, name) for name in Data.__dataclass_fields__})
+    e = e.override({"objective.name": "supervised"}).resolved(257, classes_of(data))
+    batches = Batches(open_store(e.data), e)
+    stream = batches.train_streams[0]
+    expected = collections.Counter((ex.parts[0].text, ex.parts[0].label) for ex in examples(data.source, data, "train"))
+    assert max(len(text) for text, _ in expected) == 17, "as long as the context"
+    assert asked_of(batches, range(stream.windows)) == expected
+    assert asked_of(batches, range(2 * stream.windows)) == expected + expected
+    val = sum(batch.weights.sum() for batch in batches.validation())
+    assert 20 < val == len(list(examples(data.source, data, "validation"))) == stream_labels(batches)
+
+
+def stream_labels(batches):
+    return sum((stream.stream.classes >= 0).sum() for stream in batches.validation_streams)
+
+
+def test_every_word_has_its_tag_at_its_last_token(register):
+    rows = [{"x": "ab| cde| f", "y": "O|X|O"}, {"x": "é|!", "y": "X|X"}, {"x": "g", "y": "O"}]
+    register(rows)
+    data = Data(source="task:ours", answers="classes")
+    (stream,) = open_store(data).train
+    assert bytes(stream.ids.tolist()).decode() == "ab cde fé!g"
+    #                                   a   b      c   d  e      f   é     !  g
+    assert stream.classes.tolist() == [-1, 0, -1, -1, -1, 1, -1, 0, -1, 1, 1, 0]
+    assert not stream.asked.any(), "no text is asked for"
+
+
+lengths = st.lists(st.integers(1, 12), min_size=1, max_size=30)
+
+
+@given(lengths, st.integers(0, 99), st.data())
+@settings(max_examples=50, deadline=None)
+def test_packed_windows_ask_for_every_class_at_its_own_token(sizes, seed, data):
+    starts = np.cumsum([0, *sizes])
+    classes = np.array(data.draw(st.lists(st.integers(-1, 4), min_size=sum(sizes), max_size=sum(sizes))), np.int16)
+    ids = np.arange(starts[-1], dtype=np.uint32)  # every token is its own place
+    stream = PackedStream(Stream("x", ids, starts[:-1], np.zeros(len(ids), bool), None, classes), 12, (seed,))
+    assert stream.answers == (classes >= 0).sum()
+    batch = supervised(stream.shuffled(np.arange(stream.windows)))
+    asked = batch.weights > 0
+    told = dict(zip(batch.tokens[asked].tolist(), batch.targets[asked].tolist(), strict=True))
+    assert told == {i: c for i, c in enumerate(classes) if c >= 0} and len(told) == asked.sum()
+    read = batch.segments > 0
+    assert sorted(batch.tokens[read]) == ids.tolist(), "every token is read once, also the last of a full window"
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    for tokens, segments in zip(batch.tokens, batch.segments, strict=True):
+        for i, j in pairwise(np.flatnonzero(segments)):
+            assert (segments[i] == segments[j]) == (owner[tokens[i]] == owner[tokens[j]])
+    np.testing.assert_array_equal(batch.positions, positions_within(batch.segments))
+
+
+def test_padding_tells_nothing():
+    ids = np.array([[5, 6, 0, 0]], np.int32)
+    windows = Windows(ids, ids > 0, (ids > 0).astype(np.int32), ids < 0, np.array([[-1, 3, -1, -1]], np.int16))
+    batch = supervised(windows)
+    assert batch.targets.tolist() == [[0, 3, 0]] and batch.weights.tolist() == [[0, 1, 0]]
+    assert batch.targets.dtype == np.int32 and batch.segments.tolist() == [[1, 1, 0]]
+
+
+def test_of_a_long_text_the_end_is_read_and_no_label_may_be_lost(tmp_path):
+    def stream(classes):
+        (tmp_path / "origins").write_text("rows.txt:1\nrows.txt:2")
+        ids = np.arange(30, dtype=np.uint32)
+        return PackedStream(Stream("x", ids, np.array([0, 20]), ids < 0, tmp_path / "origins", classes), 16, (0,))
+
+    classes = np.full(30, -1, np.int16)
+    classes[[4, 19, 29]] = 1  # the first 4 of 20 tokens are left out
+    batch = supervised(stream(classes).in_order(np.arange(2)))
+    assert sorted(batch.tokens[batch.weights > 0]) == [4, 19, 29]
+    classes[3] = 0
+    with pytest.raises(DataError, match=r"rows.txt:1: its labelled words are 20 tokens long, and model.context_length"):
+        stream(classes)
+
+
+def test_what_decides_the_labels_decides_the_tokens_on_disk(tmp_path):
+    rows = [(f"text {i}", LABELS[i % 3]) for i in range(30)]
+    keys = [open_store(table(tmp_path, rows)).key]
+    keys.append(open_store(table(tmp_path, rows, labels=LABELS[::-1])).key)
+    keys.append(open_store(table(tmp_path, rows, answers="text")).key)
+    keys.append(open_store(table(tmp_path, [(x, LABELS[0]) if x == "text 1" else (x, y) for x, y in rows])).key)
+    assert len(set(keys)) == 4
+    assert open_store(table(tmp_path, rows)).key == keys[0]
+
+
+def test_the_same_row_with_another_tag_is_other_data(register):
+    keys = set()
+    for tags in ("O|X", "X|O"):
+        register([{"x": "a| b", "y": tags}] * 2)
+        keys.add(open_store(Data(source="task:ours", answers="classes")).key)
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("x", "hgih"), r"rows.jsonl, line 2: the answer 'hgih' is none of the labels; did you mean 'high'\?"),
+        (("x", ""), r"rows.jsonl, line 2: column 'label' is empty"),
+        (("", "low"), r"rows.jsonl, line 2: the prompt is empty"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        open_store(table(tmp_path, [("a", "low"), row, ("b", "odd one")]))
+
+
+def test_tags_outside_the_set_and_words_without_tokens_are_named(register):
+    register([{"x": "a", "y": "O"}, {"x": "b", "y": "Y"}])
+    with pytest.raises(DataError, match=r"rows.txt:2: the label 'Y' of 'b' is none of O, X"):
+        open_store(Data(source="task:ours", answers="classes"))
+    register([{"x": "a|", "y": "O|X"}])
+    with pytest.raises(DataError, match=r"rows.txt:1: '' has no token in this tokenizer at which 'X' could be told"):
+        open_store(Data(source="task:ours", answers="classes"))
+
+
+def test_a_model_tells_one_set_of_labels(register):
+    assert classes_of(Data(source="task:sentiment", answers="classes")) == ("negative", "positive")
+    assert classes_of(Data(source="task:sentiment", labels=("a",))) == (), "answers are text"
+    with pytest.raises(DataError, match=r"task:dialogue: its answers are text without labels"):
+        open_store(Data(source="task:dialogue", answers="classes"))
+    with pytest.raises(DataError, match=r"task:sentiment: its labels are negative, positive, not a, b"):
+        classes_of(Data(source="task:sentiment", answers="classes", labels=("a", "b")))
+    with pytest.raises(DataError, match=r"task:entities: its labels are O, .*, not negative, positive"):
+        classes_of(Data(source=("task:sentiment", "task:entities"), answers="classes"))
+    register([], labels=("negative", "positive"))
+    both = Data(source="task:sentiment", val_source="task:ours", answers="classes")
+    assert classes_of(both) == ("negative", "positive")
+
+
+def test_labels_stand_at_the_parts_that_have_one():
+    parts = (Part("ab", False, "y"), Part("c", False), Part("d", False, "x"))
+    pieces = [np.array([1, 2]), np.array([3]), np.array([4])]
+    assert told_at(Example(parts, "f:1"), pieces, ("x", "y")).tolist() == [-1, 1, -1, 0]
+    assert Example(parts, "f:1").prompt == "abcd", "all of it is read"
+
+
+@pytest.mark.usefixtures("real_data")
+def test_messages_are_words_with_tags_and_answers_again():
+    task, data = TASKS["entities"], Data(answers="classes")
+    assert task.classes == TAGS and len(TAGS) == 13
+    for side in ("train", "validation", "test"):
+        in_text = list(examples("task:entities", Data(), side))
+        tagged = list(examples("task:entities", data, side))
+        for text, words in zip(in_text, tagged, strict=True):
+            assert text.where == words.where and words.prompt == text.values["tokens"]
+            labels = [part.label for part in words.parts]
+            assert " ".join(labels) == text.values["tags"]
+            assert task.tagging.answer(words.values, labels) == text.answer
+    assert tags_of(answer_of(["a", "b"], ["B-person", "O"]), ["a", "b"]) == ["B-person", "O"]

@@ -1,0 +1,69 @@
+"""Examples from a table: what is learnt, and rows that cannot be used, named before anything is trained."""
+
+import pytest
+
+from gptjax.checks import check
+from gptjax.config import Data, Experiment
+from gptjax.data.examples import examples, fingerprint
+from gptjax.errors import ConfigError, DataError
+
+
+def table(folder, *rows: str) -> Data:
+    (folder / "table.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    return Data(
+        source=str(folder / "table.csv"), prompt="Q: {text}\nA:", answer=" {label}", labels=("good", "bad"),
+        val_fraction=0.2,
+    )  # fmt: skip
+
+
+def test_a_table_and_two_templates_make_examples(tmp_path):
+    data = table(tmp_path, *(f"film {i} {{is}} fine,{'good' if i % 2 else 'bad'}" for i in range(200)))
+    sides = {side: list(examples(data.source, data, side)) for side in ("train", "validation", "test")}
+    assert sides["test"] == sides["validation"] and 20 < len(sides["test"]) < 65
+    texts = {e.prompt for side in ("train", "validation") for e in sides[side]}
+    assert len(sides["train"]) + len(sides["test"]) == len(texts) == 200, "no row on both sides"
+    first = sides["train"][0]
+    assert [p.asked for p in first.parts] == [False, True] and first.answer in (" good", " bad")
+    assert "{is}" in first.prompt, "braces in a row are text"
+    before = fingerprint(data.source, data)
+    assert before != fingerprint(data.source, table(tmp_path, "film 1 is fine,good"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("fine,godo", r"the answer 'godo' is none of the labels; did you mean 'good'\?"),
+        ("fine,", r"column 'label' is empty, and there is no answer to learn"),
+        (",good", r"the prompt is empty \(text\)"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
+    data = table(tmp_path, "a,good", row, "b,bad")
+    with pytest.raises(DataError, match=r"table.csv, line 3.*" + message):
+        list(examples(data.source, data, "train"))
+
+
+def test_all_that_is_wrong_is_told_together_and_a_missing_column_once(tmp_path):
+    data = table(tmp_path, "a,good", "fine,x", "fine,y")
+    with pytest.raises(DataError, match=r"(?s)rows that cannot be used.*'x'.*'y'"):
+        list(examples(data.source, data, "train"))
+    (tmp_path / "table.csv").write_text("words,label\na,good\n")
+    with pytest.raises(DataError, match=r"has no column 'text' \(data.prompt, data.answer\); it has words, label"):
+        list(examples(data.source, data, "train"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "{a}"}, "an example needs both"),
+        ({"labels": ("x",)}, r"data.labels = \('x',\): there are no answers; set data.answer"),
+        ({"prompt": "a", "answer": "{b}"}, r"data.prompt = 'a': names no column"),
+        ({"prompt": "{a}", "answer": "{"}, r"data.answer = '\{': .*a column stands in braces, and \{\{ is a brace"),
+        ({"source": ("task:sentiment", "pydoc")}, "mixes tasks with other text"),
+        ({"prompt": "{}", "answer": "{b}"}, r"data.prompt = '\{\}': names no column, or an empty one"),
+    ],
+)
+def test_templates_that_make_no_example_are_refused_with_the_config(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check(Experiment(data=Data(**changes)))
+    check(Experiment(data=Data(prompt="{{a}} {b}:", answer=" {c}", labels=("x",))))

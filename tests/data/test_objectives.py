@@ -1,0 +1,294 @@
+"""Every objective asks for what it says, from what it says, and for nothing else."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import Objective
+from gptjax.data.objectives import (
+    Windows,
+    causal,
+    extra_ids,
+    extra_tokens,
+    make_objective,
+    needs_others,
+    prefix,
+    supervised,
+    vocabulary_of,
+)
+from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer, WordPieceTokenizer
+from gptjax.errors import DataError
+
+BYTES, END = ByteTokenizer(), 256
+TEXT = "The 2 quick brown foxes (all of them) jump over the lazy dog; naïve cats don't. "
+
+
+def rngs(rows, seed=0):
+    return (np.random.default_rng((seed, row)) for row in range(rows))
+
+
+def text_windows(rows, length, seed=0) -> Windows:
+    """Rows of real words, each from a place of its own, without padding."""
+    ids = BYTES.encode(TEXT * (length // len(TEXT) + 3))
+    starts = np.random.default_rng(seed).integers(0, 2 * len(TEXT), rows)
+    ids = np.stack([ids[start : start + length + 1] for start in starts])
+    return Windows(ids, np.ones(ids.shape, bool), None)
+
+
+@st.composite
+def packed(draw, answers=False):
+    """Rows of documents of any lengths, padded; of each, where there are answers, a part is asked for."""
+    size = draw(st.integers(2, 30))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        lengths = draw(st.lists(st.integers(1, 14), max_size=6))
+        documents = np.repeat(np.arange(1, len(lengths) + 1), lengths)[:size]
+        rows.append(np.pad(documents, (0, size - len(documents))))
+    documents = np.array(rows, np.int32)
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    valid = documents > 0
+    ids = np.where(valid, rng.integers(0, 256, documents.shape), 0).astype(np.int32)
+    tracked = documents if answers or draw(st.booleans()) else None
+    return Windows(ids, valid, tracked, valid & (rng.random(valid.shape) < 0.4) if answers else None)
+
+
+def texts(windows):
+    """(row, first, last) of every document, or of every row, one token at a time."""
+    for row, valid in enumerate(windows.valid):
+        size = int(valid.sum())
+        number = np.ones(size) if windows.documents is None else windows.documents[row, :size]
+        cuts = [0, *(i for i in range(1, size) if number[i] != number[i - 1]), size]
+        yield from ((row, first, last) for first, last in pairwise(cuts) if last > first)
+
+
+@given(packed(answers=True))
+def test_supervised_asks_for_the_answers_exactly(windows):
+    batch = supervised(windows)
+    expected = np.zeros(windows.ids.shape)
+    for row, first, last in texts(windows):
+        expected[row, first + 1 : last] = windows.asked[row, first + 1 : last]  # nothing precedes the first token
+    np.testing.assert_array_equal(batch.weights, expected[:, 1:])
+    np.testing.assert_array_equal(batch.targets, windows.ids[:, 1:])
+
+
+def test_supervised_refuses_text_without_answers():
+    with pytest.raises(DataError, match=r"no answers.*data\.answer"):
+        supervised(text_windows(1, 4))
+
+
+@given(packed())
+def test_a_prefix_ends_inside_every_text_and_all_after_it_is_asked_for(windows):
+    batch = prefix(windows, rngs(len(windows.ids)))
+    asked = np.zeros(windows.ids.shape)
+    for row, first, last in texts(windows):
+        read = batch.prefix[row, first:last]
+        count = int(read.sum())
+        assert read[:count].all() and count >= min(1, len(read)), "the prefix is the beginning"
+        assert last - first == 1 or count < last - first, "and leaves something to ask for"
+        asked[row, first + count : last] = last - first > 1
+    np.testing.assert_array_equal(batch.weights, asked[:, 1:])
+    assert not np.any(batch.prefix & ~windows.valid[:, :-1]), "padding is no prefix"
+    plain = causal(windows)
+    for field in ("tokens", "targets", "segments", "positions"):
+        np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
+
+
+def test_prefixes_of_plain_text_end_everywhere_alike():
+    ends = prefix(text_windows(4000, 8), rngs(4000)).prefix.sum(1)
+    counts = np.bincount(ends, minlength=9)
+    assert counts[0] == 0
+    assert ((counts[1:] - 500) ** 2 / 500).sum() < 29.9  # chi-square, 7 degrees of freedom, p = 1e-4
+
+
+@given(packed(answers=True))
+def test_the_prefix_of_an_example_ends_where_its_first_answer_begins(windows):
+    batch = prefix(windows, rngs(len(windows.ids)))
+    for row, first, last in texts(windows):
+        answers = np.flatnonzero(windows.asked[row, first:last])
+        end = first + answers[0] if len(answers) else last
+        expected = np.arange(first, last) < end
+        np.testing.assert_array_equal(batch.prefix[row, first:last], expected[: len(batch.prefix[row]) - first])
+    np.testing.assert_array_equal(batch.weights, supervised(windows).weights)
+
+
+def masked_batch(windows, seed=0, tokenizer=BYTES, others=None, **fields):
+    objective = Objective(name="masked", **fields)
+    return make_objective(objective, tokenizer)(windows, rngs(len(windows.ids), seed), others)
+
+
+@settings(deadline=None)
+@given(packed(), st.sampled_from([0.02, 0.15, 0.5]), st.booleans(), st.integers(0, 100))
+def test_masked_changes_and_asks_only_what_it_has_chosen(windows, rate, whole_words, seed):
+    batch = masked_batch(windows, seed, mask_rate=rate, whole_words=whole_words)
+    valid = windows.valid[:, :-1]
+    np.testing.assert_array_equal(batch.targets, windows.ids[:, :-1])
+    assert np.all((batch.tokens == batch.targets) | (batch.weights == 1)), "what is not asked for stays"
+    assert not np.any(batch.weights[~valid])
+    np.testing.assert_array_equal(batch.weights.any(1), valid.any(1)), "each row asks for something"
+    if not whole_words:
+        expected = rate * valid.sum(1)
+        assert np.all(np.abs(batch.weights.sum(1) - expected) < np.maximum(1, 1 - expected + 1e-6))
+    documents = valid if windows.documents is None else windows.documents[:, :-1]
+    np.testing.assert_array_equal(batch.segments, np.where(valid, documents, 0))
+    again = masked_batch(windows, seed, mask_rate=rate, whole_words=whole_words)
+    np.testing.assert_array_equal(batch.tokens, again.tokens)
+
+
+def test_masked_keeps_berts_rates():
+    windows = text_windows(2000, 50)
+    batch = masked_batch(windows)
+    asked = batch.weights == 1
+    places, rate = asked.size, asked.mean()
+    assert abs(rate - 0.15) < 4 * np.sqrt(0.15 * 0.85 / places)
+    assert np.all(np.abs(asked.mean(0) - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 2000)), "every place alike"
+    hidden, same = batch.tokens == 257, batch.tokens == batch.targets
+    counts = np.array([(asked & hidden).sum(), (asked & ~hidden & ~same).sum(), (asked & same).sum()])
+    lucky = 1 / 256  # a random token that is the one that stood there
+    expected = asked.sum() * np.array([0.8, 0.1 * (1 - lucky), 0.1 + 0.1 * lucky])
+    assert ((counts - expected) ** 2 / expected).sum() < 18.4  # chi-square, 2 degrees of freedom, p = 1e-4
+    replaced = np.bincount(batch.tokens[asked & ~hidden & ~same], minlength=258)
+    assert replaced[256] == replaced[257] == 0, "only tokens that stand for text"
+    assert (replaced[:256] > 0).mean() > 0.9
+    assert not np.array_equal(batch.tokens, masked_batch(windows, seed=1).tokens)
+
+
+def test_the_end_of_a_text_is_never_asked_for():
+    windows = text_windows(50, 20)
+    windows.ids[:, ::3] = END
+    batch = masked_batch(windows, mask_rate=0.9)
+    assert not np.any(batch.weights[windows.ids[:, :-1] == END])
+
+
+def test_whole_words_are_never_split():
+    windows = text_windows(300, 120)
+    batch = masked_batch(windows, whole_words=True)
+    for row, asked in zip(windows.ids, batch.weights, strict=True):
+        inside = [byte >= 128 or chr(byte).isalnum() for byte in row.tolist()]
+        for i in range(1, len(asked)):
+            if inside[i] and inside[i - 1]:
+                assert asked[i] == asked[i - 1], f"{bytes(row.astype(np.uint8))!r} is split at {i}"
+    assert 0.15 < batch.weights.mean() < 0.2, "the last word may go beyond the share"
+
+
+def test_words_end_where_documents_do():
+    ids = np.full((200, 9), ord("a"), np.int32)
+    documents = np.array([[1] * 4 + [2] * 5] * 200, np.int32)
+    asked = masked_batch(Windows(ids, documents > 0, documents), whole_words=True).weights
+    assert {tuple(row) for row in asked.tolist()} == {(1, 1, 1, 1, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1, 1, 1)}
+
+
+WORDPIECE = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [
+            dict(id=i, content=word, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+            for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": None,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {
+                w: i for i, w in enumerate(["[UNK]", "[CLS]", "[SEP]", "[MASK]", "play", "##ing", "##s", "a", "dog"])
+            },
+        },
+    }
+)
+
+
+def test_words_of_wordpiece_go_on_with_its_endings_only():
+    tokenizer = WordPieceTokenizer(WORDPIECE)
+    objective = Objective(name="masked", whole_words=True, next_sentence=True)
+    v = vocabulary_of(objective, tokenizer)
+    assert np.flatnonzero(v.goes_on).tolist() == [5, 6]
+    assert np.flatnonzero(v.text).tolist() == [4, 5, 6, 7, 8]
+    assert v.extra == [3, 1, 2, 9 + 3, 9 + 4], "its own [MASK], [CLS] and [SEP], and new ids for the answers"
+    ids = np.tile(tokenizer.encode("a dog plays playing dogs"), (100, 1))  # a dog play ##s play ##ing dog ##s
+    windows = Windows(np.pad(ids, ((0, 0), (0, 1))), np.pad(ids > 0, ((0, 0), (0, 1))), None)
+    asked = masked_batch(windows, tokenizer=tokenizer, whole_words=True, mask_rate=0.3).weights
+    assert np.array_equal(asked[:, 2::2], asked[:, 3::2])
+    assert np.any(asked[:, 0] != asked[:, 1]), "whole words stay apart"
+
+
+def test_next_sentence_takes_the_second_half_from_elsewhere_half_of_the_time():
+    rows, length = 2000, 20
+    here = np.tile(np.arange(length + 1, dtype=np.int32), (rows, 1))
+    windows, others = (Windows(ids, np.ones(ids.shape, bool), None) for ids in (here, here + 100))
+    objective = Objective(name="masked", next_sentence=True, mask_rate=0.2)
+    assert needs_others(objective) and not needs_others(Objective(name="masked"))
+    _, classify, separate, follows, elsewhere = extra_ids(objective, BYTES)
+    batch = make_objective(objective, BYTES)(windows, rngs(rows), others)
+    assert np.all(batch.tokens[:, 0] == classify) and np.all(batch.tokens[:, 10] == separate), "never masked"
+    assert np.all(batch.weights[:, 0] == 1) and not np.any(batch.weights[:, 10])
+    np.testing.assert_array_equal(batch.targets[:, 1:10], here[:, :9])
+    second = {follows: here[0, 9:18], elsewhere: here[0, 9:18] + 100}
+    np.testing.assert_array_equal(batch.targets[:, 11:], [second[answer] for answer in batch.targets[:, 0]])
+    assert abs((batch.targets[:, 0] == follows).mean() - 0.5) < 4 * 0.5 / np.sqrt(rows)
+    assert batch.weights[:, 1:].sum(1).mean() == pytest.approx(0.2 * 18, abs=0.05)
+    assert np.all(batch.segments == 1), "both halves see each other"
+
+
+@given(packed(), packed(), st.integers(0, 100))
+@settings(deadline=None)
+def test_the_length_of_a_pair_does_not_tell_whether_it_is_one(windows, others, seed):
+    size, rows = min(x.ids.shape[1] for x in (windows, others)), min(len(x.ids) for x in (windows, others))
+    windows, others = (Windows(x.ids[:rows, :size], x.valid[:rows, :size], None) for x in (windows, others))
+    batch = masked_batch(windows, seed, others=others, next_sentence=True)
+    for row in range(rows):
+        left = min(size - 3, windows.valid[row].sum(), others.valid[row].sum())
+        assert batch.segments[row].sum() == (left + 2 if left >= 2 else 0)
+        assert batch.weights[row].any() == (left >= 2), "a row without two halves asks for nothing"
+
+
+@settings(deadline=None)
+@given(packed(), st.booleans(), st.integers(0, 1000))
+def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
+    tokenizer = BYTES if has_end else CharTokenizer("".join(map(chr, range(256))), has_end_of_text=False)
+    objective = Objective(name="fill_in", fill_in_rate=1.0)
+    marks = extra_ids(objective, tokenizer)
+    assert marks == [tokenizer.vocab_size + i for i in range(3)]
+    batch = make_objective(objective, tokenizer)(windows, rngs(len(windows.ids), seed), None)
+    plain = causal(windows)
+    for field in ("weights", "segments", "positions"):
+        np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
+    ids = np.concatenate([batch.tokens, batch.targets[:, -1:]], 1)
+    for row, first, last in texts(windows):
+        found, original = ids[row, first:last].tolist(), windows.ids[row, first:last].tolist()
+        if last - first <= 3 + has_end:
+            assert found == original, "too short to be rearranged"
+            continue
+        at = [found.index(mark) for mark in marks]
+        assert at[0] == 0 and at == sorted(at)
+        assert not has_end or found.pop() == END
+        beginning, rest, middle = found[1 : at[1]], found[at[1] + 1 : at[2]], found[at[2] + 1 :]
+        assert beginning + middle + rest == original[: len(original) - 3 - has_end]
+
+
+def test_fill_in_rearranges_its_share_and_cuts_everywhere():
+    objective = Objective(name="fill_in", fill_in_rate=0.3)
+    tokens = make_objective(objective, BYTES)(text_windows(3000, 12), rngs(3000), None).tokens
+    changed = tokens[:, 0] == 257
+    assert abs(changed.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 3000)
+    assert np.array_equal(changed, (tokens == 258).any(1)), "a text is rearranged or left as it is"
+    lengths = (tokens[changed] == 258).argmax(1) - 1  # of the prefix: the smaller of two uniform places in 0 to 9
+    expected = np.array([2 * (9 - i) + 1 for i in range(10)]) / 100 * changed.sum()
+    assert ((np.bincount(lengths, minlength=10) - expected) ** 2 / expected).sum() < 33.7  # 9 degrees, p = 1e-4
+
+
+def test_every_objective_names_the_ids_it_needs():
+    assert extra_tokens(Objective()) == extra_tokens(Objective(name="prefix")) == ()
+    assert extra_tokens(Objective(name="masked")) == ("mask",)
+    for name in ("causal", "supervised"):
+        make = make_objective(Objective(name=name), BYTES)
+        windows = text_windows(2, 6)._replace(asked=np.ones((2, 7), bool))
+        unused = (pytest.fail("a generator was made for nothing") for _ in range(2))
+        np.testing.assert_array_equal(make(windows, unused, None).targets, windows.ids[:, 1:])

@@ -1,0 +1,122 @@
+"""Every task reads its real data and its sample, its sides are apart, and its baseline answers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gptjax.config import Data
+from gptjax.data.examples import SAMPLES, _tell_of_sample, examples
+from gptjax.data.tasks import TASKS, baseline, find_task
+from gptjax.data.tasks.entities import tags_of
+from gptjax.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_task_that_is_not_there_is_named():
+    with pytest.raises(DataError, match=r"task:sentimant: no such task; did you mean sentiment\?"):
+        find_task("sentimant")
+
+
+def test_data_that_is_not_there_is_named_with_where_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPTJAX_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"no such file, and task:translation reads it from \$GPTJAX_DATA; get it from"):
+        list(examples("task:translation", Data(), "train"))
+    monkeypatch.delenv("GPTJAX_DATA")
+    monkeypatch.setattr("gptjax.data.examples.SAMPLES", tmp_path)
+    with pytest.raises(DataError, match=r"task:sentiment: has no sample in gptjax; set GPTJAX_DATA to the folder"):
+        list(examples("task:sentiment", Data(), "train"))
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.source])
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_data_a_task_reads_its_sample_and_says_so_once(name, value, monkeypatch, capsys):
+    set_or_not = monkeypatch.delenv if value is None else monkeypatch.setenv
+    set_or_not("GPTJAX_DATA", *([False] if value is None else [value]))
+    _tell_of_sample.cache_clear()
+    sides = check_sides(name, least=2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"task:{name}: GPTJAX_DATA is not set, so a tiny sample" in err
+    assert find_task(name).source in err
+    if labels := find_task(name).labels:
+        assert all({e.answer for e in found} == set(labels) for found in sides.values())
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.usefixtures("real_data")
+def test_a_task_reads_its_data(name):
+    check_sides(name, least=20)
+
+
+def check_sides(name: str, least: int) -> dict:
+    """Reads all sides of a task twice: the same examples, with prompts, answers, right labels and a trivial answer."""
+    task = find_task(name)
+    sides = {side: list(examples(f"task:{name}", Data(), side)) for side in ("train", "validation", "test")}
+    assert all(len(found) >= least for found in sides.values()) and len(sides["train"]) > len(sides["test"])
+    assert sides["train"] == list(examples(f"task:{name}", Data(), "train"))
+    for found in sides.values():
+        assert all(any(p.asked for p in e.parts) and e.prompt.strip() and e.answer.strip() for e in found)
+        assert all(not task.labels or e.answer.strip() in task.labels for e in found)
+    trivial = baseline(task, sides["train"])
+    assert all(isinstance(trivial(e), str) for e in sides["test"])
+    return sides
+
+
+def test_the_samples_come_with_an_installed_gptjax(tmp_path):
+    """A wheel is made of the files that would be committed; it has every file of the samples, byte for byte."""
+    pytest.importorskip("setuptools")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "gptjax", tmp_path / "gptjax", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
+    [path] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        for file in filter(Path.is_file, SAMPLES.rglob("*")):
+            assert wheel.read(str(file.relative_to(ROOT))) == file.read_bytes()
+
+
+@pytest.mark.usefixtures("real_data")
+def test_sentences_of_one_text_stand_on_one_side():
+    texts = [{" ".join(e.prompt.casefold().split()) for e in examples("task:sentiment", Data(), side)}
+             for side in ("train", "validation", "test")]  # fmt: skip
+    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+
+
+@pytest.mark.usefixtures("real_data")
+def test_entities_that_are_written_out_can_be_found_again():
+    found = list(examples("task:entities", Data(), "train"))
+    same = [tags_of(e.answer, e.values["tokens"].split()) == e.values["tags"].split() for e in found]
+    assert sum(same) / len(same) >= 0.99
+
+
+def test_a_file_that_the_readme_shows_is_a_task(tmp_path):
+    """In a copy of the package, as a user who works in a clone has it."""
+    shutil.copytree(ROOT / "gptjax", tmp_path / "gptjax", ignore=shutil.ignore_patterns("__pycache__"))
+    own = (ROOT / "README.md").read_text().split("A task of\nyour own")[1]
+    block = re.findall(r"```python\n(.*?)```", own, re.DOTALL)[0]
+    (tmp_path / "gptjax/data/tasks/headlines.py").write_text(block)
+    rows = [f'"The river rose, by {i} feet. It fell again.",River rises {i} feet' for i in range(60)]
+    (tmp_path / "headlines.csv").write_text("text,headline\n" + "\n".join(rows))
+    script = """
+from gptjax.config import Data
+from gptjax.data.examples import examples
+from gptjax.data.tasks import baseline, find_task
+for side in ("train", "validation", "test"):
+    for e in examples("task:headlines", Data(), side):
+        print(side, repr(e.prompt), repr(e.answer), repr(baseline(find_task("headlines"), ())(e)), e.where, sep=" | ")
+"""
+    environment = {"PATH": os.environ["PATH"], "GPTJAX_DATA": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    lines = [line.split(" | ") for line in shown.splitlines()]
+    assert len(lines) == 60 and {line[0] for line in lines} == {"train", "validation", "test"}
+    _, prompt, answer, lead, where = lines[0]
+    assert prompt == r"'The river rose, by 0 feet. It fell again.\nHeadline:\n'" and answer == "'River rises 0 feet'"
+    assert lead == "'The river rose, by 0 feet.'" and where == f"{tmp_path}/headlines.csv, row 1"

@@ -1,0 +1,201 @@
+"""Variants compared over seeds: pairs, verdicts, and what is not compared."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_runs import BASE, make_run, make_sweep
+
+from gptjax.errors import GptjaxError
+from gptjax.lab.comparison import compare, judge, variants_of
+from gptjax.lab.progress import note
+from gptjax.lab.trials import read_sweep
+from gptjax.lab.words import as_json, as_text
+from gptjax.tuning.intervals import over_runs
+
+
+def compared(*folders, **options):
+    return compare(variants_of(folders)[0], **options)
+
+
+def words(c):
+    return {row.variant.name: row.verdict.word for row in c.rows}
+
+
+def test_differences_are_by_seed_and_see_what_means_hide(tmp_path):
+    """Seeds differ by far more than variants do, so that only pairs tell."""
+    base = [3.0, 3.5, 4.0]
+    moved = [0.1 - 0.001 * i for i in range(3)]
+    lower, higher = ([x + sign * m for x, m in zip(base, moved, strict=True)] for sign in (-1, 1))
+    losses = {"a": base, "b": lower, "c": higher, "d": [3.1, 3.3, 4.1]}
+    c = compared(make_sweep(tmp_path / "s", losses))
+    assert words(c) == {"a": "baseline", "b": "better", "c": "worse", "d": "cannot tell"}
+    b = c.rows[1]
+    assert b.difference.value == pytest.approx(-0.099) and b.pairs == 3
+    assert b.value.low < 3.0 and b.value.high > 4.0, "of the means alone nothing could be told"
+    assert b.bits.value == pytest.approx(b.value.value / 2)
+    assert words(compared(tmp_path / "s", baseline="b")) == {
+        "a": "worse", "b": "baseline", "c": "worse", "d": "cannot tell"
+    }  # fmt: skip
+    assert set(c.fields) == {"optim.learning_rate"} and c.fields["optim.learning_rate"] == (1e-2, 1e-3, 1e-4, 1e-5)
+    assert c.warnings == () and c.unfinished == []
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1, 1).map(lambda x: round(x, 4)), min_size=1, max_size=8), st.booleans())
+def test_the_verdict_flips_exactly_where_the_interval_leaves_out_0(pairs, higher):
+    d = over_runs("m", pairs)
+    word = judge(d, pairs, higher).word
+    if math.isnan(d.low) or d.low <= 0 <= d.high:
+        assert word == "cannot tell"
+    else:
+        assert word == ("better" if (d.low > 0) == higher else "worse")
+
+
+def test_it_flips_at_the_edge():
+    pairs = np.array([-0.1, 0.0, 0.1])
+    reach = over_runs("m", pairs).high
+    assert judge(over_runs("m", pairs + reach * 0.999), list(pairs + reach * 0.999), False).word == "cannot tell"
+    assert judge(over_runs("m", pairs + reach * 1.001), list(pairs + reach * 1.001), False).word == "worse"
+    assert judge(over_runs("m", pairs - reach * 1.001), list(pairs - reach * 1.001), False).word == "better"
+
+
+def test_what_would_settle_it(tmp_path):
+    c = compared(make_sweep(tmp_path / "s", {"a": [3.0, 3.0, 3.0], "b": [2.9, 3.05, 2.95], "same": [3.0, 3.0, 3.0]}))
+    assert "more seeds would settle it" in c.rows[1].verdict.more and c.rows[1].verdict.more_seeds > 1
+    assert c.rows[2].verdict.why == "no seed shows any difference" and not c.rows[2].verdict.more
+    one = compared(make_sweep(tmp_path / "one", {"a": [3.0], "b": [2.0]})).rows[1]
+    assert one.verdict.word == "cannot tell" and "a second seed would show" in one.verdict.why and not one.verdict.more
+    assert one.difference.value == -1.0 and math.isnan(one.difference.low)
+
+
+def test_what_is_not_finished_is_shown(tmp_path):
+    folder = make_sweep(tmp_path / "s", {"a": [3.0, 3.1], "b": [2.9, 3.0], "c": []})
+    trials = {t.name: t for t in read_sweep(folder)}
+    (trials["a-seed1"].folder / "result.json").unlink()
+    (trials["b-seed1"].folder / "experiment.json").write_text("{")
+    trials["b-seed0"].log.write_text("words of a finished run\n")
+    shutil.rmtree(trials["c-seed0"].folder, ignore_errors=True)
+    trials["c-seed0"].log.write_text("Traceback\n\nValueError: no good\n")
+    note(trials["c-seed1"], "ended", code=3, why="step 4: diverged")
+    trials["c-seed1"].log.write_text("")
+    c = compared(folder)
+    states = {r.name: (r.state, r.why) for r in c.unfinished}
+    assert states["a-seed1"] == ("stopped", "at step 6 of 6")
+    assert states["b-seed1"][0] == "damaged" and "experiment.json" in states["b-seed1"][1]
+    assert states["c-seed0"] == ("stopped", "before its first step; its last words: ValueError: no good")
+    assert states["c-seed1"] == ("failed", "before its first step: step 4: diverged")
+    assert c.rows[1].pairs == 1 and c.rows[2].verdict.why == "no finished run"
+    text, told = as_text(c), as_json(c)
+    assert all(name in text for name in states)
+    assert sum(r["state"] != "finished" for v in told["variants"] for r in v["runs"]) == 4
+    json.dumps(told, allow_nan=False)
+
+
+def test_a_run_that_diverged_is_no_reason_to_call_the_others_better(tmp_path):
+    c = compared(make_sweep(tmp_path / "s", {"a": [3.0, 3.1, 3.2], "b": [2.5, 2.6, None]}))
+    assert c.rows[1].verdict.word == "cannot tell" and c.rows[1].verdict.why == "not finite with seed 2"
+    assert "b-seed2: its val_loss was not finite at the end, and is in no mean" in c.warnings
+
+
+DATA = {"data": "other"}
+OTHER = [
+    ({"model.context_length": 8}, {}, "model.context_length", True),
+    ({"objective.name": "prefix"}, {}, "objective.name", False),
+    ({"data.tokenizer": "char"}, DATA, "data (text, tokenizer or split)", True),
+    ({"data.source": "other.txt"}, DATA, "data (text, tokenizer or split)", False),
+    ({"data.source": "other.txt", "data.tokenizer": "char"}, DATA, "data (text, tokenizer or split)", False),
+    ({}, {"provenance": {"reference": "x"}}, "reference", False),
+    ({"data.tokenizer": "char"}, DATA | {"val_bytes": 500}, "data (text, tokenizer or split)", False),
+]
+
+
+@pytest.mark.parametrize("changes, made, told, bits", OTHER)
+def test_figures_of_different_text_or_tasks_are_not_compared(tmp_path, changes, made, told, bits):
+    """Bits a byte are, where only tokens or context differ."""
+    folders = [make_run(tmp_path / f"a{i}", BASE.override(name="a", seed=i), 3 + 0.1 * i) for i in range(3)]
+    e = BASE.override({"name": "b", "optim.learning_rate": 0.5} | changes)
+    folders += [make_run(tmp_path / f"b{i}", e.override(seed=i), 2 + 0.1 * i + 0.001 * i, **made) for i in range(3)]
+    c = compared(*folders)
+    assert words(c) == {"a": "baseline", "b": "not comparable"} and c.rows[1].difference is None
+    assert any("not comparable" in w and told in w for w in c.warnings) and "not comparable" in as_text(c)
+    of_bits = compared(*folders, metric="val_bits_per_byte")
+    assert words(of_bits)["b"] == ("better" if bits else "not comparable")
+    assert words(compared(*folders, metric="seconds"))["b"] == "cannot tell", "speed is not of a text"
+
+
+def test_a_loss_does_not_depend_on_what_only_the_optimiser_sees(tmp_path):
+    for i in range(2):
+        make_run(tmp_path / f"a{i}", BASE.override(seed=i), 3.0 + i)
+        make_run(
+            tmp_path / f"b{i}", BASE.override({"seed": i, "name": "z", "objective.z_loss": 0.1}), 2.0 + i + 0.001 * i
+        )
+    c = compared(*(tmp_path / f"{x}{i}" for x in "ab" for i in range(2)))
+    assert words(c) == {"tiny": "baseline", "z": "better"} and not c.warnings
+
+
+def test_runs_are_one_variant_where_they_differ_in_name_and_seed_alone(tmp_path):
+    for i in range(3):
+        make_run(tmp_path / f"a{i}", BASE.override(name=f"gelu-seed{i}", seed=i), 3.0 + i)
+        make_run(tmp_path / f"b{i}", BASE.override({"name": f"gelu-seed{i}", "seed": i, "model.ffn": "relu"}), 4.0 + i)
+    folders = sorted(tmp_path.iterdir())
+    variants, left_out = variants_of([*folders, folders[0]])
+    assert [(v.name, len(v.records)) for v in variants] == [("gelu (a0)", 3), ("gelu (b0)", 3)] and not left_out
+    make_run(tmp_path / "again", BASE.override(name="x", seed=1), 1.0)
+    _, left_out = variants_of([*folders, tmp_path / "again"])
+    assert left_out == ["again: its seed 1 is there twice; the first run counts"]
+    sweep = make_sweep(tmp_path / "s", {"a": [3.0, 3.1]})
+    more = make_run(tmp_path / "more", BASE.override({"name": "q", "seed": 7, "optim.learning_rate": 0.01}), 3.3)
+    (variant,), _ = variants_of([sweep, more])
+    assert variant.by_seed("val_loss") == {0: 3.0, 1: 3.1, 7: 3.3}
+
+
+def test_changes_in_mid_run_and_other_machines_are_told_of(tmp_path):
+    changes = [{"when": "", "step": 2, "fields": {"optim.learning_rate": [1, 2]}}]
+    make_run(tmp_path / "a", BASE, 3.0, provenance={"changes": changes})
+    make_run(tmp_path / "b", BASE.override(name="b", train=dict(steps=7)), 3.0, provenance={"commit": "def+"})
+    warnings = compared(tmp_path / "a", tmp_path / "b").warnings
+    assert "a: was changed while it was trained (optim.learning_rate)" in warnings
+    assert "the runs were made with different commits: abc, def+" in warnings
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(baseline="bb"), "--baseline bb: is no variant; did you mean b? there are a, b"),
+    (dict(metric="val_los"), "--metric val_los: no finished run has it; did you mean val_loss?"),
+    (dict(metric="steps"), "whether more of it is better is not known"),
+])  # fmt: skip
+def test_what_is_not_there_is_named(tmp_path, options, message):
+    with pytest.raises(GptjaxError) as refused:
+        compared(make_sweep(tmp_path / "s", {"a": [3.0], "b": [2.0]}), **options)
+    assert message in str(refused.value)
+
+
+def test_higher_is_better_for_accuracies_also_of_tasks(tmp_path):
+    for i in range(2):
+        for name, value in (("a", 0.5), ("b", 0.7 + 0.001 * i)):
+            tasks = {"tasks": {"sentiment": {"accuracy": value}}}
+            rate = {"a": 0.1, "b": 0.2}[name]
+            make_run(
+                tmp_path / f"{name}{i}",
+                BASE.override({"name": name, "seed": i, "optim.learning_rate": rate}),
+                3.0,
+                **tasks,
+            )
+    c = compared(*sorted(tmp_path.iterdir()), metric="tasks.sentiment.accuracy")
+    assert words(c)["b"] == "better" and c.higher_is_better
+
+
+def test_a_folder_that_is_neither_and_a_seed_that_is_wrong_are_refused(tmp_path):
+    for folder, message in ((tmp_path, "is neither a run nor a sweep"), (tmp_path / "x", "does not exist")):
+        with pytest.raises(GptjaxError, match=message):
+            variants_of([folder])
+    folder = make_sweep(tmp_path / "s", {"a": [3.0, 3.1]})
+    e = dataclasses.replace(BASE.override({"name": "a-seed0", "optim.learning_rate": 0.01}), seed=5)
+    (folder / "a-seed0" / "experiment.json").write_text(e.to_json())
+    with pytest.raises(GptjaxError, match=r"holds a run with seed 5, and sweep\.json says 0"):
+        variants_of([folder])

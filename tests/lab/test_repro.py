@@ -1,0 +1,180 @@
+"""Claims: found by their files, refused where they lack something, measured once, and never hidden when they fail."""
+
+import json
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from gptjax.cli import main
+from gptjax.errors import GptjaxError, Interrupted
+from gptjax.lab import repro
+from gptjax.lab.claims_page import page
+
+FILE = '''"""What is asked."""
+from pathlib import Path
+from gptjax.errors import DataError
+from gptjax.lab.repro import Claim, Measured
+
+def measure(folder):
+    {body}
+
+claim = Claim(title="A title", citation={citation!r}, published="1.88", tolerance="1.88 +- 0.04", minutes={minutes},
+              measure=measure, device={device!r})
+'''
+PASSES = """(folder / "times").open("a").write("x")
+    return Measured("1.87", True, {"loss": 1.87, "each": [1.86, 1.88]}, "seen <b>")"""
+
+
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    """Writes claims into a checkout of their own, in which the process stands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / repro.PAPERS).mkdir(parents=True)
+
+    def write(name, body=PASSES, citation="Someone 2020, table 1", minutes=1, device="cpu"):
+        path = repro.PAPERS / f"{name}.py"
+        path.write_text(FILE.format(body=body, citation=citation, minutes=minutes, device=device))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    def one(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gptjax", "repro", *map(str, arguments)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        monkeypatch.setattr("gptjax.verbs.repro.start_jax", lambda: None)
+        monkeypatch.setattr("os._exit", sys.exit)
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code
+        return code, *capfd.readouterr()
+
+    return one
+
+
+def test_a_claim_is_one_file_and_is_measured_once(papers, run, tmp_path):
+    papers("mine")
+    code, out, err = run("mine", "--folder", tmp_path / "out")
+    assert code == 0
+    assert "mine" in out and "1.87" in out and "pass" in out
+    assert "1 of 1 pass" in err
+    run("mine", "--folder", tmp_path / "out")
+    times = tmp_path / "out/mine/times"
+    assert times.read_text() == "x", "measured twice"
+    path = papers("mine")
+    path.write_text('"""Another docstring."""\n# and a comment\n' + path.read_text().partition("\n")[2])
+    run("mine", "--folder", tmp_path / "out")
+    assert times.read_text() == "x", "a docstring and a comment decide nothing"
+    path.write_text(path.read_text().replace("1.87", "1.89"))
+    assert "1.89" in run("mine", "--folder", tmp_path / "out")[1]
+    assert times.read_text() == "xx", "other code is another measurement"
+
+
+def test_one_that_fails_stays_failing_and_one_that_crashes_stops_no_other(papers, run, tmp_path):
+    papers("a_crash", "raise ValueError('a bug of its own')")
+    papers("b_fails", "return Measured('2.50', False)")
+    papers("c_lacks", "raise DataError('the environment variable GPTJAX_DATA is not set')")
+    papers("d_gpu", device="gpu")
+    papers("e_passes")
+    code, out, err = run("--folder", tmp_path / "out", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    verdicts = {row["name"]: row["verdict"] for row in rows}
+    expected = ["crashed", "fail", "not run", "pass", "not run"]
+    assert list(verdicts.values()) == expected, "in the order of their cost, those for a GPU last"
+    assert code == 3 and "a bug of its own" in err
+    assert "GPTJAX_DATA" in rows[2]["seen"] and "needs a GPU" in rows[4]["seen"]
+    table = json.loads((tmp_path / "out/claims.json").read_text())["claims"]
+    assert [row["verdict"] for row in table] == expected
+    listed = run("--list", "--folder", tmp_path / "out")[1].splitlines()
+    assert len(listed) == 5 and "fail" in listed[1] and "to do" in listed[0], "what crashed is tried again"
+    assert run("d_gpu", "e_passes", "--folder", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(citation=""), "mine.py: the claim has no citation; say where the figure was published"),
+        (dict(citation="  "), "has no citation"),
+        (dict(minutes=0), "minutes above 0"),
+        (dict(device="tpu"), "device 'cpu' or 'gpu'"),
+    ],
+)
+def test_a_claim_that_lacks_something_is_refused_by_its_file(papers, run, changes, message):
+    papers("mine", **changes)
+    code, _, err = run("mine")
+    assert code == 2 and message in err
+
+
+def test_what_is_no_claim_is_refused(papers, run):
+    papers("mine")
+    (repro.PAPERS / "other.py").write_text("claim = 3")
+    (repro.PAPERS / "none.py").write_text("x = 3")
+    for name, message in [
+        ("nothing", "no such claim; experiments/papers has mine, none, other"),
+        ("none", "none.py: defines no `claim`"),
+        ("other", "other.py: its claim is a int"),
+    ]:
+        code, _, err = run(name)
+        assert code == 2 and message in err
+
+
+def test_an_interruption_ends_all_and_the_time_is_kept(papers, tmp_path):
+    papers("mine", "from gptjax.errors import Interrupted; raise Interrupted('asked to')")
+    with pytest.raises(Interrupted):
+        list(repro.reproduce([repro.load_claim("mine")], tmp_path / "out"))
+    before = json.loads((tmp_path / "out/mine/seconds.json").read_text())["seconds"]
+    assert before > 0 and not (tmp_path / "out/mine/claim.json").exists()
+    papers("mine")
+    (outcome,) = repro.reproduce([repro.load_claim("mine")], tmp_path / "out")
+    assert outcome.minutes > before / 60
+
+
+def test_the_page_is_whole_needs_no_network_and_shows_text_as_text(papers, tmp_path):
+    papers("mine")
+    list(repro.reproduce([repro.load_claim("mine")], tmp_path / "out"))
+    text = (tmp_path / "out/claims.html").read_text()
+    for word in ("Someone 2020", "1.88 +- 0.04", "pass", "1.87", "1.86, 1.88", "seen &lt;b&gt;"):
+        assert word in text
+    assert "http:" not in text and "https:" not in text and "<script" not in text and "src=" not in text
+    opened: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            opened.extend([tag] * (tag != "meta"))
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+    Reader().feed(text)
+    assert not opened
+    assert "0 of 0" in page([])
+
+
+TRAINS = """import conftest
+    from gptjax.lab.repro import trained
+    loss = trained(conftest.tiny_run(Path.cwd()), folder)["val_loss"]
+    return Measured(f"{loss}", True)"""
+
+
+def test_a_claim_trains_in_its_folder_and_what_is_trained_is_not_trained_again(papers, tmp_path, single_device):
+    papers("mine", TRAINS)
+    (first,) = repro.reproduce([repro.load_claim("mine")], tmp_path / "out")
+    assert (first.verdict, first.name) == ("pass", "mine"), first.seen
+    saved = sorted((tmp_path / "out/mine/tiny/checkpoints").iterdir())
+    times = [path.stat().st_mtime_ns for path in saved]
+    (tmp_path / "out/mine/claim.json").unlink()  # cut off before the outcome was written
+    (again,) = repro.reproduce([repro.load_claim("mine")], tmp_path / "out")
+    assert again.ours == first.ours and again.minutes > first.minutes
+    assert [path.stat().st_mtime_ns for path in saved] == times
+
+
+def test_claims_name_their_file_only_once(papers):
+    papers("mine")
+    assert [filed.name for filed in repro.all_claims()] == ["mine"]
+    with pytest.raises(GptjaxError, match="no such experiment file"):
+        repro.load_claim("somewhere/else.py")

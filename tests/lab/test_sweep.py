@@ -1,0 +1,394 @@
+"""Sweeps: which trials there are, where each is, and that what is missing is trained once, whoever is killed.
+
+Most trials here are trained by `LEARNER`, a small process that keeps the promises of `gptjax train`: it holds the lock,
+logs its steps, saves on SIGTERM, goes on, and leaves a result. The last test trains for real.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, write_corpus
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import QUICK, ROOT
+
+from gptjax.config import Between, Experiment, Search, grid, zip_
+from gptjax.errors import ConfigError, GptjaxError, RunError
+from gptjax.lab import local
+from gptjax.lab.live import Progress
+from gptjax.lab.local import Local, places
+from gptjax.lab.progress import memory_needed, note, noted, seconds_needed, state_of
+from gptjax.lab.search import Searched
+from gptjax.lab.sweep import Fixed, train_missing
+from gptjax.lab.trials import Trial, read_sweep, trials_of, write_sweep
+from gptjax.loading import load_experiment, load_sweep
+from gptjax.training.lock import holder
+from gptjax.training.metrics import num_params
+from gptjax.verbs.sweep import sweep
+
+LEARNER = """
+import json, signal, sys, time
+from pathlib import Path
+from gptjax.training.lock import hold
+
+experiment, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+with hold(folder):
+    if "bad" in experiment["name"]:
+        print("what went wrong")
+        sys.exit(2)
+    log = folder / "metrics.jsonl"
+    first = len(log.read_text().splitlines()) if log.exists() else 0
+    for step in range(first + 1, experiment["train"]["steps"] + 1):
+        with log.open("a") as file:
+            file.write(json.dumps({"step": step, "loss": 1 / step}) + "\\n")
+        time.sleep(0.02)
+        if stop:
+            sys.exit(75)
+    result = {"steps": step, "val_loss": 0.5, "seconds": 1.0, "memory_bytes": 1000}
+    (folder / "result.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def learner(tmp_path, monkeypatch):
+    """Trials are trained by `LEARNER`, which is a file for processes of other Pythons as well."""
+    script = tmp_path / "learner.py"
+    script.write_text(LEARNER)
+    command = lambda trial: [sys.executable, str(script), str(trial.file), str(trial.folder)]  # noqa: E731
+    monkeypatch.setattr(Trial, "command", property(command))
+    return script
+
+
+def made(folder: Path, names=("a", "b"), seeds: int = 2, steps: int = 5) -> list[Trial]:
+    variants = [TINY.override(name=name, train=dict(steps=steps), model=dict(num_layers=i + 1)) for i, name in
+                enumerate(names)]  # fmt: skip
+    trials = trials_of(variants, seeds, folder)
+    write_sweep(folder, trials)
+    return trials
+
+
+def silent(trials, states, changed):
+    pass
+
+
+def test_a_trial_is_a_variant_with_a_seed_and_is_kept(tmp_path):
+    trials = made(tmp_path / "s", seeds=2)
+    assert [t.name for t in trials] == ["a-seed0", "b-seed0", "a-seed1", "b-seed1"]
+    assert [(t.variant, t.experiment.seed) for t in trials] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert read_sweep(tmp_path / "s") == trials
+    assert load_experiment(str(trials[2].file)) == trials[2].experiment, "gptjax train can take it"
+    more = made(tmp_path / "s", ("a", "b", "c"), seeds=1)
+    assert read_sweep(tmp_path / "s") == [*trials, more[2]], "what was there stays"
+    with pytest.raises(RunError, match=r"another sweep \(a-seed0: train.steps: 5 there, 9 now\)"):
+        made(tmp_path / "s", steps=9)
+    assert read_sweep(tmp_path / "s") == [*trials, more[2]]
+    (tmp_path / "s" / "sweep.json").write_text('{"format": 1, "trials": [{"name": "../x", "variant": "", "seed": 0}]}')
+    with pytest.raises(RunError, match=r"'../x' is no name"):
+        read_sweep(tmp_path / "s")
+
+
+def test_all_that_is_wrong_with_a_sweep_is_said_at_once(tmp_path):
+    bad = TINY.override(name="c", model=dict(num_heads=3))
+    with pytest.raises(ConfigError) as caught:
+        trials_of([TINY, TINY.override(name="twin"), bad, TINY.override(name="c", seed=4)], 1, tmp_path)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["tiny and twin", "c", "c"]
+    assert "are the same experiment" in caught.value.problems[0] and "does not divide" in caught.value.problems[1]
+    with pytest.raises(ConfigError, match="a name of 300 letters is too long"):
+        trials_of([TINY.override(name="n" * 300)], 1, tmp_path)
+    with pytest.raises(ConfigError, match=r"model.num_layer.*num_layers"):
+        grid(TINY, {"model.num_layer": [1, 2]})
+    with pytest.raises(ConfigError, match=r"seed 2, model.num_layers 1"):
+        zip_(TINY, {"seed": [1, 2], "model.num_layers": [1]})
+    pairs = zip_(TINY, {"model.num_layers": [1, 2], "model.embed_dim": [16, 32]})
+    assert [(e.name, e.model.num_layers, e.model.embed_dim) for e in pairs] == [
+        ("tiny-num_layers=1-embed_dim=16", 1, 16), ("tiny-num_layers=2-embed_dim=32", 2, 32)
+    ]  # fmt: skip
+
+
+def test_a_file_may_hold_a_sweep_an_experiment_or_neither(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from gptjax.config import Experiment, grid\nsweep = grid(Experiment(), {'seed': [1, 2]})\n")
+    assert [e.seed for e in load_sweep(str(path))] == [1, 2]
+    with pytest.raises(ConfigError, match="it holds a sweep: gptjax sweep"):
+        load_experiment(str(path))
+    other = tmp_path / "other.py"
+    other.write_text("sweep = 3")
+    with pytest.raises(ConfigError, match="defines no `sweep`"):
+        load_sweep(str(other))
+    (tmp_path / "x.json").write_text('{"format": 1, "nmae": "x"}')
+    with pytest.raises(ConfigError, match=r"x.json: nmae: no such field"):
+        load_experiment(str(tmp_path / "x.json"))
+
+
+@given(st.integers(1, 9), st.integers(1, 16), st.integers(0, 8))
+def test_the_machine_is_divided_evenly(workers, cores, cards):
+    made = places(workers, list(range(cores)), [str(i) for i in range(cards)])
+    used = [core for place in made for core in place.cores]
+    assert all(place.cores for place in made) and set(used) <= set(range(cores))
+    if workers <= cores:
+        assert sorted(used) == list(range(cores)), "every core has one worker"
+    taken = [gpu for place in made for gpu in place.gpus]
+    if cards >= workers:
+        assert sorted(taken, key=int) == [str(i) for i in range(cards)]
+    elif cards:
+        assert all(len(place.gpus) == 1 for place in made), "several workers to a GPU"
+        for gpu in set(taken):
+            assert sum(float(p.environment()["XLA_PYTHON_CLIENT_MEM_FRACTION"]) for p in made if p.gpus == (gpu,)) <= 1
+    else:
+        assert not taken and all(place.environment() == {} for place in made)
+
+
+def test_a_failing_trial_does_not_stop_the_others_and_is_tried_again(tmp_path, learner, capsys):
+    trials = made(tmp_path / "s", ("good", "bad"))
+    with Progress() as show:
+        states = train_missing(Fixed(trials), Local(2), show)
+    assert {name: s.status for name, s in states.items()} == {
+        "good-seed0": "done", "bad-seed0": "failed", "good-seed1": "done", "bad-seed1": "failed"
+    }  # fmt: skip
+    told = capsys.readouterr().err
+    assert "bad-seed0 failed (exit code 2), and ended with\n    what went wrong" in told
+    notes = {t.name: noted(t) for t in trials}
+    learner.write_text(LEARNER.replace('"bad"', '"worse"'))  # mended
+    states = train_missing(Fixed(trials), Local(1), silent)
+    assert all(s.done for s in states.values())
+    assert {t.name for t in trials if noted(t) != notes[t.name]} == {"bad-seed0", "bad-seed1"}, "only what was missing"
+
+
+def test_no_more_than_fit_run_at_once(tmp_path, learner, monkeypatch):
+    trials = made(tmp_path / "s", steps=8)
+    needed = memory_needed(trials[1].experiment)
+    monkeypatch.setattr(local, "memory_available", lambda: 2.5 * needed)
+    seen = []
+    train_missing(
+        Fixed(trials), Local(4), lambda _, states, __: seen.append(sum(s.status == "running" for s in states.values()))
+    )
+    assert max(seen) == 2
+    trials = made(tmp_path / "t", seeds=1)
+    monkeypatch.setattr(local, "memory_available", lambda: 0.0)
+    states = train_missing(Fixed(trials), Local(2), silent)
+    assert all(s.done for s in states.values()), "one at a time is always tried"
+
+
+def test_the_memory_that_is_expected_grows_with_what_takes_it():
+    small, wide = TINY, TINY.override(model=dict(embed_dim=512, num_heads=8, context_length=256))
+    assert memory_needed(small) < memory_needed(wide)
+    state = 16 * num_params(wide.resolved(257).model)["total"]
+    assert memory_needed(wide) > state
+    half = wide.override(train=dict(microbatches=2))
+    assert state < memory_needed(half) < memory_needed(wide)
+
+
+def test_ctrl_c_saves_every_trial_and_the_same_command_goes_on(tmp_path, learner):
+    trials = made(tmp_path / "s", seeds=1, steps=400)
+    process = conductor(tmp_path, learner)
+    wait(lambda: all(state_of(t).step > 3 for t in trials))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75 and "every trial of this command is saved" in err
+    assert [state_of(t).status for t in trials] == ["stopped", "stopped"]
+    assert not any(holder(t.folder) for t in trials)
+    learner.write_text(LEARNER.replace("time.sleep(0.02)", "pass"))
+    assert all(s.done for s in train_missing(Fixed(trials), Local(2), silent).values())
+    for trial in trials:
+        steps = [json.loads(line)["step"] for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 401)), "nothing is made twice"
+
+
+def test_after_kill_9_the_same_command_waits_for_what_still_runs_and_runs_nothing_twice(tmp_path, learner):
+    trials = made(tmp_path / "s", seeds=2, steps=150)
+    process = conductor(tmp_path, learner)
+    wait(lambda: all(state_of(t).step > 3 for t in trials[:2]))
+    process.kill()
+    process.wait()
+    assert [state_of(t).status for t in trials] == ["running", "running", "new", "new"]
+    assert "process" in state_of(trials[0]).why
+    states = train_missing(Fixed(trials), Local(2), silent)
+    assert all(s.done for s in states.values())
+    for trial in trials:
+        steps = [json.loads(line)["step"] for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 151)), trial.name
+
+
+def conductor(tmp_path: Path, learner: Path) -> subprocess.Popen:
+    """A process of its own that trains the sweep in `s`."""
+    script = tmp_path / "conductor.py"
+    script.write_text(
+        f"""
+import sys
+from pathlib import Path
+from gptjax.errors import GptjaxError
+from gptjax.lab.local import Local
+from gptjax.lab.search import Searched
+from gptjax.lab.sweep import Fixed, train_missing
+from gptjax.lab.trials import Trial, read_sweep
+
+Trial.command = property(lambda t: [sys.executable, {str(learner)!r}, str(t.file), str(t.folder)])
+try:
+    train_missing(Fixed(read_sweep(Path({str(tmp_path / "s")!r}))), Local(2), lambda *_: None)
+except GptjaxError as e:
+    print(e, file=sys.stderr)
+    sys.exit(e.exit_code)
+"""
+    )
+    return subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def wait(what, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_where_a_trial_is(tmp_path):
+    trial = made(tmp_path / "s")[0]
+    assert state_of(trial).status == "new"
+    note(trial, "submitted", job="7")
+    assert state_of(trial, ours=True).status == "waiting" and state_of(trial).status == "new"
+    note(trial, "ended", code=3)
+    assert (state_of(trial).status, state_of(trial).why) == ("failed", "exit code 3")
+    note(trial, "cancelled", why="by hand")
+    assert (state_of(trial).status, state_of(trial).why) == ("cancelled", "by hand")
+    note(trial, "ended", code=75)
+    trial.folder.mkdir()
+    (trial.folder / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "val_loss": 2.5}\n{"step": 3, "lo'
+    )
+    s = state_of(trial)
+    assert (s.status, s.step, s.loss, s.val_loss) == ("stopped", 2, 3.0, 2.5), (
+        "a line that is being written is left out"
+    )
+
+
+def test_what_is_left_is_told_from_what_was_needed(tmp_path):
+    trials = made(tmp_path / "s", ("small", "deep"), seeds=2, steps=10)
+    states = {t.name: state_of(t) for t in trials}
+    assert seconds_needed(trials, states, None) == {}
+    left = seconds_needed(trials, states, 1e9)
+    assert left["deep-seed0"] > left["small-seed0"] > 0
+    trials[0].folder.mkdir()
+    result = {"steps": 10, "val_loss": 1.0, "seconds": 40.0, "memory_bytes": 5}
+    (trials[0].folder / "result.json").write_text(json.dumps(result))
+    states = {t.name: state_of(t) for t in trials}
+    left = seconds_needed(trials, states, None)
+    assert left["small-seed0"] == 0 and left["small-seed1"] == pytest.approx(40) and left["deep-seed1"] > 40
+
+
+def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(
+        f"from gptjax.config import Experiment, grid\nbase = Experiment.from_json({TINY.to_json()!r})\n"
+        "sweep = grid(base, {'model.ffn': ['gelu', 'relu']})\n"
+    )
+    sweep(["mine.py", "--list", "--seeds", "2", "--set", "train.steps=70", "model.norm=rmsnorm"])
+    told = capsys.readouterr().out
+    assert told.count("0/70") == 4 and "runs/mine: 4 trials (4 new)" in told
+    assert not Path("runs").exists(), "a list makes nothing"
+    for arguments, message in (
+        (["mine.py", "--set", "train.stpes=1"], "stpes.*steps"),
+        (["mine.py", "--set", "steps"], "needs section.field=VALUE"),
+        (["mine.py", "--seeds", "0"], "must be 1 or more"),
+        (["mine.py", "--workers", "0"], "must be 1 or more"),
+        (["mine.py", "--slurm.partition", "gpu"], "--partition.*no effect without --on slurm"),
+        (["mine.py", "--on", "slurm", "--workers", "2"], "--workers.*no effect with --on slurm"),
+        (["mine.py", "--set", "model.num_heads=7"], "does not divide"),
+    ):
+        with pytest.raises(GptjaxError, match=message):
+            sweep(arguments)
+
+
+SEARCHER = LEARNER.replace(
+    '{"step": step, "loss": 1 / step}', '{"step": step, "val_loss": (experiment["optim"]["learning_rate"] - 0.3) ** 2}'
+).replace('"val_loss": 0.5', '"val_loss": (experiment["optim"]["learning_rate"] - 0.3) ** 2')  # best at 0.3
+
+
+def searched(folder: Path, method: str, count: int, workers: int = 2) -> Searched:
+    e = TINY.override(name="s", train=dict(steps=30, eval_every=5, checkpoint_every=5))
+    return Searched(Search(e, {"optim.learning_rate": Between(0.01, 1.0)}), method, count, workers, folder)
+
+
+def test_a_search_finds_the_best_values_and_goes_on(tmp_path, learner):
+    pytest.importorskip("optuna")
+    learner.write_text(SEARCHER.replace("time.sleep(0.02)", "pass"))
+    states = train_missing(searched(tmp_path / "s", "tpe", 6), Local(2), silent)
+    assert len(states) == 6 and all(s.done for s in states.values())
+    first = {t.name: noted(t) for t in read_sweep(tmp_path / "s")}
+    plan = searched(tmp_path / "s", "tpe", 14)
+    assert len(train_missing(plan, Local(2), silent)) == 14
+    assert {t.name: noted(t) for t in read_sweep(tmp_path / "s")[:6]} == first, "what was done stays"
+    rates = [t.experiment.optim.learning_rate for t in read_sweep(tmp_path / "s")]
+    _, figure, values = plan.best()
+    nearest = min(rates, key=lambda rate: abs(rate - 0.3))
+    assert values == {"optim.learning_rate": nearest} and figure == pytest.approx((nearest - 0.3) ** 2)
+    assert len(set(rates)) == 14 and abs(nearest - 0.3) < 0.1
+
+
+def test_successive_halving_gives_up_what_is_worse(tmp_path, learner, monkeypatch):
+    pytest.importorskip("optuna")
+    learner.write_text(SEARCHER.replace("time.sleep(0.02)", "time.sleep(0.05)"))
+    monkeypatch.setattr("gptjax.lab.sweep.LOOK_SECONDS", 0.1)
+    states = train_missing(searched(tmp_path / "s", "halving", 8), Local(2), silent)
+    trials = {t.name: t for t in read_sweep(tmp_path / "s")}
+    distance = {name: abs(t.experiment.optim.learning_rate - 0.3) for name, t in trials.items()}
+    ended = {kind: [n for n, s in states.items() if s.status == kind] for kind in ("done", "cancelled")}
+    assert ended["done"] and ended["cancelled"] and len(ended["done"]) + len(ended["cancelled"]) == 8
+    assert min(distance, key=distance.get) in ended["done"], "the best is not given up"
+    assert all("given up at step" in states[name].why for name in ended["cancelled"])
+    again = {t.name: noted(t) for t in trials.values()}
+    train_missing(searched(tmp_path / "s", "halving", 8), Local(2), silent)
+    assert {t.name: noted(t) for t in trials.values()} == again, "nor is it tried again"
+
+
+def test_a_search_says_what_is_wrong_with_it(tmp_path):
+    pytest.importorskip("optuna")
+    for space, message in (
+        ({"optim.learning_rat": [1, 2]}, "learning_rat.*learning_rate"),
+        ({"seed": []}, "seed: has no values"),
+        ({}, "names no field"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Search(TINY, space)
+    with pytest.raises(ConfigError, match="low must be less"):
+        Between(2, 1)
+    with pytest.raises(ConfigError, match="halving compares"):
+        Searched(Search(TINY.override(train=dict(eval_every=0)), {"seed": [1, 2]}), "halving", 2, 1, tmp_path)
+    with pytest.raises(ConfigError, match="does not divide"):
+        Searched(Search(TINY, {"model.num_heads": [3, 4]}), "random", 2, 1, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_sweep_shares_its_data_and_goes_on_after_kill_9_of_everything(tmp_path):
+    corpus = write_corpus(tmp_path)
+    base = TINY.override({"data.source": str(corpus), "data.tokenizer": "char", "train.steps": 300})
+    (tmp_path / "mine.py").write_text(
+        f"from gptjax.config import Experiment, grid\nbase = Experiment.from_json({base.to_json()!r})\n"
+        "sweep = grid(base, {'model.ffn': ['gelu', 'relu']})\n"
+    )
+    command = [sys.executable, "-m", "gptjax", "sweep", str(tmp_path / "mine.py"), "--workers", "2",
+               "--run-dir", str(tmp_path / "s")]  # fmt: skip
+    environment = os.environ | QUICK | {"GPTJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    wait(lambda: any(path.read_text().count("\n") > 5 for path in tmp_path.glob("s/*/metrics.jsonl")), 120)
+    children = subprocess.run(["pgrep", "-f", str(tmp_path / "s")], capture_output=True, text=True).stdout.split()
+    for pid in map(int, children):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "2 trials (2 done)" in done.stderr, done.stderr
+    assert len(list((tmp_path / "cache/stores").glob("*/store.json"))) == 1, "tokenised once"
+    for trial in read_sweep(tmp_path / "s"):
+        assert state_of(trial).step == 300
+        lines = [json.loads(line) for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines if "loss" in line]
+        assert steps == sorted(set(steps)), "no step is there twice"
+    whole = Experiment.from_json((tmp_path / "s/tiny-ffn=relu-seed0/experiment.json").read_text())
+    assert whole.model.ffn == "relu"

@@ -1,0 +1,85 @@
+"""A head for classes: logits and losses of a linear layer on the model's body, and no weight that nothing learns."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from gptjax.model import ops
+from gptjax.model.gpt import GPT, init_params, weight_axes
+from gptjax.training.metrics import num_params
+
+BODIES = {
+    "causal": {},
+    "free-head": dict(tie_embeddings=False, positions="rope", norm="rmsnorm", bias=False),
+    "bert": dict(causal=False, norm_placement="post", embedding_norm=True, head="mlm", ffn="gelu_exact"),
+    "capped": dict(logit_softcap=0.5, ffn="swiglu"),
+}
+every_body = pytest.mark.parametrize("changes", BODIES.values(), ids=BODIES)
+
+
+def classifier(**changes):
+    """A model that tells four classes, and weights far from their start."""
+    model = tiny_model(num_classes=4, **changes)
+    params = init_params(model, jax.random.key(0))
+    return model, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+
+def tokens_of(model, rows=3, length=12):
+    return np.random.default_rng(3).integers(0, model.vocab_size, (rows, length)).astype(np.int32)
+
+
+@every_body
+def test_logits_are_a_linear_layer_on_what_the_head_for_tokens_reads(changes):
+    """The same body with a head for tokens, of which the identity is a part, shows what the classifier reads."""
+    model, params = classifier(**changes)
+    seen = dataclasses.replace(
+        model, num_classes=0, tie_embeddings=False, head="linear", vocab_size=model.embed_dim, logit_softcap=None
+    )
+    body = {name: part for name, part in params.items() if name != "classifier"}
+    rows = np.zeros((model.embed_dim, model.embed_dim), np.float32)
+    rows[: model.vocab_size] = params["embedding"]["tokens"]
+    body["embedding"] = params["embedding"] | {"tokens": rows, "head": np.eye(model.embed_dim, dtype=np.float32)}
+    tokens = tokens_of(model)
+    x = np.float64(GPT(seen).apply({"params": body}, tokens))
+    expected = x @ np.float64(params["classifier"]["weight"]) + np.float64(params["classifier"]["bias"])
+    expected = ops.softcap(expected, model.logit_softcap)
+    logits = GPT(model).apply({"params": params}, tokens)
+    assert logits.shape == (3, 12, 4) and logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+    unrolled = GPT(dataclasses.replace(model, layers="unrolled")).apply({"params": params}, tokens)
+    np.testing.assert_allclose(unrolled, logits, atol=1e-5)
+
+
+def test_the_loss_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    model, params = classifier()
+    logits = np.float64(GPT(model).apply({"params": params}, tokens_of(model))).reshape(-1, 4)
+    truth = np.random.default_rng(0).integers(0, 4, len(logits))
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = metrics.log_loss(truth, shifted / shifted.sum(-1, keepdims=True), labels=range(4))
+    assert float(ops.cross_entropy(logits, truth)[0].mean()) == pytest.approx(expected, rel=1e-6)
+
+
+@every_body
+def test_every_weight_is_learnt_and_none_of_a_head_for_tokens_is_there(changes):
+    model, params = classifier(**changes)
+    tokens = np.arange(11, dtype=np.int32)[None].repeat(2, 0)
+    targets = np.arange(22).reshape(2, 11) % 4
+
+    def loss(p):
+        return ops.cross_entropy(GPT(model).apply({"params": p}, tokens), targets)[0].mean()
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    for path, x in jax.tree.leaves_with_path(gradient):
+        assert np.any(x) or path[-1].key == "key_bias", path  # a bias of keys shifts all scores of a query alike
+    assert not [name for name in params["embedding"] if name.startswith(("head", "transform"))]
+    assert weight_axes(model)["classifier"] == {"weight": ("embed", "classes"), "bias": ("classes",)}
+
+
+def test_the_token_table_is_looked_up_and_not_multiplied():
+    with_classes, tokens = (num_params(tiny_model(num_classes=n)) for n in (4, 0))
+    assert with_classes["total"] == tokens["total"] + 4 * 16 + 4
+    assert with_classes["multiplied"] == tokens["multiplied"] - 11 * 16 + 4 * 16 + 4
