@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gptjax.config import Experiment
@@ -55,13 +56,18 @@ def steps_logged(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Returns when a run has logged this step; raises if the process ends or the time is over."""
+def wait_for(done: Callable[[], object], what: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Returns when `done` says so; raises if the process ends or the time is over."""
     deadline = time.monotonic() + seconds
-    while max(steps_logged(run), default=0) < step:
+    while not done():
         if process.poll() is not None:
-            raise AssertionError(f"ended with {process.returncode} before step {step}: {process.communicate()[1]}")
+            raise AssertionError(f"ended with {process.returncode} before {what}: {process.communicate()[1]}")
         if time.monotonic() > deadline:
             process.kill()
-            raise AssertionError(f"step {step} did not come in {seconds} s: {process.communicate()[1]}")
+            raise AssertionError(f"{what} did not come in {seconds} s: {process.communicate()[1]}")
         time.sleep(0.02)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Returns when a run has logged this step."""
+    wait_for(lambda: max(steps_logged(run), default=0) >= step, f"step {step}", process, seconds)

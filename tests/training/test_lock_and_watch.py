@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_run
-from processes import QUICK, ROOT, start, start_job, steps_logged, wait_for_step, write_experiment
+from processes import QUICK, ROOT, start, start_job, steps_logged, wait_for, wait_for_step, write_experiment
 
 from gptjax.errors import RunError
 from gptjax.training import checkpoint
@@ -109,6 +109,7 @@ def test_a_stuck_process_shows_its_stacks_and_ends(tmp_path):
 def test_when_one_of_two_is_killed_or_frozen_the_other_ends_and_says_so(job, harm, harmed):
     pair, run = job(2)
     other = pair[1 - harmed]
+    wait_for(lambda: checkpoint.listing(run / "checkpoints"), "the first checkpoint", other)
     pair[harmed].send_signal(harm)
     began = time.monotonic()
     _, errors = other.communicate(timeout=120)
