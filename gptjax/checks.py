@@ -13,8 +13,8 @@ POSITIVE = """model.context_length model.num_layers model.embed_dim model.num_he
     mesh.model data.tokenizer_vocab_size optim.layer_decay model.lora_alpha
     model.mup_width model.vocab_size model.num_kv_heads
     model.head_dim model.ffn_dim model.window model.rope_original_length
-    model.attention_softcap model.logit_softcap data.max_documents optim.clip_norm mesh.data objective.samples
-    objective.new_tokens""".split()
+    model.attention_softcap model.logit_softcap data.max_documents optim.clip_norm optim.noise_multiplier mesh.data
+    objective.samples objective.new_tokens""".split()
 NOT_NEGATIVE = """seed model.init_std model.lora_rank model.num_classes objective.z_loss objective.beta
     optim.final_learning_rate
     optim.warmup_steps optim.weight_decay train.eval_every train.checkpoint_every train.keep_best
@@ -97,6 +97,7 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
     _model_rules(e.model, need, _knows_shape(e))
     _data_rules(e.data, need)
     _training_rules(e.optim, e.train, need)
+    _privacy_rules(e, need)
     need(
         e.model.mup_width is None or e.optim.name in ("adamw", "lion"),
         f"optim.name = {e.optim.name!r}: the rates of muP (model.mup_width) are those of adamw and lion; choose one",
@@ -380,6 +381,31 @@ def _training_rules(o: Optim, t: Train, need: Need) -> None:
     need(
         t.batch_size % t.microbatches == 0,
         f"train.batch_size = {t.batch_size}: not a multiple of train.microbatches = {t.microbatches}",
+    )
+
+
+def _privacy_rules(e: Experiment, need: Need) -> None:
+    """DP-SGD promises something of single windows, each of which is drawn with the same probability."""
+    if e.optim.noise_multiplier is None:
+        return
+    private, o = f"optim.noise_multiplier = {e.optim.noise_multiplier}", e.objective
+    need(
+        e.optim.clip_norm is not None,
+        f"{private}: is over optim.clip_norm, the norm of a window's gradient at most; set that, to 1 for instance",
+    )
+    need(
+        o.name not in ("dpo", *WRITING) and not o.next_sentence,
+        f"{private}: needs windows that are learnt from one by one, and objective.name = {o.name!r} reads several "
+        "together; choose another objective, or leave the noise out",
+    )
+    need(
+        not e.data.weights,
+        f"data.weights = {e.data.weights}: {private} draws every window with the same probability; leave them out",
+    )
+    need(
+        e.train.skip_spikes is None,
+        f"train.skip_spikes = {e.train.skip_spikes}: would tell of a window that was drawn, which {private} is to "
+        "hide; leave it out",
     )
 
 

@@ -155,6 +155,7 @@ class Optim:
     epsilon: float = 1e-8  # added to the root of beta2's average
     weight_decay: float = 0.1  # decoupled, times the learning rate, on matrices and embeddings only
     clip_norm: float | None = 1.0  # global norm above which gradients are scaled down
+    noise_multiplier: float | None = None  # DP-SGD: noise over clip_norm, to which each window's gradient is clipped
     frozen: tuple[str, ...] = ()  # weights that stay as they are, by patterns: "embedding.*", "blocks.ffn.*"
     layer_decay: float = 1.0  # the rate of each layer is that of the layer above it times this
     ema_decay: float | None = None  # evaluate and sample an average of the weights with this decay

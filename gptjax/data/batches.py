@@ -9,6 +9,7 @@ import bisect
 import dataclasses
 import hashlib
 import json
+import math
 import queue
 import threading
 import time
@@ -28,6 +29,7 @@ from gptjax.errors import DataError
 
 FAR = 1 << 40  # between a sample and the one that may be taken in the place of its second half
 CYCLE = 1024  # samples after which every source of a mixture has had exactly its share
+ROOM = 5.0  # standard deviations of the number of windows drawn that a batch has room for, above its mean
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
@@ -223,11 +225,31 @@ class Place(NamedTuple):
     order: str = ""  # what decides which example has which number: see `Batches.order`
 
 
+class Draws(NamedTuple):
+    """How batches are drawn where each window is to count for itself: DP-SGD (Abadi et al. 2016)."""
+
+    windows: int  # of one plain pass, which are always cut in the same way
+    rate: float  # probability of each to be in a batch
+    most: int  # that a batch can hold
+
+    @classmethod
+    def of(cls, windows: int, most: int) -> "Draws":
+        """As many on average as leave room for `ROOM` standard deviations, since what has no room costs privacy."""
+        expected = ((math.sqrt(ROOM**2 + 4 * most) - ROOM) / 2) ** 2
+        return cls(windows, 1.0 if windows <= most else expected / windows, most)
+
+    @property
+    def expected(self) -> float:
+        """Windows in a batch, on average."""
+        return self.rate * self.windows
+
+
 @dataclass
 class Batches:
     """The training batches and the validation pass of an experiment.
 
-    A run begins at example 0. One whose batch size was changed on the way goes on from the example at which it stood;
+    With `optim.noise_multiplier` the windows of every step are drawn, see `Draws`; else every one has its turn. A run
+    begins at example 0. One whose batch size was changed on the way goes on from the example at which it stood;
     one whose text or context length was changed begins a new order of examples.
     """
 
@@ -257,6 +279,9 @@ class Batches:
                 )
         shares = np.array(e.data.weights or [w.answers for w in self.train_streams], np.float64)
         self.source_of, self.rank_of, self.per_cycle = mixture(shares / shares.sum(), (e.seed, 2))
+        self.draws: Draws | None = None
+        if e.optim.noise_multiplier is not None:
+            self.draws = Draws.of(sum(w.passes for w in self.train_streams), e.train.batch_size)
         self.make = make_objective(e.objective, self.store.tokenizer)
         asked = (
             [] if e.objective == Objective() else [dataclasses.asdict(e.objective)]
@@ -271,14 +296,26 @@ class Batches:
     def place(self, step: int) -> Place:
         """Where the run stands after `step` updates, in this order from its origin."""
         o, steps = self.origin, step - self.origin.step
-        samples = steps * self.experiment.train.batch_size
+        samples = steps * self.experiment.train.batch_size  # of windows that are drawn: the places for them
         tokens = o.tokens + steps * self.tokens_per_step
         return Place(step, o.samples + samples, tokens, o.next + samples, self.order)
 
     def samples(self, step: int) -> np.ndarray:
         """The numbers of the examples that the update from `step` to step + 1 reads: int64 [microbatches, rows]."""
-        t = self.experiment.train
-        return self.place(step).next + np.arange(t.batch_size).reshape(t.microbatches, -1)
+        t, place = self.experiment.train, self.place(step)
+        numbers = place.next + np.arange(t.batch_size) if self.draws is None else self._drawn(place.next)
+        return numbers.reshape(t.microbatches, -1)
+
+    def _drawn(self, key: int) -> np.ndarray:
+        """Numbers of windows in a plain pass, each there with the same probability whatever the others.
+
+        Places that are left over have a number beyond the last; of too many, some by chance are left out.
+        """
+        assert self.draws is not None
+        rng = np.random.default_rng((self.experiment.seed, 8, key))
+        chosen = np.flatnonzero(rng.random(self.draws.windows) < self.draws.rate)
+        chosen = rng.permutation(chosen)[: self.draws.most]
+        return np.pad(chosen, (0, self.draws.most - len(chosen)), constant_values=self.draws.windows)
 
     @property
     def tokens_per_step(self) -> int:
@@ -291,10 +328,15 @@ class Batches:
         return self.make(self._windows(samples), (np.random.default_rng((e.seed, 4, int(i))) for i in samples), others)
 
     def _windows(self, samples: np.ndarray) -> Windows:
-        cycles, places = np.divmod(samples, CYCLE)
-        sources = self.source_of[places]
-        within = cycles * self.per_cycle[sources] + self.rank_of[places]
-        parts = [w.shuffled(within[sources == i]) for i, w in enumerate(self.train_streams)]
+        if self.draws is None:
+            cycles, places = np.divmod(samples, CYCLE)
+            sources = self.source_of[places]
+            within = cycles * self.per_cycle[sources] + self.rank_of[places]
+            parts = [w.shuffled(within[sources == i]) for i, w in enumerate(self.train_streams)]
+        else:
+            ends = np.cumsum([w.passes for w in self.train_streams])
+            sources = np.searchsorted(ends[:-1], samples, "right")
+            parts = [w.in_order(samples[sources == i] - (ends[i] - w.passes)) for i, w in enumerate(self.train_streams)]
         order = np.argsort(np.argsort(sources, kind="stable"), kind="stable")
         windows = _take(parts, order)
         check_ids(windows.ids, self.experiment.model.vocab_size, self.store.folder)

@@ -26,7 +26,7 @@ from gptjax.training.run import Run
 from gptjax.training.state import TrainState
 from gptjax.training.step import Metrics
 from gptjax.training.watch import Watch
-from gptjax.training.workshop import Workshop
+from gptjax.training.workshop import Workshop, privacy
 
 LAG = 8  # steps after which a step is looked at: the devices are never waited for because of it
 HEALTH = ("usual_loss", "skipped", "skipped_in_row")  # metrics that `_examine` looks at
@@ -263,4 +263,5 @@ class Fit:
             "data_wait_share": self.waited / max(seconds, 1e-9),
             "data_work_share": self.shop.batches.seconds / max(seconds, 1e-9),
             "memory_bytes": memory_bytes(),
+            **privacy(self.shop),
         }

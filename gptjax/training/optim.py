@@ -28,7 +28,8 @@ def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
     """Clipping, the update rule with decoupled decay on matrices, the schedule, and the average of the weights."""
     o, learnt = experiment.optim, trained(experiment)
     axes = pick(weight_axes(experiment.model), learnt)
-    parts = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
+    clipped = o.noise_multiplier is not None  # already, window by window
+    parts = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm and not clipped else []
     wider = experiment.model.times_wider if experiment.model.mup_width else None
     parts.append(_update_rule(o, make_schedule(o, experiment.train.steps), axes, wider))
     if o.layer_decay != 1:

@@ -1,15 +1,70 @@
-"""How much a model may tell of any one example: the accountant of DP-SGD. The only file that needs dp-accounting.
+"""How little a model may tell of any one window that it read: DP-SGD and its accountant. The only file that needs them.
 
-DP-SGD takes every example into a batch with the same probability, clips its gradient and adds Gaussian noise (Abadi et
-al. 2016). After so many steps the weights are (epsilon, delta)-differentially private: whether any one example was
-there changes the probability of any outcome by a factor of at most e^epsilon, but for a probability of delta.
-Needs `pip install 'gptjax[private]'`.
+DP-SGD draws every window into a batch with the same probability, clips its gradient and adds Gaussian noise to the sum
+(Abadi et al. 2016). After so many steps the weights are (epsilon, delta)-differentially private: whether any one window
+was there or empty changes the probability of any outcome by a factor of at most e^epsilon, but for a probability of
+delta. Clipping and noise are those of jax-privacy, epsilon is dp-accounting's. Needs `pip install 'gptjax[private]'`.
+
+The promise is to those who do not know the run's seed, from which draws and noise follow, and is of the weights alone:
+losses, the tokenizer and the choice of settings look at the text without noise.
 """
 
+import functools
+import importlib
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import jax
+from jax import Array
+
+from gptjax.config import Optim
+from gptjax.data.batches import Draws
+from gptjax.data.objectives import Batch
 from gptjax.errors import GptjaxError
+
+
+class Noise(NamedTuple):
+    """How the gradient of a batch is made private."""
+
+    clip_norm: float  # of each window's gradient, at most
+    multiplier: float  # standard deviation of the noise on the sum, over clip_norm
+    expected: float  # windows in a batch on average, which the sum is divided by
+
+
+def noise_of(optim: Optim, draws: Draws | None) -> Noise | None:
+    """What DP-SGD needs to know; None where it is not asked for. Raises `GptjaxError` where jax-privacy is missing."""
+    if optim.noise_multiplier is None or optim.clip_norm is None or draws is None:
+        return None
+    _library("jax_privacy")
+    return Noise(optim.clip_norm, optim.noise_multiplier, draws.expected)
+
+
+def private_gradient(
+    loss: Callable[[Any, Batch, Array], tuple[Array, Any]], params: Any, batch: Batch, key: Array, noise: Noise
+) -> tuple[Any, Any]:
+    """The sum of what `loss` shows, and the sum of its clipped gradients over `noise.expected`, without the noise.
+
+    `loss` takes params, a [1, length] window and a key of its own; `batch` is [rows, length].
+    """
+    clipped = _library("jax_privacy").clipped_grad(
+        lambda params, row, key: loss(params, jax.tree.map(lambda x: x[None], row), key),
+        has_aux=True,
+        l2_clip_norm=noise.clip_norm,
+        normalize_by=noise.expected,
+        keep_batch_dim=False,
+        prng_argnum=2,
+    )
+    grads, of_windows = clipped(params, batch, key)
+    return jax.tree.map(lambda x: x.sum(0), of_windows.aux), grads
+
+
+def add_noise(grads: Any, key: Array, noise: Noise) -> Any:
+    """Gaussian noise on the gradient of a whole batch."""
+    addition = _library("jax_privacy").noise_addition
+    gaussian = addition.gaussian_privatizer(stddev=noise.multiplier * noise.clip_norm / noise.expected, prng_key=key)
+    return gaussian.update(grads, gaussian.init(grads))[0]
 
 
 class Spent(NamedTuple):
@@ -20,7 +75,7 @@ class Spent(NamedTuple):
 
 
 def spent(sampling_rate: float, noise_multiplier: float, steps: int, delta: float) -> Spent:
-    """What `steps` of DP-SGD spend.
+    """What `steps` of DP-SGD spend where a batch holds all that is drawn.
 
     `sampling_rate` is the probability of an example to be in a batch, `noise_multiplier` the standard deviation of the
     noise over the norm that gradients are clipped to. Neighbouring data sets differ in one example more or less.
@@ -34,18 +89,44 @@ def spent(sampling_rate: float, noise_multiplier: float, steps: int, delta: floa
     ]:
         if not holds:
             raise GptjaxError(f"{name} = {value}: must be {wanted}")
-    try:
-        import dp_accounting
-        from dp_accounting import pld, rdp
-    except ImportError:
-        raise GptjaxError(
-            "differential privacy needs dp-accounting, which is not installed; pip install 'gptjax[private]'"
-        ) from None
-    one = dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
-    event = dp_accounting.SelfComposedDpEvent(one, steps)
-    renyi = rdp.RdpAccountant().compose(event)
+    events = _library("dp_accounting")
+    from dp_accounting import rdp
+
+    one = events.PoissonSampledDpEvent(sampling_rate, events.GaussianDpEvent(noise_multiplier))
+    renyi = rdp.RdpAccountant().compose(events.SelfComposedDpEvent(one, steps))
     bounds = [
         divergence + math.log(1 / delta) / (order - 1)
         for order, divergence in zip(renyi.orders, renyi.rdp, strict=True)
     ]
-    return Spent(float(pld.PLDAccountant().compose(event).get_epsilon(delta)), float(min(bounds)))
+    return Spent(_epsilon(one, steps, delta), float(min(bounds)))
+
+
+@functools.cache
+def spent_by(draws: Draws, noise_multiplier: float, steps: int) -> tuple[float, float]:
+    """Epsilon of a run and the delta that it holds for, a tenth of one over the windows.
+
+    Batches that could not hold all that was drawn are counted with their own, higher price.
+    """
+    delta = 0.1 / draws.windows
+    events = _library("dp_accounting")
+    if draws.windows <= draws.most:
+        one = events.GaussianDpEvent(noise_multiplier)
+    else:
+        one = events.TruncatedSubsampledGaussianDpEvent(draws.windows, draws.rate, draws.most, noise_multiplier)
+    return _epsilon(one, steps, delta), delta
+
+
+def _epsilon(one: Any, steps: int, delta: float) -> float:
+    from dp_accounting import SelfComposedDpEvent, pld
+
+    return float(pld.PLDAccountant().compose(SelfComposedDpEvent(one, steps)).get_epsilon(delta))
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise GptjaxError(
+            f"differential privacy needs {name.replace('_', '-')}, which is not installed; "
+            "pip install 'gptjax[private]'"
+        ) from None

@@ -170,6 +170,7 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
+COUNTED = ("optim.noise_multiplier", "optim.clip_norm", "train.batch_size", "model.context_length", "data")
 Changes = dict[str, tuple[Any, Any]]  # dotted field, or "data" -> (value there, value now)
 
 
@@ -211,6 +212,12 @@ def start_run(
         raise RunError(
             f"{folder}: holds another experiment; take the same values, choose another --run-dir, or go on with the "
             "new values by --allow-changes:\n" + "\n".join(lines(changes))
+        )
+    private = [e.optim.noise_multiplier is not None for e in (run.experiment, experiment)]
+    if any(private) and (counted := [path for path in COUNTED if path in changes]):
+        raise RunError(
+            f"{folder}: what a private run has spent is counted for one noise, batch size, context and text, so that "
+            f"{', '.join(counted)} cannot change on the way; choose another --run-dir"
         )
     if run.tokenizer().pieces != store.tokenizer.pieces:
         raise RunError(

@@ -13,6 +13,7 @@ from gptjax.data.objectives import Batch
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
 from gptjax.training.optim import evaluation_params
+from gptjax.training.privacy import Noise, add_noise, private_gradient
 from gptjax.training.state import RECENT, Health, TrainState, named_key
 
 Metrics = dict[str, Array]
@@ -86,25 +87,39 @@ def class_loss() -> Loss:
 
 
 def loss_and_gradient(
-    state: TrainState, batch: Batch, model: GPT, loss: Loss, learnt: Any = None, reference: Any = None
+    state: TrainState,
+    batch: Batch,
+    model: GPT,
+    loss: Loss,
+    learnt: Any = None,
+    reference: Any = None,
+    noise: Noise | None = None,
 ) -> tuple[Metrics, Any]:
     """What a loss shows of a [microbatches, rows, length] batch, and the gradient of what it minimises.
 
     The gradient is 0, and not computed, for weights that are not `learnt` (None: all are). `reference`: the weights of
-    another model, for a loss that looks at one.
+    another model, for a loss that looks at one. With `noise` each window's mean is minimised by itself, and its
+    gradient clipped; the noise is not yet added.
     """
     count = loss.counted(batch)
     key = jax.random.fold_in(named_key(state.key, "dropout"), state.step)
-    gradient = jax.value_and_grad(
-        lambda params, part, rngs: jax.tree.map(
-            lambda x: x / count, loss.sums(_held(params, learnt), part, model, rngs, reference)
-        ),
-        has_aux=True,
-    )
+
+    def sums(params: Any, part: Batch, key: Array) -> tuple[Array, Metrics]:
+        rngs = {"dropout": key} if model.config.dropout else {}
+        return loss.sums(_held(params, learnt), part, model, rngs, reference)
+
+    def over_batch(params: Any, part: Batch, key: Array) -> tuple[Array, Metrics]:
+        return jax.tree.map(lambda x: x / count, sums(params, part, key))
+
+    def over_window(params: Any, window: Batch, key: Array) -> tuple[Array, Metrics]:
+        minimised, shown = sums(params, window, key)
+        return minimised / loss.counted(window), jax.tree.map(lambda x: x / count, shown)
 
     def of_part(index: Array | int, part: Batch) -> tuple[Metrics, Any]:
-        rngs = {"dropout": jax.random.fold_in(key, index)} if model.config.dropout else {}
-        (_, shown), grads = gradient(state.params, part, rngs)
+        own = jax.random.fold_in(key, index)
+        if noise is not None:
+            return private_gradient(over_window, state.params, part, own, noise)
+        (_, shown), grads = jax.value_and_grad(over_batch, has_aux=True)(state.params, part, own)
         return shown, grads
 
     first = jax.tree.map(lambda x: x[0], batch)
@@ -136,18 +151,24 @@ def train_step(
     loss: Loss = TOKENS,
     skip_spikes: float | None = None,
     learnt: Any = None,
+    noise: Noise | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update from a [microbatches, rows, length] batch; the same update however the batch is cut into microbatches.
 
     Where loss or gradient are not finite, or the loss lies `skip_spikes` sigma above the recent ones, the batch is left
-    behind: weights and optimiser stay as they are. Metrics, scalars: what the loss shows (mostly: loss, nats a token),
+    behind: weights and optimiser stay as they are. With `noise` (DP-SGD) it never is for its loss, which would tell of
+    a window. Metrics, scalars: what the loss shows (mostly: loss, nats a token),
     grad_norm (before clipping), answers (what it counts, for most the sum of the weights), usual_loss (the mean of
     the recent ones), skipped (so far), skipped_in_row.
     """
-    shown, grads = loss_and_gradient(state, batch, model, loss, learnt, reference)
+    shown, grads = loss_and_gradient(state, batch, model, loss, learnt, reference, noise)
+    if noise is not None:
+        grads = add_noise(grads, jax.random.fold_in(named_key(state.key, "noise"), state.step), noise)
     grad_norm = optax.tree.norm(grads)
     usual, limit = usual_loss(state, skip_spikes)
-    good = jnp.isfinite(shown["loss"]) & jnp.isfinite(grad_norm) & (shown["loss"] <= limit)
+    good = jnp.isfinite(grad_norm)
+    if noise is None:
+        good &= jnp.isfinite(shown["loss"]) & (shown["loss"] <= limit)
 
     def update() -> tuple[Any, Any]:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -30,6 +30,7 @@ from gptjax.training.checkpoint import Checkpoint
 from gptjax.training.initial import Open, Start, adopt, body, fitted, misfits, start_of
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.optim import evaluation_params, make_optimizer, num_trained, trained
+from gptjax.training.privacy import noise_of, spent_by
 from gptjax.training.run import EXPERIMENT, GENERATION, Run, open_run
 from gptjax.training.state import TrainState, Weights, abstract_state, create_state, mismatches, new_health
 from gptjax.training.step import Metrics, eval_step, train_step
@@ -103,7 +104,7 @@ def prepare(
     abstract = abstract_state(e, tx, mesh)
     layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
     lesson = lesson_of(e, store.tokenizer, mesh, opened)
-    own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e))
+    own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e), noise=noise_of(e.optim, batches.draws))
     step = partial(train_step, model=model, tx=tx, loss=lesson.loss, **own)
     look = partial(eval_step, model=model, loss=lesson.loss)
     return Workshop(
@@ -315,7 +316,27 @@ def summary(shop: Workshop, step: int) -> str:
             f"  training {'from step ' + format(step, ',') + ' ' if step else ''}to step {e.train.steps:,} of "
             f"{shop.batches.tokens_per_step:,} tokens: {tokens:,} tokens, {tokens / size:.1f} a parameter, "
             f"{tokens / corpus:.1f} epochs, {tokens * flops_per_token(m):.2g} FLOPs",
+            *_promise(shop),
             f"  machine  {jax.device_count()} x {device.device_kind}, mesh data {shop.mesh.shape['data']} x model "
             f"{shop.mesh.shape['model']}, {m.dtype}, attention by {kernel} ({why})",
         ]
     )
+
+
+def privacy(shop: Workshop) -> dict[str, float]:
+    """The epsilon and delta of the whole run; nothing where it makes no promise."""
+    draws, multiplier = shop.batches.draws, shop.experiment.optim.noise_multiplier
+    if draws is None or multiplier is None:
+        return {}
+    epsilon, delta = spent_by(draws, multiplier, shop.experiment.train.steps)
+    return {"epsilon": epsilon, "delta": delta}
+
+
+def _promise(shop: Workshop) -> list[str]:
+    draws, spent = shop.batches.draws, privacy(shop)
+    if draws is None:
+        return []
+    return [
+        f"  privacy  epsilon {spent['epsilon']:.3g} at delta {spent['delta']:.2g} for each of {draws.windows:,} "
+        f"windows, of which a batch draws {draws.expected:.1f} on average"
+    ]

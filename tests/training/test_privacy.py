@@ -1,18 +1,40 @@
-"""The accountant of DP-SGD against what is known in closed form, and against quadrature in float64."""
+"""DP-SGD: its gradient against one window at a time, its noise and draws against their distributions.
 
+Its accountant against what is known in closed form, and against quadrature in float64.
+"""
+
+import json
 import math
+import shutil
 import sys
 
+import jax
 import numpy as np
+import optax
 import pytest
+from conftest import assert_same, restored, tiny_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
-from gptjax.errors import GptjaxError
-from gptjax.training.privacy import spent
+from gptjax.checks import check
+from gptjax.config import Experiment
+from gptjax.data.batches import Draws
+from gptjax.data.objectives import Batch
+from gptjax.errors import ConfigError, GptjaxError, RunError
+from gptjax.model.gpt import GPT
+from gptjax.training.privacy import Noise, add_noise, spent, spent_by
+from gptjax.training.state import init_state
+from gptjax.training.step import TOKENS, loss_and_gradient
+from gptjax.training.train import train
+from gptjax.training.workshop import one_device, prepare
+
+PRIVATE = {"optim.noise_multiplier": 1.0, "optim.clip_norm": 0.5}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def library():
-    pytest.importorskip("dp_accounting", reason="pip install 'gptjax[private]'")
+    pytest.importorskip("jax_privacy", reason="pip install 'gptjax[private]'")
 
 
 def phi(x):
@@ -68,3 +90,127 @@ def test_without_the_library_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(GptjaxError, match=r"pip install 'gptjax\[private\]'"):
         spent(0.1, 1.0, 10, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A model, its state and a batch in two microbatches, with one window that asks for nothing."""
+    e = Experiment().override(
+        {"model.context_length": 16, "model.num_layers": 1, "model.embed_dim": 16, "model.num_heads": 2}
+    )
+    e = e.resolved(11)
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, 11, (2, 2, 4, 16)).astype(np.int32)
+    weights = (rng.random((2, 4, 16)) < 0.7).astype(np.float32)
+    weights[1, 3] = 0
+    return GPT(e.model), init_state(e, optax.identity()), Batch(tokens, targets, weights)
+
+
+def private(tiny, batch, noise):
+    model, state, _ = tiny
+    return jax.jit(lambda batch: loss_and_gradient(state, batch, model, TOKENS, noise=noise))(batch)
+
+
+def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
+    model, state, batch = tiny
+    alone, nats = [], 0.0
+    for part in range(2):
+        for row in range(4):
+            window = jax.tree.map(lambda x, p=part, r=row: x[p : p + 1, r : r + 1], batch)
+            shown, grads = loss_and_gradient(state, window, model, TOKENS)
+            alone.append(grads)
+            nats += float(shown["loss"] * window.weights.sum())
+    norms = np.array([optax.tree.norm(g) for g in alone])
+    limit = float(np.median(norms))
+    assert norms.min() == 0 < limit < norms.max(), "some are to be clipped, some are not, and one is empty"
+    scale = np.minimum(1, limit / np.maximum(norms, 1e-30))
+    expected = jax.tree.map(lambda *g: sum(s * x for s, x in zip(scale, g, strict=True)) / 5.5, *alone)
+    shown, grads = private(tiny, batch, Noise(limit, 1.0, 5.5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
+    assert float(shown["loss"]) == pytest.approx(nats / batch.weights.sum(), rel=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(row=st.integers(0, 7), seed=st.integers(0, 2**16), limit=st.sampled_from([1e-3, 0.1, 10.0]))
+def test_no_window_moves_the_gradient_by_more_than_the_norm(library, tiny, row, seed, limit):
+    batch = tiny[2]
+    tokens, weights = batch.tokens.copy(), batch.weights.copy()
+    tokens[row // 4, row % 4] = np.random.default_rng(seed).integers(0, 11, 16)
+    weights[row // 4, row % 4] = 0
+    there, changed, empty = (
+        private(tiny, b, Noise(limit, 1.0, 4.0))[1]
+        for b in (batch, batch._replace(tokens=tokens), batch._replace(weights=weights))
+    )
+    for other, times in [(empty, 1), (changed, 2)]:
+        moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, there, other))
+        assert float(moved) <= times * limit / 4.0 * (1 + 1e-4)
+
+
+def test_noise_is_normal_and_its_own_in_every_weight_and_step(library):
+    zeros = {"a": np.zeros((40, 50), np.float32), "b": np.zeros(2000, np.float32)}
+    drawn = [add_noise(zeros, jax.random.key(step), Noise(0.5, 3.0, 6.0)) for step in range(4)]
+    samples = np.array([np.asarray(x).ravel() for noise in drawn for x in noise.values()])
+    assert stats.kstest(samples.ravel() / (3.0 * 0.5 / 6.0), "norm").pvalue > 1e-3
+    correlations = np.corrcoef(samples)[np.triu_indices(len(samples), 1)]
+    assert np.abs(correlations).max() < 4.5 / math.sqrt(2000)
+
+
+def test_every_window_is_drawn_by_itself_and_none_beyond_the_room(library, tmp_path):
+    e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32})
+    batches = prepare(e, one_device()).batches
+    draws, steps = batches.draws, 3000
+    drawn = np.array([batches.samples(step).ravel() for step in range(steps)])
+    assert drawn.shape == (steps, 32) and drawn.max() <= draws.windows
+    there = np.zeros((steps, draws.windows + 1), int)
+    np.add.at(there, (np.arange(steps)[:, None], drawn), 1)
+    there = there[:, :-1]
+    assert there.max() == 1, "no window twice in a batch"
+    counts = there.sum(0)
+    expected = draws.rate * steps
+    chi = ((counts - expected) ** 2 / (expected * (1 - draws.rate))).sum()
+    assert 1e-3 < stats.chi2.sf(chi, draws.windows) < 1 - 1e-3
+    sizes = there.sum(1)
+    assert sizes.var() == pytest.approx(draws.windows * draws.rate * (1 - draws.rate), rel=0.15), "binomial"
+    assert not np.array_equal(drawn[0], drawn[1])
+    size = int(sizes[7])
+    batch = batches.batch(7)
+    assert ((batch.weights[0].sum(1) > 0) == (np.arange(32) < size)).all(), "places that are left over ask for nothing"
+    plain = np.concatenate([w._cut(np.arange(w.passes) * w.length).ids for w in batches.train_streams])
+    np.testing.assert_array_equal(batch.tokens[0, :size], plain[drawn[7][:size], :-1])
+
+
+def test_what_a_run_spends(library):
+    assert spent_by(Draws.of(20, 32), 2.0, 5)[0] == pytest.approx(spent(1.0, 2.0, 5, 0.1 / 20).epsilon, rel=1e-6)
+    draws = Draws.of(2000, 64)
+    epsilon, delta = spent_by(draws, 1.0, 300)
+    assert delta == 0.1 / 2000
+    roomy = spent(draws.rate, 1.0, 300, delta).epsilon
+    assert roomy <= epsilon < 1.01 * roomy, "batches that overflow cost something, and seldom happen"
+
+
+@pytest.mark.usefixtures("single_device")
+def test_a_private_run_says_what_it_promises_and_goes_on_bitwise(library, tmp_path, capfd):
+    e = tiny_run(tmp_path, **PRIVATE | {"model.dropout": 0.1, "train.batch_size": 16})
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    result = train(e, whole)
+    epsilon, delta = spent_by(prepare(e, one_device()).batches.draws, 1.0, 6)
+    assert (result["epsilon"], result["delta"]) == (epsilon, delta)
+    assert f"privacy  epsilon {epsilon:.3g} at delta {delta:.2g} for each of" in capfd.readouterr().err
+    shutil.copytree(whole, halved)
+    train(e, halved, from_step=3)
+    assert_same(restored(whole), restored(halved))
+    with pytest.raises(RunError, match=r"train\.batch_size cannot change on the way"):
+        train(e.override({"train.batch_size": 32, "train.steps": 9}), halved, allow_changes=True)
+    longer = train(e.override({"train.steps": 9}), halved, allow_changes=True)
+    assert longer["epsilon"] > epsilon
+    assert json.loads((halved / "result.json").read_text())["epsilon"] == longer["epsilon"]
+
+
+def test_what_cannot_be_private_is_refused_before_anything_runs():
+    fields = {"optim.clip_norm": None, "train.skip_spikes": 6.0, "data.source": ("a", "b"), "data.weights": (1.0, 2.0)}
+    with pytest.raises(ConfigError) as refused:
+        check(Experiment().override({"optim.noise_multiplier": 1.0} | fields))
+    for field in ("optim.clip_norm", "train.skip_spikes", "data.weights"):
+        assert field in str(refused.value)
+    with pytest.raises(ConfigError, match=r"optim.noise_multiplier = 0.0: must be above 0"):
+        check(Experiment().override({"optim.noise_multiplier": 0.0}))

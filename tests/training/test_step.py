@@ -38,10 +38,11 @@ def losses_on(e, data, model, steps=4):
 PLAIN = {"model.dropout": 0.2, "train.microbatches": 1}
 RICH = {"optim.name": "muon", "model.positions": "rope", "model.num_kv_heads": 1, "model.vocab_size": 264,
         "optim.ema_decay": 0.5, "data.document_mask": True}  # fmt: skip
+PRIVATE = {"optim.noise_multiplier": 0.7, "optim.clip_norm": 0.1, "train.batch_size": 32, "train.microbatches": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [PLAIN, RICH, None], ids=["plain", "rich", "fine-tuning"])
+@pytest.mark.parametrize("changes", [PLAIN, RICH, PRIVATE, None], ids=["plain", "rich", "private", "fine-tuning"])
 def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
     if changes is None:
         e = fine_tuning(tmp_path, finished_run, **{"optim.ema_decay": 0.5})
