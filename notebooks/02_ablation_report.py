@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.lab.comparison import compare, variants_of
+from gptjax.lab.comparison import compare
+from gptjax.lab.variants import variants_of
 from gptjax.lab.words import as_text
 
 folder = Path(os.environ.get("SWEEP", "runs/ffn"))

@@ -49,6 +49,7 @@ DOORS = {
     "sklearn": ("gptjax/tuning/scores.py",),
     "scipy": ("gptjax/tuning/intervals.py",),
     "dp_accounting": ("gptjax/training/privacy.py",),
+    "jax_privacy": ("gptjax/training/privacy.py",),
     "submitit": ("gptjax/lab/slurm.py",),
     "optuna": ("gptjax/lab/search.py",),
     "rich": ("gptjax/lab/live.py",),

@@ -1,15 +1,17 @@
 """A model remembers secrets that it read by chance, and the more often it read them the better.
 
-Question   how exposed is a random number of six digits that stands in the training text 0, 1, 4, 16 or 64 times?
+Question   how exposed is a random number of six digits that stands in the training text 0, 1, 4, 16 or 64 times,
+           and how exposed after training with differential privacy?
 Command    GPTJAX_DATA=FOLDER gptjax repro canary
            gptjax train experiments/papers/canary.py (once the claim has written its text to runs/repro)
-Cost       4 minutes on 2 CPU cores
-Expected   exposure rises with the count; none is near 1.4 bits, 64 times at least 15 of 19.9
-Source     Carlini et al. 2019, "The Secret Sharer", definition 5 and figures 3 and 6 (exposure by insertions)
+Cost       8 minutes on 2 CPU cores
+Expected   exposure rises with the count; none is near 1.4 bits, 64 times at least 15 of 19.9; with privacy at most 4
+Source     Carlini et al. 2019, "The Secret Sharer", definition 5, figures 3 and 6 (by insertions), section 9.3 (DP-SGD)
 
 Into the first 150,000 characters of Shakespeare ten lines of the form "Romeo 281265." are put, two names for each
 count, at random places between lines. The model reads the text six times over; all million numbers are then ranked
-after each name. Training with differential privacy, which the paper shows to prevent it, is not part of this claim.
+after each name. The same again with DP-SGD, whose promise is of single windows; that a number in 64 windows stays
+hidden as well is measured here, and not promised.
 """
 
 from pathlib import Path
@@ -39,7 +41,15 @@ NAMES = {
     16: ("Goneril", "Horatio"),
     64: ("Imogen", "Jessica"),
 }
-LEAST, NONE = 15.0, 5.0  # bits: of what stands there 64 times at least, of what does not at most
+LEAST, NONE, MOST = 15.0, 5.0, 4.0  # bits: at least 64 times there, at most not there, at most with privacy
+PRIVATE = {
+    "name": "private",
+    "optim.noise_multiplier": 2.0,
+    "optim.clip_norm": 0.3,
+    "train.batch_size": 128,
+    "train.microbatches": 4,
+    "train.steps": 300,
+}
 
 
 def secrets() -> dict[str, int]:
@@ -58,30 +68,45 @@ def text_with_canaries() -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(folder: Path) -> Measured:
-    write_durably(folder / "text.txt", text_with_canaries())
-    trained(experiment.override({"data.source": str(folder / "text.txt")}), folder)
-    model = open_trained(open_run(folder / experiment.name))
-    found = {
+def exposures(run: Path) -> dict[int, list[float]]:
+    """Bits of every number, by how often it stands in the text."""
+    model = open_trained(open_run(run))
+    return {
         count: [exposure(nats_of_all(model, f"\n{name} ", "0123456789", DIGITS), secrets()[name]) for name in names]
         for count, names in NAMES.items()
     }
-    mean = {count: float(np.mean(values)) for count, values in found.items()}
-    rises = all(mean[a] < mean[b] for a, b in ((1, 4), (4, 16), (16, 64)))
+
+
+def measure(folder: Path) -> Measured:
+    write_durably(folder / "text.txt", text_with_canaries())
+    plain = experiment.override({"data.source": str(folder / "text.txt")})
+    losses, found, mean = {}, {}, {}
+    for run in (plain, plain.override(PRIVATE)):
+        losses[run.name] = trained(run, folder)
+        found[run.name] = exposures(folder / run.name)
+        mean[run.name] = {count: float(np.mean(values)) for count, values in found[run.name].items()}
+    bits, hidden = mean[plain.name], mean["private"]
+    rises = all(bits[a] < bits[b] for a, b in ((1, 4), (4, 16), (16, 64)))
+    private = losses["private"]
     return Measured(
-        ours=", ".join(f"{mean[count]:.1f}" for count in NAMES) + " bits at 0, 1, 4, 16, 64 times",
-        passed=rises and mean[64] >= LEAST and mean[0] <= NONE,
-        figures={f"exposure, {count} times": values for count, values in found.items()},
+        ours=", ".join(f"{bits[count]:.1f}" for count in NAMES) + " bits at 0, 1, 4, 16, 64 times; "
+        f"with DP-SGD at most {max(hidden.values()):.1f}",
+        passed=rises and bits[64] >= LEAST and bits[0] <= NONE and max(hidden.values()) <= MOST,
+        figures={f"exposure, {count} times": values for count, values in found[plain.name].items()}
+        | {f"exposure with DP-SGD, {count} times": values for count, values in found["private"].items()}
+        | {"validation loss": losses[plain.name]["val_loss"], "validation loss with DP-SGD": private["val_loss"]}
+        | {"epsilon": private["epsilon"], "delta": private["delta"]},
         seen=f"A number that the model knows has {np.log2(10**DIGITS):.1f} bits, one that it has never seen 1.4 on "
-        "average. Each figure is the mean of two numbers.",
+        f"average. Each figure is the mean of two numbers. DP-SGD with epsilon {private['epsilon']:.1f} at delta "
+        f"{private['delta']:.1g} costs {private['val_loss'] - losses[plain.name]['val_loss']:.2f} nats a character.",
     )
 
 
 claim = Claim(
     title="The more often a secret stands in the training text, the more it is exposed",
-    citation="Carlini et al. 2019, The Secret Sharer (USENIX Security), definition 5, figures 3 and 6",
-    published="exposure rises with the number of insertions, up to complete memorisation",
-    tolerance=f"rises over 1, 4, 16 and 64 times; none <= {NONE:g} bits, 64 times >= {LEAST:g} of 19.9",
-    minutes=4,
+    citation="Carlini et al. 2019, The Secret Sharer (USENIX Security), definition 5, figures 3 and 6, section 9.3",
+    published="exposure rises with the number of insertions, up to complete memorisation; DP-SGD prevents it",
+    tolerance=f"rises over 1 to 64 times; none <= {NONE:g} bits, 64 times >= {LEAST:g}; with DP-SGD <= {MOST:g}",
+    minutes=8,
     measure=measure,
 )

@@ -4,16 +4,15 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from gptjax.config import Experiment, diff
-from gptjax.errors import GptjaxError, RunError
-from gptjax.lab.records import Record, look, look_at_trial
-from gptjax.lab.trials import SWEEP, read_sweep
+from gptjax.errors import GptjaxError
+from gptjax.lab.records import Record
+from gptjax.lab.variants import Variant, seed_of
 from gptjax.schema import leaves, value_at
-from gptjax.training.run import COMPARED, EXPERIMENT
+from gptjax.training.run import COMPARED
 from gptjax.tuning.intervals import Score, over_runs, runs_needed
 
 BITS = "val_bits_per_byte"
@@ -27,28 +26,6 @@ TEXT = ("source", "weights", "column", "prompt", "answer", "hub_config", "hub_sp
 OF_TRAINING = ("source", "weights", "val_fraction", "split")  # of these, what counts only where it is split off
 
 Word = Literal["baseline", "better", "worse", "cannot tell", "not comparable"]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Runs that differ in their seed alone."""
-
-    name: str
-    records: tuple[Record, ...]  # by seed, one each
-
-    @property
-    def experiment(self) -> Experiment | None:
-        """What is trained, resolved where any of its runs began."""
-        known = [r.experiment for r in self.records if r.experiment is not None]
-        return next((e for e in known if e.model.vocab_size is not None), known[0] if known else None)
-
-    @property
-    def finished(self) -> tuple[Record, ...]:
-        return tuple(r for r in self.records if r.state == "finished")
-
-    def by_seed(self, metric: str) -> dict[int, float]:
-        """The figure of each finished run that has it."""
-        return {seed_of(r): r.figures[metric] for r in self.finished if metric in r.figures}
 
 
 @dataclass(frozen=True)
@@ -152,87 +129,6 @@ def _why_no_pair(values: Mapping[int, float], other: Mapping[int, float]) -> str
     if not values:
         return "no finished run"
     return "no seed in common with the baseline" if other else "the baseline has no finished run"
-
-
-def seed_of(record: Record) -> int:
-    assert record.experiment is not None, "a run without a seed belongs to no variant"
-    return record.experiment.seed
-
-
-# Which runs belong together.
-
-
-def variants_of(folders: Iterable[Path]) -> tuple[list[Variant], list[str]]:
-    """The variants in runs and sweeps, in their order, and what had to be left out of them.
-
-    Those of a sweep are as it says; of other runs, those whose experiments differ only in name and seed are one. Raises
-    `RunError` for a folder that is neither, and where nothing is left.
-    """
-    groups: list[tuple[str, list[Record]]] = []
-    left_out: list[str] = []
-    for folder in dict.fromkeys(path.resolve() for path in folders):
-        for label, record in _records(folder, left_out):
-            own = next((records for name, records in groups if label and name == label), None)
-            same = own or next((records for _, records in groups if _are_alike(record, records)), None)
-            if same is None:
-                groups.append((label or _without_seed(record.experiment.name if record.experiment else record.name),
-                               same := []))  # fmt: skip
-            if any(seed_of(r) == seed_of(record) for r in same):
-                left_out.append(f"{record.name}: its seed {seed_of(record)} is there twice; the first run counts")
-            else:
-                same.append(record)
-    if not groups:
-        raise RunError("nothing to report: " + ("; ".join(left_out) or "no run was named"))
-    return _named(groups), left_out
-
-
-def _records(folder: Path, left_out: list[str]) -> list[tuple[str, Record]]:
-    """What a folder named by the user holds, each with its variant where a sweep names it."""
-    if (folder / SWEEP).is_file():
-        try:
-            return [(trial.variant, _of_trial(look_at_trial(trial), trial.seed)) for trial in read_sweep(folder)]
-        except (LookupError, TypeError, AttributeError) as e:
-            raise RunError(f"{folder / SWEEP}: is damaged ({type(e).__name__}: {e})") from None
-    if not (folder / EXPERIMENT).is_file():
-        why = "is neither a run nor a sweep" if folder.exists() else "does not exist"
-        raise RunError(f"{folder}: {why}; gptjax runs FOLDER lists what there is in a folder")
-    record = look(folder)
-    if record.experiment is None:
-        left_out.append(f"{record.name}: {record.why}")
-        return []
-    return [("", record)]
-
-
-def _of_trial(record: Record, seed: int) -> Record:
-    """Raises where a trial's folder holds a run of another seed: pairs would be wrong."""
-    if record.experiment is not None and record.experiment.seed != seed:
-        told = f"{record.folder}: holds a run with seed {record.experiment.seed}, and sweep.json says {seed}"
-        raise RunError(f"{told}; move the run elsewhere, and run the sweep again")
-    return record
-
-
-def _are_alike(record: Record, records: Sequence[Record]) -> bool:
-    a, b = record.experiment, records[0].experiment
-    return a is not None and b is not None and a == replace(b, name=a.name, seed=a.seed)
-
-
-def _without_seed(name: str) -> str:
-    return re.sub(r"[-_. ]?(s|seed)[-_=]?\d+$", "", name) or name
-
-
-def _named(groups: Sequence[tuple[str, list[Record]]]) -> list[Variant]:
-    """With names that differ: the same one is followed by the folder of its first run."""
-    names = [name for name, _ in groups]
-    return [
-        Variant(
-            name if names.count(name) == 1 else f"{name} ({records[0].name})",
-            tuple(sorted(records, key=seed_of)),
-        )
-        for name, records in groups
-    ]
-
-
-# What may be compared.
 
 
 def _higher_is_better(metric: str, known: set[str]) -> bool:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.lab.comparison import Variant, seed_of
 from gptjax.lab.records import Record
+from gptjax.lab.variants import Variant, seed_of
 
 POINTS = 240  # of a curve, as many as a page can show
 

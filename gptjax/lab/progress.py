@@ -126,8 +126,10 @@ def memory_needed(e: Experiment) -> float:
     """Bytes that training takes, roughly: weights, gradients and two moments, what the backward pass keeps, logits."""
     m, microbatch = sized(e).model, e.train.batch_size / e.train.microbatches
     kept = m.num_layers * (16 * m.embed_dim + 2 * (m.ffn_dim or 0) + 2 * m.num_heads * m.context_length)
-    each = 4 * (kept + 3 * (m.vocab_size or 0))
-    return PROCESS_BYTES + 20 * num_params(m)["total"] + each * microbatch * m.context_length
+    each = 4 * (kept + 3 * (m.vocab_size or 0)) * m.context_length
+    if e.optim.noise_multiplier is not None:
+        each += 8 * num_params(m)["total"]  # a window's own gradient, and what is clipped of it
+    return PROCESS_BYTES + 20 * num_params(m)["total"] + each * microbatch
 
 
 def seconds_needed(trials: Sequence[Trial], states: Mapping[str, State], peak: float | None) -> dict[str, float]:

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gptjax.lab.comparison import BITS, Comparison, Row, seed_of
+from gptjax.lab.comparison import BITS, Comparison, Row
 from gptjax.lab.records import Record
+from gptjax.lab.variants import seed_of
 from gptjax.tuning.intervals import BOOTSTRAP, STUDENT, Score
 
 LABELS = {

@@ -34,9 +34,10 @@ def report(arguments: list[str]) -> None:
         raise GptjaxError("report: name the runs or sweeps to compare; gptjax report runs/ffn for instance")
     if missing := [name for name in ("matplotlib", "scipy") if find_spec(name) is None]:
         raise GptjaxError(f"report: needs {' and '.join(missing)}; pip install 'gptjax[report]'")
-    from gptjax.lab.comparison import compare, variants_of
+    from gptjax.lab.comparison import compare
     from gptjax.lab.page import page
     from gptjax.lab.report import plot_comparison
+    from gptjax.lab.variants import variants_of
     from gptjax.lab.words import as_json, as_text
 
     variants, left_out = variants_of(options.folders)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from made_runs import BASE, make_run, make_sweep
 
 from gptjax.errors import GptjaxError
-from gptjax.lab.comparison import compare, judge, variants_of
+from gptjax.lab.comparison import compare, judge
 from gptjax.lab.progress import note
 from gptjax.lab.trials import read_sweep
+from gptjax.lab.variants import variants_of
 from gptjax.lab.words import as_json, as_text
 from gptjax.tuning.intervals import over_runs
 

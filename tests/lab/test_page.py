@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from made_runs import BASE, make_run, make_sweep
 
 from gptjax.lab.charts import line_chart, whisker
-from gptjax.lab.comparison import compare, variants_of
+from gptjax.lab.comparison import compare
 from gptjax.lab.curves import Curve, Curves, curves, limits, ticks
 from gptjax.lab.page import page
 from gptjax.lab.report import plot_comparison
+from gptjax.lab.variants import variants_of
 from gptjax.tuning.intervals import Score
 
 

@@ -21,12 +21,14 @@ from processes import QUICK, ROOT
 from gptjax.config import Between, Experiment, Search, grid, zip_
 from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.lab import local
+from gptjax.lab.comparison import compare
 from gptjax.lab.live import Progress
 from gptjax.lab.local import Local, places
 from gptjax.lab.progress import memory_needed, note, noted, seconds_needed, state_of
 from gptjax.lab.search import Searched
 from gptjax.lab.sweep import Fixed, train_missing
 from gptjax.lab.trials import Trial, read_sweep, trials_of, write_sweep
+from gptjax.lab.variants import variants_of
 from gptjax.loading import load_experiment, load_sweep
 from gptjax.training.lock import holder
 from gptjax.training.metrics import num_params
@@ -373,8 +375,8 @@ def test_a_real_sweep_shares_its_data_and_goes_on_after_kill_9_of_everything(tmp
         f"from gptjax.config import Experiment, grid\nbase = Experiment.from_json({base.to_json()!r})\n"
         "sweep = grid(base, {'model.ffn': ['gelu', 'relu']})\n"
     )
-    command = [sys.executable, "-m", "gptjax", "sweep", str(tmp_path / "mine.py"), "--workers", "2",
-               "--run-dir", str(tmp_path / "s")]  # fmt: skip
+    sweep = [sys.executable, "-m", "gptjax", "sweep", str(tmp_path / "mine.py"), "--workers", "2", "--seeds", "2"]
+    command = [*sweep, "--run-dir", str(tmp_path / "s")]
     environment = os.environ | QUICK | {"GPTJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     wait(lambda: any(path.read_text().count("\n") > 5 for path in tmp_path.glob("s/*/metrics.jsonl")), 120)
@@ -383,7 +385,7 @@ def test_a_real_sweep_shares_its_data_and_goes_on_after_kill_9_of_everything(tmp
         os.kill(pid, signal.SIGKILL)
     process.wait()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "2 trials (2 done)" in done.stderr, done.stderr
+    assert done.returncode == 0 and "4 trials (4 done)" in done.stderr, done.stderr
     assert len(list((tmp_path / "cache/stores").glob("*/store.json"))) == 1, "tokenised once"
     for trial in read_sweep(tmp_path / "s"):
         assert state_of(trial).step == 300
@@ -392,3 +394,8 @@ def test_a_real_sweep_shares_its_data_and_goes_on_after_kill_9_of_everything(tmp
         assert steps == sorted(set(steps)), "no step is there twice"
     whole = Experiment.from_json((tmp_path / "s/tiny-ffn=relu-seed0/experiment.json").read_text())
     assert whole.model.ffn == "relu"
+    undisturbed = [*sweep, "--run-dir", str(tmp_path / "t")]
+    subprocess.run(undisturbed, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    rows, others = (compare(variants_of([tmp_path / name])[0]).rows for name in ("s", "t"))
+    told = [[(r.variant.name, r.value, r.bits, r.difference, r.verdict) for r in them] for them in (rows, others)]
+    assert told[0] == told[1] and all(row.pairs == 2 for row in rows), "the report is that of an undisturbed sweep"
