@@ -262,6 +262,11 @@ def _model_rules(m: Model, need: Need, knows_shape: bool) -> None:
         f"model.lora_targets = {m.lora_targets}: must be of tokens, query, key, value, out, up, down"
         " (and gate, if gated; without an FFN none of these three)",
     )
+    need(
+        m.dropout == 0 or 1 / 512 < m.dropout < 511 / 512,
+        f"model.dropout = {m.dropout}: is rounded to a multiple of 1/256, and this one to none or all; choose 0, or a "
+        "share between",
+    )
     head_dim = m.head_dim or m.embed_dim // m.num_heads
     need(
         m.positions != "rope" or head_dim % 2 == 0,

@@ -50,7 +50,7 @@ class Model:
     qk_norm: bool = False  # RMS-normalise queries and keys per head (Henry et al. 2020)
     attention_softcap: float | None = None  # c tanh(score / c) on attention scores (Gemma 2: 50)
     logit_softcap: float | None = None  # c tanh(logit / c) on the output (Gemma 2: 30)
-    dropout: float = 0.0  # rate on embeddings, attention weights and both residual branches
+    dropout: float = 0.0  # of embeddings, attention weights and both residual branches; to the nearest 1/256
     tie_embeddings: bool = True  # the head is the transposed token embedding
     head: Literal["linear", "mlm"] = "linear"  # mlm: dense, activation and norm before it, a bias after it (BERT)
     num_classes: int = 0  # told in the place of tokens, by a head of their own; 0: as many as `data.answers` asks for

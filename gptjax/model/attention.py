@@ -1,6 +1,7 @@
 """Self-attention: MHA, GQA and MQA, every kind of position, window and mask; trained whole or decoded with a cache."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -87,7 +88,6 @@ class Attention(nn.Module):
         if m.qk_norm:
             self.query_scale = declare(self, "query_scale", ("head_dim",), ones)
             self.key_scale = declare(self, "key_scale", ("head_dim",), ones)
-        self.drop_weights = nn.Dropout(m.dropout, deterministic=False)
 
     def __call__(
         self, x: Array, rope: tuple[Array, Array] | None, sight: ops.Sight, cache: Cached | None = None
@@ -142,5 +142,5 @@ class Attention(nn.Module):
             )
         dropout: Callable[[Array], Array] | None = None
         if m.dropout and self.has_rng("dropout"):
-            dropout = self.drop_weights
+            dropout = partial(ops.dropout, key=self.make_rng("dropout"), rate=m.dropout)
         return ops.attention(query, key, value, mask=mask, bias=bias, cap=m.attention_softcap, dropout=dropout)

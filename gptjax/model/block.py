@@ -37,7 +37,7 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x of any shape -> the same shape."""
-        return nn.Dropout(self.rate, deterministic=not (self.rate and self.has_rng("dropout")))(x)
+        return ops.dropout(x, self.make_rng("dropout"), self.rate) if self.rate and self.has_rng("dropout") else x
 
 
 class Block(nn.Module):

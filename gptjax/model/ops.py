@@ -264,6 +264,18 @@ def visible(sight: Sight, causal: bool, window: int | None) -> Array | None:
     return mask
 
 
+def dropout(x: Array, key: Array, rate: float) -> Array:
+    """Zeroes a share of x [..., features] and scales the rest up, so that the mean stays.
+
+    A byte decides each element, as in FlashAttention: the share is `rate` to the nearest 1/256, and the scale is exact
+    for that. Random numbers of 32 bits would cost as much as the rest of attention on a CPU.
+    """
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
+    drawn = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    dropped = round(rate * 256)
+    return jnp.where(drawn >= dropped, x * (256 / (256 - dropped)), jnp.zeros_like(x))
+
+
 def attention(
     query: Array,
     key: Array,

@@ -201,3 +201,27 @@ def test_a_matrix_may_lie_the_other_way(shape, num_inputs):
         np.testing.assert_allclose(ops.project(jnp.asarray(x), form, num_inputs), expected, rtol=1e-5, atol=1e-5)
     rounded = ops.project(jnp.asarray(x), ops.quantise(jnp.asarray(weight), num_inputs), num_inputs)
     np.testing.assert_allclose(rounded, expected, atol=0.03 * abs(expected).max())
+
+
+@pytest.mark.parametrize("rate", [0.004, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("width", [1, 3, 64, 65])
+def test_dropout_zeroes_a_share_each_element_by_itself_and_keeps_the_mean(rate, width):
+    x = jnp.full((400, width), 3.0)
+    drawn = np.asarray(jax.vmap(lambda key: ops.dropout(x, key, rate))(jax.random.split(jax.random.key(5), 40)))
+    share, kept = round(rate * 256) / 256, drawn[drawn != 0]
+    assert abs(share - rate) <= 1 / 512 and np.allclose(kept, 3 / (1 - share), rtol=1e-6)
+    zero = drawn == 0
+    spread = math.sqrt(share * (1 - share))
+    assert abs(zero.mean() - share) < 4.5 * spread / math.sqrt(zero.size)
+    columns = zero.reshape(-1, width)
+    assert (abs(columns.mean(0) - share) < 5 * spread / math.sqrt(len(columns))).all(), "every byte of a word is even"
+    if width > 1 and share > 0.05:  # of rarer ones the correlation is far from normal
+        together = np.corrcoef(columns.T)[np.triu_indices(width, 1)]
+        assert np.abs(together).max() < 6 / math.sqrt(len(columns)), "the bytes of a word do not know each other"
+
+
+def test_dropout_stays_in_the_dtype_and_passes_the_gradient_of_what_is_kept():
+    x, key = jnp.ones((4, 6), jnp.bfloat16), jax.random.key(0)
+    assert ops.dropout(x, key, 0.25).dtype == jnp.bfloat16
+    y, back = jax.vjp(lambda x: ops.dropout(x, key, 0.25), x.astype(jnp.float32))
+    np.testing.assert_array_equal(back(jnp.ones_like(y))[0], y)
