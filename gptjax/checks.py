@@ -404,6 +404,15 @@ def _privacy_rules(e: Experiment, need: Need) -> None:
         "together; choose another objective, or leave the noise out",
     )
     need(
+        e.train.batch_size >= 24,
+        f"train.batch_size = {e.train.batch_size}: {private} draws fewer windows than fit, on average too few "
+        "below 8; choose 24 or more",
+    )
+    need(
+        e.model.attention_kernel != "cudnn",
+        f"model.attention_kernel = 'cudnn': {private} needs a gradient for each window; set 'xla'",
+    )
+    need(
         not e.data.weights,
         f"data.weights = {e.data.weights}: {private} draws every window with the same probability; leave them out",
     )

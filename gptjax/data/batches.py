@@ -92,7 +92,7 @@ class WindowedStream:
 
     def in_order(self, index: np.ndarray) -> Windows:
         """The windows of one plain pass from the start; beyond its end they are all padding."""
-        return self._cut(index * self.length)
+        return self._cut(np.where(index < self.passes, index * self.length, len(self.stream.ids)))
 
     def _cut(self, starts: np.ndarray) -> Windows:
         """Windows whose first token stands at `starts`, with what lies outside the stream cut away."""
@@ -243,6 +243,11 @@ class Draws(NamedTuple):
         """Windows in a batch, on average."""
         return self.rate * self.windows
 
+    def at(self, seed: int, step: int) -> np.ndarray:
+        """The windows of a step, by number; of too many, some by chance are left out: int64 [at most `most`]."""
+        rng = np.random.default_rng((seed, 8, step))
+        return rng.permutation(np.flatnonzero(rng.random(self.windows) < self.rate))[: self.most]
+
 
 @dataclass
 class Batches:
@@ -263,6 +268,8 @@ class Batches:
         length, track = e.model.context_length, e.data.document_mask
 
         together = rows_together(e.objective)
+        if e.optim.noise_multiplier is not None:
+            together = (1, 1)  # each example has a window of its own, which the others do not change
 
         def cut(stream: Stream, seed: tuple[int, ...]) -> WindowedStream | PackedStream:
             if stream.asked is not None:
@@ -296,36 +303,50 @@ class Batches:
     def place(self, step: int) -> Place:
         """Where the run stands after `step` updates, in this order from its origin."""
         o, steps = self.origin, step - self.origin.step
-        samples = steps * self.experiment.train.batch_size  # of windows that are drawn: the places for them
-        tokens = o.tokens + steps * self.tokens_per_step
-        return Place(step, o.samples + samples, tokens, o.next + samples, self.order)
+        turns = o.next + steps * self.experiment.train.batch_size
+        return Place(step, o.samples + steps * self._read, o.tokens + steps * self.tokens_per_step, turns, self.order)
 
     def samples(self, step: int) -> np.ndarray:
-        """The numbers of the examples that the update from `step` to step + 1 reads: int64 [microbatches, rows]."""
-        t, place = self.experiment.train, self.place(step)
-        numbers = place.next + np.arange(t.batch_size) if self.draws is None else self._drawn(place.next)
-        return numbers.reshape(t.microbatches, -1)
+        """The numbers of the examples that the update from `step` to step + 1 reads: int64 [microbatches, rows].
 
-    def _drawn(self, key: int) -> np.ndarray:
-        """Numbers of windows in a plain pass, each there with the same probability whatever the others.
-
-        Places that are left over have a number beyond the last; of too many, some by chance are left out.
+        Of windows that are drawn, places that are left over have a number beyond the last.
         """
-        assert self.draws is not None
-        rng = np.random.default_rng((self.experiment.seed, 8, key))
-        chosen = np.flatnonzero(rng.random(self.draws.windows) < self.draws.rate)
-        chosen = rng.permutation(chosen)[: self.draws.most]
-        return np.pad(chosen, (0, self.draws.most - len(chosen)), constant_values=self.draws.windows)
+        if self.draws is None:
+            return self._turns(step)
+        drawn = self.draws.at(self.experiment.seed, step)
+        missing = self.draws.most - len(drawn)
+        padded = np.pad(drawn, (0, missing), constant_values=self.draws.windows)
+        return padded.reshape(self.experiment.train.microbatches, -1)
+
+    def told(self, step: int) -> str:
+        """The examples that an update reads, in words."""
+        numbers = self.samples(step)
+        numbers = numbers if self.draws is None else numbers[numbers < self.draws.windows]
+        return f"examples {numbers.min()} to {numbers.max()}" if numbers.size else "no examples"
+
+    def _turns(self, step: int) -> np.ndarray:
+        """Numbers that grow from row to row over the whole run: int64 [microbatches, rows]."""
+        t = self.experiment.train
+        return self.place(step).next + np.arange(t.batch_size).reshape(t.microbatches, -1)
+
+    @property
+    def _read(self) -> int:
+        """Examples that an update reads; of those that are drawn, on average."""
+        return self.experiment.train.batch_size if self.draws is None else round(self.draws.expected)
 
     @property
     def tokens_per_step(self) -> int:
-        return self.experiment.train.batch_size * self.experiment.model.context_length
+        return self._read * self.experiment.model.context_length
 
-    def rows(self, samples: np.ndarray) -> Batch:
-        """The training examples with these numbers in this order: [len(samples), length]."""
+    def rows(self, samples: np.ndarray, turns: np.ndarray | None = None) -> Batch:
+        """The training examples with these numbers in this order: [len(samples), length].
+
+        What an objective draws for each follows from its turn, which is its number where examples are not drawn.
+        """
         e = self.experiment
         others = self._windows(samples + FAR) if needs_others(e.objective) else None
-        return self.make(self._windows(samples), (np.random.default_rng((e.seed, 4, int(i))) for i in samples), others)
+        rngs = (np.random.default_rng((e.seed, 4, int(i))) for i in (samples if turns is None else turns))
+        return self.make(self._windows(samples), rngs, others)
 
     def _windows(self, samples: np.ndarray) -> Windows:
         if self.draws is None:
@@ -347,9 +368,10 @@ class Batches:
 
         `chosen` picks columns of the second axis, for a host that needs only some.
         """
-        samples = self.samples(step)
-        samples = samples if chosen is None else samples[:, chosen]
-        batch = self.rows(samples.ravel())
+        samples, turns = self.samples(step), self._turns(step)
+        if chosen is not None:
+            samples, turns = samples[:, chosen], turns[:, chosen]
+        batch = self.rows(samples.ravel(), turns.ravel())
         return jax.tree.map(lambda x: x.reshape(*samples.shape, -1), batch)
 
     def validation(self) -> Iterator[Batch]:

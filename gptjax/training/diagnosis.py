@@ -57,10 +57,13 @@ def diagnose(shop: Workshop, state: TrainState, step: int) -> Diagnosis:
     order: dict[str, None] = {}  # of the modules, as they run
 
     def look(state: TrainState, batch: Batch) -> Any:
-        shown, grads = loss_and_gradient(state, batch, model, lesson.loss, learnt, weights)
+        shown, grads = loss_and_gradient(state, batch, model, lesson.loss, learnt, weights, shop.noise)
+        norm = optax.tree.norm(grads)
+        if shop.noise is not None:  # clipping leaves nothing that is not finite to be found
+            grads = loss_and_gradient(state, batch, model, lesson.loss, learnt, weights)[1]
         parts = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(batch.tokens.shape[0])]
         outputs, rows = zip(*[_forward(state, part, model, i, order) for i, part in enumerate(parts)], strict=True)
-        return shown["loss"], optax.tree.norm(grads), _all(*outputs), _backward(grads), jnp.stack(rows)
+        return shown["loss"], norm, _all(*outputs), _backward(grads), jnp.stack(rows)
 
     everywhere = NamedSharding(shop.mesh, PartitionSpec())
     batch, _ = shop.batch(state, step)
@@ -98,11 +101,11 @@ def replay(run: Run, step: int, open_init: Open | None = None) -> list[str]:
         for before in range(first, step - 1):
             state, _ = shop.train_step(state, shop.batch(state, before)[0])
         found = diagnose(shop, state, step - 1)
-    samples = shop.batches.samples(step - 1)
+    told = shop.batches.told(step - 1)
     origin = f"the checkpoint of step {first}" if chosen else "the start"
     text = [
         f"step {step}, made again from {origin}: loss {found.loss:.6g}, gradient norm {found.grad_norm:.6g}",
-        f"  examples  {samples.min()} to {samples.max()}",
+        f"  {told}",
     ]
     if logged := [line["loss"] for line in run.metrics() if line["step"] == step and "loss" in line]:
         same = np.isclose(logged[0], found.loss, rtol=1e-5)

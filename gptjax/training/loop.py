@@ -181,13 +181,16 @@ class Fit:
             step, metrics = self.unread.popleft()
             m = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.skipped = int(m["skipped"])
-            samples = self.shop.batches.samples(step - 1)
+            jumped = m["loss"] > SPIKE * m["usual_loss"]
+            if not (m["skipped_in_row"] or jumped):
+                continue
+            samples, told = self.shop.batches.samples(step - 1), self.shop.batches.told(step - 1)
             examples = [int(samples.min()), int(samples.max())]
-            about = f"loss {m['loss']:.4g}, gradient norm {m['grad_norm']:.4g}, examples {examples[0]} to {examples[1]}"
+            about = f"loss {m['loss']:.4g}, gradient norm {m['grad_norm']:.4g}, {told}"
             if m["skipped_in_row"]:
                 say(f"warning: step {step} is skipped: {about}")
                 self.log.event(step, "skipped", why=about, examples=examples)
-            elif m["loss"] > SPIKE * m["usual_loss"]:
+            else:
                 say(f"warning: step {step}: the loss jumped: {about}; it was {m['usual_loss']:.4g} on average")
                 self.log.event(step, "spike", why=about, examples=examples)
             if m["skipped_in_row"] >= self.shop.experiment.train.max_skipped:

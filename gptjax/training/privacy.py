@@ -5,8 +5,9 @@ DP-SGD draws every window into a batch with the same probability, clips its grad
 was there or empty changes the probability of any outcome by a factor of at most e^epsilon, but for a probability of
 delta. Clipping and noise are those of jax-privacy, epsilon is dp-accounting's. Needs `pip install 'gptjax[private]'`.
 
-The promise is to those who do not know the run's seed, from which draws and noise follow, and is of the weights alone:
-losses, the tokenizer and the choice of settings look at the text without noise.
+What it does not cover: draws and noise follow from the seed of the experiment, so that whoever knows it (it stands in
+the run folder and in every checkpoint) knows the noise; losses, the tokenizer and the choice of settings look at the
+text as it is; and the weights of `init`, or of a teacher, may have read it before.
 """
 
 import functools
@@ -17,9 +18,11 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from gptjax.config import Optim
+from gptjax.config import Experiment
 from gptjax.data.batches import Draws
 from gptjax.data.objectives import Batch
 from gptjax.errors import GptjaxError
@@ -31,14 +34,22 @@ class Noise(NamedTuple):
     clip_norm: float  # of each window's gradient, at most
     multiplier: float  # standard deviation of the noise on the sum, over clip_norm
     expected: float  # windows in a batch on average, which the sum is divided by
+    key: tuple[int, int]  # 64 bits: those of `jax.random.key` are the lower 32 of a seed, which can be guessed
 
 
-def noise_of(optim: Optim, draws: Draws | None) -> Noise | None:
-    """What DP-SGD needs to know; None where it is not asked for. Raises `GptjaxError` where jax-privacy is missing."""
-    if optim.noise_multiplier is None or optim.clip_norm is None or draws is None:
+def noise_of(experiment: Experiment, draws: Draws | None) -> Noise | None:
+    """What DP-SGD needs to know; None where it is not asked for."""
+    o = experiment.optim
+    if o.noise_multiplier is None or o.clip_norm is None or draws is None:
         return None
+    first, second = np.random.SeedSequence((experiment.seed, 9)).generate_state(2).tolist()
+    return Noise(o.clip_norm, o.noise_multiplier, draws.expected, (first, second))
+
+
+def check_libraries() -> None:
+    """Raises `GptjaxError` where what DP-SGD needs is not installed."""
     _library("jax_privacy")
-    return Noise(optim.clip_norm, optim.noise_multiplier, draws.expected)
+    _library("dp_accounting")
 
 
 def private_gradient(
@@ -60,9 +71,10 @@ def private_gradient(
     return jax.tree.map(lambda x: x.sum(0), of_windows.aux), grads
 
 
-def add_noise(grads: Any, key: Array, noise: Noise) -> Any:
-    """Gaussian noise on the gradient of a whole batch."""
+def add_noise(grads: Any, step: Array | int, noise: Noise) -> Any:
+    """Gaussian noise on the gradient of the whole batch of a step."""
     addition = _library("jax_privacy").noise_addition
+    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.array(noise.key, jnp.uint32)), step)
     gaussian = addition.gaussian_privatizer(stddev=noise.multiplier * noise.clip_norm / noise.expected, prng_key=key)
     return gaussian.update(grads, gaussian.init(grads))[0]
 
@@ -113,13 +125,15 @@ def spent_by(draws: Draws, noise_multiplier: float, steps: int) -> tuple[float, 
         one = events.GaussianDpEvent(noise_multiplier)
     else:
         one = events.TruncatedSubsampledGaussianDpEvent(draws.windows, draws.rate, draws.most, noise_multiplier)
-    return _epsilon(one, steps, delta), delta
+    return _epsilon(one, steps, delta, 1e-4 * max(1.0, noise_multiplier**-2)), delta
 
 
-def _epsilon(one: Any, steps: int, delta: float) -> float:
+def _epsilon(one: Any, steps: int, delta: float, interval: float = 1e-4) -> float:
+    """An upper bound; losses are rounded up by `interval`, and a coarse one saves time where they are large."""
     from dp_accounting import SelfComposedDpEvent, pld
 
-    return float(pld.PLDAccountant().compose(SelfComposedDpEvent(one, steps)).get_epsilon(delta))
+    accountant = pld.PLDAccountant(value_discretization_interval=interval)
+    return float(accountant.compose(SelfComposedDpEvent(one, steps)).get_epsilon(delta))
 
 
 def _library(name: str) -> ModuleType:

@@ -98,8 +98,8 @@ def loss_and_gradient(
     """What a loss shows of a [microbatches, rows, length] batch, and the gradient of what it minimises.
 
     The gradient is 0, and not computed, for weights that are not `learnt` (None: all are). `reference`: the weights of
-    another model, for a loss that looks at one. With `noise` each window's mean is minimised by itself, and its
-    gradient clipped; the noise is not yet added.
+    another model, for a loss that looks at one. With `noise` each window's mean is minimised by itself, its gradient is
+    clipped, and the noise is added to what is learnt.
     """
     count = loss.counted(batch)
     key = jax.random.fold_in(named_key(state.key, "dropout"), state.step)
@@ -122,6 +122,15 @@ def loss_and_gradient(
         (_, shown), grads = jax.value_and_grad(over_batch, has_aux=True)(state.params, part, own)
         return shown, grads
 
+    shown, grads = _over_parts(of_part, batch)
+    if noise is None:
+        return shown, grads
+    noisy = add_noise(grads, state.step, noise)
+    return shown, noisy if learnt is None else jax.tree.map(lambda x, n, moves: n if moves else x, grads, noisy, learnt)
+
+
+def _over_parts(of_part: Callable[[Array | int, Batch], tuple[Metrics, Any]], batch: Batch) -> tuple[Metrics, Any]:
+    """The sum over microbatches, one after the other."""
     first = jax.tree.map(lambda x: x[0], batch)
     microbatches = batch.tokens.shape[0]
     if microbatches == 1:
@@ -156,26 +165,25 @@ def train_step(
     """One update from a [microbatches, rows, length] batch; the same update however the batch is cut into microbatches.
 
     Where loss or gradient are not finite, or the loss lies `skip_spikes` sigma above the recent ones, the batch is left
-    behind: weights and optimiser stay as they are. With `noise` (DP-SGD) it never is for its loss, which would tell of
-    a window. Metrics, scalars: what the loss shows (mostly: loss, nats a token),
-    grad_norm (before clipping), answers (what it counts, for most the sum of the weights), usual_loss (the mean of
-    the recent ones), skipped (so far), skipped_in_row.
+    behind: weights and optimiser stay as they are. With `noise` (DP-SGD) the loss does not decide, as that would tell
+    of a window: what is not finite is worth nothing in the sum, and counts as skipped.
+
+    Metrics, scalars: what the loss shows (mostly: loss, nats a token), grad_norm (before clipping, with the noise),
+    answers (what it counts, for most the sum of the weights), usual_loss (the mean of the recent ones), skipped (so
+    far), skipped_in_row.
     """
     shown, grads = loss_and_gradient(state, batch, model, loss, learnt, reference, noise)
-    if noise is not None:
-        grads = add_noise(grads, jax.random.fold_in(named_key(state.key, "noise"), state.step), noise)
     grad_norm = optax.tree.norm(grads)
     usual, limit = usual_loss(state, skip_spikes)
-    good = jnp.isfinite(grad_norm)
-    if noise is None:
-        good &= jnp.isfinite(shown["loss"]) & (shown["loss"] <= limit)
+    sound = jnp.isfinite(shown["loss"]) & jnp.isfinite(grad_norm) & (shown["loss"] <= limit)
+    good = sound if noise is None else jnp.isfinite(grad_norm)
 
     def update() -> tuple[Any, Any]:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return optax.apply_updates(state.params, updates), opt_state
 
     params, opt_state = jax.lax.cond(good, update, lambda: (state.params, state.opt_state))
-    health = _examined(state, shown["loss"], good)
+    health = _examined(state, shown["loss"], sound)
     metrics = shown | {
         "grad_norm": grad_norm,
         "answers": loss.counted(batch),

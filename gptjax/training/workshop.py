@@ -30,7 +30,7 @@ from gptjax.training.checkpoint import Checkpoint
 from gptjax.training.initial import Open, Start, adopt, body, fitted, misfits, start_of
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.optim import evaluation_params, make_optimizer, num_trained, trained
-from gptjax.training.privacy import noise_of, spent_by
+from gptjax.training.privacy import Noise, check_libraries, noise_of, spent_by
 from gptjax.training.run import EXPERIMENT, GENERATION, Run, open_run
 from gptjax.training.state import TrainState, Weights, abstract_state, create_state, mismatches, new_health
 from gptjax.training.step import Metrics, eval_step, train_step
@@ -48,6 +48,7 @@ class Workshop:
     abstract: TrainState  # shapes and layout of the state
     start: Start | None  # the model whose weights come first; None: random ones
     lesson: Lesson
+    noise: Noise | None  # of DP-SGD; None: the gradient is as it is
     tx: optax.GradientTransformation
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Batch], tuple[Metrics, jax.Array]]
@@ -89,6 +90,8 @@ def prepare(
     if start:
         experiment = adopt(experiment, start.model)
     check(experiment, jax.device_count() if mesh is None else None)
+    if experiment.optim.noise_multiplier is not None:  # cuDNN's takes no batch of windows within a batch
+        experiment = experiment.override({"model.attention_kernel": "xla"})
     store = store or open_store(experiment.data, _given_tokenizer(experiment, start, run, opened))
     tokens, extra = store.tokenizer.vocab_size, len(extra_tokens(experiment.objective))
     needed = max(tokens + extra, (start.model.vocab_size or 0) if start else 0)  # a table may be padded
@@ -104,7 +107,8 @@ def prepare(
     abstract = abstract_state(e, tx, mesh)
     layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
     lesson = lesson_of(e, store.tokenizer, mesh, opened)
-    own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e), noise=noise_of(e.optim, batches.draws))
+    noise = noise_of(e, batches.draws)
+    own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e), noise=noise)
     step = partial(train_step, model=model, tx=tx, loss=lesson.loss, **own)
     look = partial(eval_step, model=model, loss=lesson.loss)
     return Workshop(
@@ -115,6 +119,7 @@ def prepare(
         abstract=abstract,
         start=start,
         lesson=lesson,
+        noise=noise,
         tx=tx,
         train_step=_beside(lesson, jax.jit(step, donate_argnums=0, out_shardings=(layout, everywhere))),
         eval_step=_beside(lesson, jax.jit(look, out_shardings=everywhere)),
@@ -195,6 +200,8 @@ def check_start(shop: Workshop, fresh: bool = True, finished: bool = False) -> N
     One that is not `fresh` has checkpoints of its own and needs the weights of `experiment.init` no more; one that is
     `finished` needs no other model beside it either.
     """
+    if shop.noise is not None:
+        check_libraries()
     e, tokens = shop.experiment, shop.store.tokenizer
     length = len(tokens.encode(e.train.sample_prompt))
     room = e.model.context_length
@@ -336,7 +343,9 @@ def _promise(shop: Workshop) -> list[str]:
     draws, spent = shop.batches.draws, privacy(shop)
     if draws is None:
         return []
+    kept = " beyond what init tells" if shop.experiment.init else ""
     return [
-        f"  privacy  epsilon {spent['epsilon']:.3g} at delta {spent['delta']:.2g} for each of {draws.windows:,} "
-        f"windows, of which a batch draws {draws.expected:.1f} on average"
+        f"  privacy  epsilon {spent['epsilon']:.3g} at delta {spent['delta']:.2g}{kept}, for each of {draws.windows:,} "
+        f"windows being there or empty; a batch draws {draws.expected:.1f} on average. It holds for those who do not "
+        f"know the seed, which stands in the run folder: pass on weights alone (gptjax export)"
     ]

@@ -7,12 +7,14 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same, restored, tiny_run
+from conftest import assert_same, fine_tuning, restored, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -23,12 +25,15 @@ from gptjax.data.batches import Draws
 from gptjax.data.objectives import Batch
 from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.model.gpt import GPT
+from gptjax.training.diagnosis import replay
 from gptjax.training.privacy import Noise, add_noise, spent, spent_by
+from gptjax.training.run import open_run
 from gptjax.training.state import init_state
-from gptjax.training.step import TOKENS, loss_and_gradient
+from gptjax.training.step import TOKENS, loss_and_gradient, train_step
 from gptjax.training.train import train
 from gptjax.training.workshop import one_device, prepare
 
+QUIET, KEY = 1e-12, (1, 2)  # too little noise to be seen, and what it is drawn from
 PRIVATE = {"optim.noise_multiplier": 1.0, "optim.clip_norm": 0.5}
 
 
@@ -125,7 +130,7 @@ def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
     assert norms.min() == 0 < limit < norms.max(), "some are to be clipped, some are not, and one is empty"
     scale = np.minimum(1, limit / np.maximum(norms, 1e-30))
     expected = jax.tree.map(lambda *g: sum(s * x for s, x in zip(scale, g, strict=True)) / 5.5, *alone)
-    shown, grads = private(tiny, batch, Noise(limit, 1.0, 5.5))
+    shown, grads = private(tiny, batch, Noise(limit, QUIET, 5.5, KEY))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
     assert float(shown["loss"]) == pytest.approx(nats / batch.weights.sum(), rel=1e-5)
 
@@ -138,7 +143,7 @@ def test_no_window_moves_the_gradient_by_more_than_the_norm(library, tiny, row, 
     tokens[row // 4, row % 4] = np.random.default_rng(seed).integers(0, 11, 16)
     weights[row // 4, row % 4] = 0
     there, changed, empty = (
-        private(tiny, b, Noise(limit, 1.0, 4.0))[1]
+        private(tiny, b, Noise(limit, QUIET, 4.0, KEY))[1]
         for b in (batch, batch._replace(tokens=tokens), batch._replace(weights=weights))
     )
     for other, times in [(empty, 1), (changed, 2)]:
@@ -148,11 +153,79 @@ def test_no_window_moves_the_gradient_by_more_than_the_norm(library, tiny, row, 
 
 def test_noise_is_normal_and_its_own_in_every_weight_and_step(library):
     zeros = {"a": np.zeros((40, 50), np.float32), "b": np.zeros(2000, np.float32)}
-    drawn = [add_noise(zeros, jax.random.key(step), Noise(0.5, 3.0, 6.0)) for step in range(4)]
+    drawn = [add_noise(zeros, step, Noise(0.5, 3.0, 6.0, KEY)) for step in range(4)]
     samples = np.array([np.asarray(x).ravel() for noise in drawn for x in noise.values()])
     assert stats.kstest(samples.ravel() / (3.0 * 0.5 / 6.0), "norm").pvalue > 1e-3
     correlations = np.corrcoef(samples)[np.triu_indices(len(samples), 1)]
     assert np.abs(correlations).max() < 4.5 / math.sqrt(2000)
+
+
+def test_the_noise_is_in_every_update_and_on_what_is_learnt_alone(library, tiny):
+    model, state, batch = tiny
+    learnt = jax.tree.map_with_path(lambda path, x: path[0].key != "embedding", state.params)
+    tx = optax.sgd(1.0)
+    state = state._replace(opt_state=tx.init(state.params))
+
+    def update(step, multiplier):
+        own = dict(model=model, tx=tx, learnt=learnt, noise=Noise(0.5, multiplier, 4.0, KEY))
+        return jax.jit(partial(train_step, **own))(state._replace(step=jnp.int32(step)), batch)[0].params
+
+    moved = []
+    for step in (3, 4):
+        both = update(step, 2.0), update(step, QUIET)
+        noise = jax.tree.map(lambda a, b: np.asarray(a - b), *both)
+        assert all(not x.any() for x in jax.tree.leaves(noise["embedding"])), "what is frozen stays"
+        moved.append(np.concatenate([x.ravel() for x in jax.tree.leaves(noise["blocks"])]))
+    for noise in moved:
+        assert noise.std() == pytest.approx(2.0 * 0.5 / 4.0, rel=0.08)
+    assert abs(np.corrcoef(moved)[0, 1]) < 0.1, "another step, other noise"
+
+
+def test_of_too_many_windows_some_are_left_out_by_chance():
+    draws = Draws(windows=40, rate=1.0, most=10)
+    drawn = np.array([draws.at(0, step) for step in range(4000)])
+    assert drawn.shape == (4000, 10) and all(len(set(row)) == 10 for row in drawn.tolist())
+    counts = np.bincount(drawn.ravel(), minlength=40)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_what_is_left_over_asks_for_nothing_also_of_masked_text(length, tmp_path):
+    """Whatever the text's length: whether or not its last token ends a window."""
+    texts = []
+    for name, size in (("a", 8 * 40 + 1), ("b", 8 * 30 + 3)):
+        texts.append(tmp_path / f"{name}.txt")
+        texts[-1].write_text("".join(chr(97 + i % 26) for i in range(size)))
+    val = tmp_path / "val.txt"
+    val.write_text("some other text, to look at" * 3)
+    e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32, "model.context_length": length, "model.causal": False})
+    e = e.override({"objective.name": "masked", "train.sample_tokens": 0, "data.val_source": str(val)})
+    batches = prepare(e.override({"data.source": tuple(map(str, texts))}), one_device()).batches
+    empty = batches.rows(np.full(4, batches.draws.windows))
+    assert not empty.weights.any()
+    every = batches.rows(np.arange(batches.draws.windows))
+    assert (every.weights > 0).any(1).all(), "each window of both sources is one"
+    again = batches.rows(np.arange(8), np.arange(8) + 1000)
+    assert not np.array_equal(again.weights, every.weights[:8]), "another turn, other tokens are asked for"
+
+
+def test_an_example_has_a_window_of_its_own(tmp_path, finished_run):
+    e = fine_tuning(tmp_path, finished_run, **PRIVATE | {"train.batch_size": 32})
+    batches = prepare(e, one_device()).batches
+    (stream,) = batches.train_streams
+    assert batches.draws.windows == len(stream.ends) == stream.windows
+    batch = batches.batch(0)
+    assert batch.segments is None or batch.segments.max() <= 1
+
+
+def test_draws_go_on_after_a_change_of_what_is_asked_for(tmp_path):
+    e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32})
+    before = prepare(e, one_device()).batches
+    after = prepare(e.override({"data.document_mask": True}), one_device()).batches
+    after.start_at(before.place(100))
+    assert after.place(100).next == 0
+    np.testing.assert_array_equal(after.samples(100), before.samples(100))
+    assert not np.array_equal(after.samples(100), before.samples(0))
 
 
 def test_every_window_is_drawn_by_itself_and_none_beyond_the_room(library, tmp_path):
@@ -190,26 +263,34 @@ def test_what_a_run_spends(library):
 
 @pytest.mark.usefixtures("single_device")
 def test_a_private_run_says_what_it_promises_and_goes_on_bitwise(library, tmp_path, capfd):
-    e = tiny_run(tmp_path, **PRIVATE | {"model.dropout": 0.1, "train.batch_size": 16})
+    e = tiny_run(tmp_path, **PRIVATE | {"model.dropout": 0.1, "train.batch_size": 32})
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     result = train(e, whole)
     epsilon, delta = spent_by(prepare(e, one_device()).batches.draws, 1.0, 6)
     assert (result["epsilon"], result["delta"]) == (epsilon, delta)
-    assert f"privacy  epsilon {epsilon:.3g} at delta {delta:.2g} for each of" in capfd.readouterr().err
+    assert f"privacy  epsilon {epsilon:.3g} at delta {delta:.2g}, for each of" in capfd.readouterr().err
     shutil.copytree(whole, halved)
     train(e, halved, from_step=3)
     assert_same(restored(whole), restored(halved))
     with pytest.raises(RunError, match=r"train\.batch_size cannot change on the way"):
-        train(e.override({"train.batch_size": 32, "train.steps": 9}), halved, allow_changes=True)
+        train(e.override({"train.batch_size": 64, "train.steps": 9}), halved, allow_changes=True)
     longer = train(e.override({"train.steps": 9}), halved, allow_changes=True)
     assert longer["epsilon"] > epsilon
     assert json.loads((halved / "result.json").read_text())["epsilon"] == longer["epsilon"]
+    told = "\n".join(replay(open_run(whole), 5))
+    assert "the run   logged" in told and "the same" in told
 
 
 def test_what_cannot_be_private_is_refused_before_anything_runs():
     fields = {"optim.clip_norm": None, "train.skip_spikes": 6.0, "data.source": ("a", "b"), "data.weights": (1.0, 2.0)}
     with pytest.raises(ConfigError) as refused:
         check(Experiment().override({"optim.noise_multiplier": 1.0} | fields))
+    for name in ("dpo", "grpo"):
+        e = Experiment().override({"optim.noise_multiplier": 1.0, "objective.name": name})
+        with pytest.raises(ConfigError, match="windows that are learnt from one by one"):
+            check(e)
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 8: .* choose 24 or more"):
+        check(Experiment().override({"optim.noise_multiplier": 1.0, "train.batch_size": 8}))
     for field in ("optim.clip_norm", "train.skip_spikes", "data.weights"):
         assert field in str(refused.value)
     with pytest.raises(ConfigError, match=r"optim.noise_multiplier = 0.0: must be above 0"):
