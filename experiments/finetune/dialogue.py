@@ -3,7 +3,7 @@
 Question   are 154 dialogues enough to answer better than by the most common answer?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/dialogue.py
            GPTJAX_DATA=FOLDER gptjax eval runs/dialogue --task dialogue
-Cost       3 minutes on 2 busy CPU cores, after experiments/finetune/pretraining.py; --init takes another model
+Cost       45 seconds on 2 CPU cores, after experiments/finetune/pretraining.py; --init takes another model
 Expected   see experiments/README.md
 """
 

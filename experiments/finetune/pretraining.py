@@ -2,7 +2,7 @@
 
 Question   what does a model of 1.1 million parameters learn from a few megabytes of the tasks' own text?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/pretraining.py
-Cost       13 minutes on 2 busy CPU cores
+Cost       6 minutes on 2 CPU cores
 Expected   see experiments/README.md
 """
 

@@ -4,7 +4,7 @@ Question   does a model that was taught to correct by maximum likelihood write b
            distance of what it writes is minimised?
 Command    gptjax train experiments/finetune/risk.py
            gptjax eval runs/risk --task correction --temperature 1 --against runs/correction
-Cost       6 minutes on 2 CPU cores, beside other work; after experiments/finetune/correction.py
+Cost       4 min 20 s on 2 CPU cores; after experiments/finetune/correction.py
 Expected   see experiments/README.md
 """
 
