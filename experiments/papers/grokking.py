@@ -33,7 +33,7 @@ def document(seed: int, index: int) -> dict[str, str]:
 
 
 experiment = Experiment(
-    name="decay",
+    name="grokking",
     model=Model(context_length=4, num_layers=2, embed_dim=128, num_heads=4, init_std=0.1, layers="unrolled"),
     data=Data(
         source="function:experiments.papers.grokking:document",
@@ -63,7 +63,7 @@ def first_at(folder: Path, name: str, least: float) -> int | None:
 
 def measure(folder: Path) -> Measured:
     trained(experiment, folder)
-    seen, unseen = (first_at(folder / "decay", name, KNOWN) for name in ("accuracy", "val_accuracy"))
+    seen, unseen = (first_at(folder / experiment.name, name, KNOWN) for name in ("accuracy", "val_accuracy"))
     if seen is None or unseen is None:
         return Measured(f"{KNOWN:.0%} not reached in {experiment.train.steps} steps", False)
     without = experiment.override({"name": "no-decay", "optim.weight_decay": 0.0, "train.steps": unseen})
