@@ -225,6 +225,8 @@ class Experiment:
         """The experiment with every derived field written out, as a run folder keeps it."""
         model = self.model if self.model.vocab_size else dataclasses.replace(self.model, vocab_size=vocab_size)
         model = dataclasses.replace(model, num_classes=model.num_classes or len(classes))
+        if self.optim.noise_multiplier is not None:  # cuDNN takes no batch of windows with a gradient each
+            model = dataclasses.replace(model, attention_kernel="xla")
         data = dataclasses.replace(self.data, labels=classes or self.data.labels)
         return dataclasses.replace(self, model=model.resolved(), data=data)
 

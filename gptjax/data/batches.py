@@ -318,11 +318,11 @@ class Batches:
         padded = np.pad(drawn, (0, missing), constant_values=self.draws.windows)
         return padded.reshape(self.experiment.train.microbatches, -1)
 
-    def told(self, step: int) -> str:
-        """The examples that an update reads, in words."""
+    def span(self, step: int) -> list[int]:
+        """The lowest and the highest number of the examples that an update reads; [] where nothing was drawn."""
         numbers = self.samples(step)
         numbers = numbers if self.draws is None else numbers[numbers < self.draws.windows]
-        return f"examples {numbers.min()} to {numbers.max()}" if numbers.size else "no examples"
+        return [int(numbers.min()), int(numbers.max())] if numbers.size else []
 
     def _turns(self, step: int) -> np.ndarray:
         """Numbers that grow from row to row over the whole run: int64 [microbatches, rows]."""

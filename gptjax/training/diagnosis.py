@@ -101,11 +101,11 @@ def replay(run: Run, step: int, open_init: Open | None = None) -> list[str]:
         for before in range(first, step - 1):
             state, _ = shop.train_step(state, shop.batch(state, before)[0])
         found = diagnose(shop, state, step - 1)
-    told = shop.batches.told(step - 1)
+    examples = shop.batches.span(step - 1)
     origin = f"the checkpoint of step {first}" if chosen else "the start"
     text = [
         f"step {step}, made again from {origin}: loss {found.loss:.6g}, gradient norm {found.grad_norm:.6g}",
-        f"  {told}",
+        f"  examples  {' to '.join(map(str, examples)) or 'none'}",
     ]
     if logged := [line["loss"] for line in run.metrics() if line["step"] == step and "loss" in line]:
         same = np.isclose(logged[0], found.loss, rtol=1e-5)

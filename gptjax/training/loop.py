@@ -184,9 +184,9 @@ class Fit:
             jumped = m["loss"] > SPIKE * m["usual_loss"]
             if not (m["skipped_in_row"] or jumped):
                 continue
-            samples, told = self.shop.batches.samples(step - 1), self.shop.batches.told(step - 1)
-            examples = [int(samples.min()), int(samples.max())]
-            about = f"loss {m['loss']:.4g}, gradient norm {m['grad_norm']:.4g}, {told}"
+            examples = self.shop.batches.span(step - 1)
+            told = " to ".join(map(str, examples)) or "none"
+            about = f"loss {m['loss']:.4g}, gradient norm {m['grad_norm']:.4g}, examples {told}"
             if m["skipped_in_row"]:
                 say(f"warning: step {step} is skipped: {about}")
                 self.log.event(step, "skipped", why=about, examples=examples)

@@ -90,8 +90,6 @@ def prepare(
     if start:
         experiment = adopt(experiment, start.model)
     check(experiment, jax.device_count() if mesh is None else None)
-    if experiment.optim.noise_multiplier is not None:  # cuDNN's takes no batch of windows within a batch
-        experiment = experiment.override({"model.attention_kernel": "xla"})
     store = store or open_store(experiment.data, _given_tokenizer(experiment, start, run, opened))
     tokens, extra = store.tokenizer.vocab_size, len(extra_tokens(experiment.objective))
     needed = max(tokens + extra, (start.model.vocab_size or 0) if start else 0)  # a table may be padded

@@ -273,9 +273,8 @@ def test_a_checkpoint_of_release_0_1_loads_and_trains_on(tmp_path, monkeypatch):
     again = {x["step"]: x["loss"] for x in open_run(tmp_path / "run").metrics() if "loss" in x}
     before = {x["step"]: x["loss"] for x in lines if "loss" in x}
     assert list(before) == list(range(1, 9)) and [again[step] for step in range(1, 5)] == [*before.values()][:4]
+    # its own later losses are no reference any more: release 0.1 drew other dropout masks
     np.testing.assert_allclose([again[step] for step in range(5, 9)], by_hand, rtol=1e-6)
-    # release 0.1 drew other dropout masks: its own losses are near, and not the same
-    np.testing.assert_allclose([again[step] for step in before], list(before.values()), rtol=1e-3)
     assert not [x for x in open_run(tmp_path / "run").metrics() if "event" in x], (
         "no loss counts as a jump from nothing"
     )

@@ -212,6 +212,7 @@ def test_what_is_left_over_asks_for_nothing_also_of_masked_text(length, tmp_path
 def test_an_example_has_a_window_of_its_own(tmp_path, finished_run):
     e = fine_tuning(tmp_path, finished_run, **PRIVATE | {"train.batch_size": 32})
     batches = prepare(e, one_device()).batches
+    assert batches.experiment.model.attention_kernel == "xla"
     (stream,) = batches.train_streams
     assert batches.draws.windows == len(stream.ends) == stream.windows
     batch = batches.batch(0)
