@@ -28,9 +28,10 @@ import jax
 import numpy as np
 
 from gptjax.config import Experiment
+from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
-from gptjax.training.workshop import one_device, prepare, restore_state
+from gptjax.training.workshop import prepare, restore_state
 
 MOMENTS = ["random", "start", "save", "delete"]
 

@@ -30,28 +30,36 @@ def gptjax_step(shape: tuple[int, ...], dtype: str) -> Callable[[], None]:
     import jax
     import numpy as np
 
+    from gptjax import sharding
     from gptjax.config import Experiment
     from gptjax.data.objectives import Batch
     from gptjax.model.gpt import GPT
+    from gptjax.training.metrics import num_params
     from gptjax.training.optim import make_optimizer
-    from gptjax.training.state import init_state
+    from gptjax.training.state import abstract_state, create_state
     from gptjax.training.step import train_step
 
+    sharding.use_cores()
     layers, heads, width, context, batch = shape
     e = Experiment().override(
         model=dict(vocab_size=VOCAB, num_layers=layers, num_heads=heads, embed_dim=width, context_length=context,
                    dtype=dtype, layers="unrolled"),
     )  # fmt: skip
-    tx = make_optimizer(e)
-    state = jax.jit(lambda: init_state(e, tx))()
-    step = jax.jit(partial(train_step, model=GPT(e.model), tx=tx), donate_argnums=0)
+    tx, mesh = make_optimizer(e), sharding.make_mesh(e.mesh, batch, 20 * num_params(e.model)["total"])
+    abstract = abstract_state(e, tx, mesh)
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    made = dict(donate_argnums=0, out_shardings=(layout, jax.NamedSharding(mesh, jax.P())))
+    options = sharding.compiler_options(mesh)
+    step = jax.jit(partial(train_step, model=GPT(e.model), tx=tx), compiler_options=options, **made)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (1, batch, context + 1)).astype(np.int32)
     data = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((1, batch, context), np.float32))
-    box = [state]
+    data = sharding.place(data, ("microbatch", "batch", "length"), mesh)
+    box = [create_state(e, tx, abstract)]
 
     def one() -> None:
-        box[0], metrics = step(box[0], data)
-        jax.block_until_ready(metrics)
+        with jax.set_mesh(mesh):
+            box[0], metrics = step(box[0], data)
+            jax.block_until_ready(metrics)
 
     return one
 

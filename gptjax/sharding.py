@@ -2,21 +2,30 @@
 
 Weights and activations name their axes (`("embed", "heads", "head_dim")`); everything about their layout follows from
 `RULES`. The mesh is in Auto mode: XLA places the collectives, the constraints here say where arrays must lie.
+
+The cores of a CPU are a third axis. XLA lets them work together in large products only; so each core is made a
+JAX device, has a copy of the weights and rows of the batch of its own, and their gradients are added up (`over_cores`).
+ For the experiment, and for whoever writes `mesh.data`, a CPU stays one device.
 """
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gptjax import config
 from gptjax.errors import RunError
 
-RULES: dict[str, str | None] = {
+CORES = "cores"
+RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights: "embed" over data is FSDP, the others over model are tensor parallelism
     "layers": None,
     "embed": "data",
@@ -30,7 +39,7 @@ RULES: dict[str, str | None] = {
     "classes": None,
     # activations
     "microbatch": None,
-    "batch": "data",
+    "batch": (CORES, "data"),
     "length": None,
     "features": None,
 }
@@ -87,15 +96,86 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def make_mesh(mesh: config.Mesh) -> jax.sharding.Mesh:
-    """All devices as data x model. `checks.check` has made sure that the numbers fit."""
-    return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)
+def use_cores() -> None:
+    """Makes every core that this process may use a JAX device, before JAX starts. Where there are GPUs, those are used.
+
+    Left alone where JAX_NUM_CPU_DEVICES says how many there are to be (1: XLA shares the cores out as it likes), where
+    XLA_FLAGS simulates devices, and in a job of several processes.
+    """
+    told = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if told or jax.distributed.is_initialized():
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
+def num_devices() -> int:
+    """What a mesh is made of: GPUs, or processes' CPUs, of which one counts once however many cores are devices."""
+    return 1 if _by_cores() else jax.device_count()
+
+
+def _by_cores() -> bool:
+    return jax.config.jax_num_cpu_devices > 1 and jax.default_backend() == "cpu" and jax.process_count() == 1
+
+
+def make_mesh(mesh: config.Mesh, rows: int, copy_bytes: int) -> jax.sharding.Mesh:
+    """All devices as data x model. `checks.check` has made sure that the numbers fit.
+
+    On a CPU as many cores work at once as divide the `rows` of a batch, and as copies of `copy_bytes` (what each has of
+    its own) take a quarter of the memory.
+    """
+    if not _by_cores():
+        return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = max(1, min(jax.device_count(), memory // 4 // copy_bytes))
+    cores = next(n for n in range(most, 0, -1) if rows % n == 0)
+    return mesh_of(jax.devices()[:cores], 1, 1)
 
 
 def mesh_of(devices: Sequence[jax.Device], data: int, model: int) -> jax.sharding.Mesh:
-    """These devices as a data x model mesh."""
-    types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=types, devices=devices)
+    """These devices as a data x model mesh; what they are more than data x model are cores."""
+    axes = {CORES: len(devices) // (data * model), "data": data, "model": model}
+    return jax.make_mesh((*axes.values(),), (*axes,), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def one_device() -> jax.sharding.Mesh:
+    """The mesh of this process's first device, for what needs no more. All cores of a CPU help this one."""
+    return mesh_of(jax.local_devices()[:1], 1, 1)
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool] | None:
+    """For a step on this mesh: where every core is a device, none of them asks the others for help."""
+    return {"xla_cpu_multi_thread_eigen": False} if 1 < mesh.shape[CORES] == jax.device_count() else None
+
+
+def over_cores(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch_axis: int) -> Any:
+    """`function(rows, whole)`, sums over rows: each core is given its own, and all of `whole`; the sums are added.
+
+    Inside `jax.set_mesh`. They are added as one array, as cores wait for each other at every addition.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[CORES] == 1:
+        return function(rows, whole)
+
+    def on_one(rows: Any, whole: Any) -> Any:
+        flat, restore = ravel_pytree(function(rows, whole))
+        return restore(jax.lax.psum(flat, CORES))
+
+    own, same = PartitionSpec(*[None] * batch_axis, CORES), PartitionSpec()
+    return jax.shard_map(on_one, in_specs=(own, same), out_specs=same, check_vma=False)(rows, whole)
+
+
+def row_numbers(rows: int) -> jax.Array:
+    """Of rows that a function is given, those in the whole batch: int32 [rows]. They differ inside `over_cores`."""
+    numbers = jnp.arange(rows)
+    manual = CORES in jax.sharding.get_abstract_mesh().manual_axes
+    return numbers + rows * jax.lax.axis_index(CORES) if manual else numbers
+
+
+def one_copy(tree: Any) -> Any:
+    """Arrays that every device has whole, on the first device alone."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
@@ -107,7 +187,11 @@ def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[st
     claimed = [target for target in targets if target]
     if len(claimed) != len(set(claimed)):
         raise ValueError(f"axes {axes} claim one mesh axis twice by sharding.RULES: {targets}")
-    fits = [t if t and size % mesh_shape[t] == 0 else None for t, size in zip(targets, shape, strict=True)]
+
+    def size(target: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh_shape[t] for t in ([target] if isinstance(target, str) else target or ()))
+
+    fits = [target if n % size(target) == 0 else None for target, n in zip(targets, shape, strict=True)]
     return PartitionSpec(*fits)
 
 
@@ -117,9 +201,9 @@ def sharding(axes: tuple[str, ...], shape: tuple[int, ...], mesh: jax.sharding.M
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Says inside jit how an activation lies. Outside `jax.set_mesh` there is one device, nothing to say."""
+    """Says inside jit how an activation lies. Outside `jax.set_mesh`, and on one core, there is nothing to say."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, dict(mesh.shape)))
 

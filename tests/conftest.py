@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 
 from gptjax.config import Experiment, Model
+from gptjax.sharding import one_device
 from gptjax.training import checkpoint, train
 from gptjax.training.run import open_run
 from gptjax.training.state import leaf_name
-from gptjax.training.workshop import enable_compilation_cache, one_device, prepare, restore_state
+from gptjax.training.workshop import enable_compilation_cache, prepare, restore_state
 
 enable_compilation_cache()  # in the temporary folder: what one test compiled, the next one finds
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -82,7 +83,7 @@ def single_device(monkeypatch):
 def use_one_device(monkeypatch) -> None:
     """What the fixture `single_device` does, for fixtures of a wider scope."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr("gptjax.sharding.make_mesh", lambda mesh: one_device())
+    monkeypatch.setattr("gptjax.sharding.make_mesh", lambda *_: one_device())
 
 
 @pytest.fixture(scope="session")

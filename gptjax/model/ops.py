@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from gptjax import config
+from gptjax.sharding import row_numbers
 
 
 class Int8(NamedTuple):
@@ -265,12 +266,14 @@ def visible(sight: Sight, causal: bool, window: int | None) -> Array | None:
 
 
 def dropout(x: Array, key: Array, rate: float) -> Array:
-    """Zeroes a share of x [..., features] and scales the rest up, so that the mean stays.
+    """Zeroes a share of x [rows, ..., features] and scales the rest up, so that the mean stays.
 
     A byte decides each element, as in FlashAttention: the share is `rate` to the nearest 1/256, and the scale is exact
-    for that. Random numbers of 32 bits would cost as much as the rest of attention on a CPU.
+    for that. Random numbers of 32 bits would cost as much as the rest of attention on a CPU. Each row has a key of its
+    own, so that it loses the same elements on whichever core it is.
     """
-    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(row_numbers(x.shape[0]))
+    words = jax.vmap(lambda key: jax.random.bits(key, (*x.shape[1:-1], -(-x.shape[-1] // 4)), jnp.uint32))(keys)
     drawn = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
     dropped = round(rate * 256)
     return jnp.where(drawn >= dropped, x * (256 / (256 - dropped)), jnp.zeros_like(x))

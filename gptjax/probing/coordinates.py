@@ -11,8 +11,9 @@ import numpy as np
 
 from gptjax.config import Experiment
 from gptjax.model.gpt import GPT
+from gptjax.sharding import one_device
 from gptjax.training.step import batch_logits
-from gptjax.training.workshop import first_state, one_device, prepare
+from gptjax.training.workshop import first_state, prepare
 
 
 def movement(experiment: Experiment, steps: int) -> np.ndarray:

@@ -11,13 +11,14 @@ import numpy as np
 from gptjax import sharding
 from gptjax.data.objectives import Batch
 from gptjax.data.store import find_store
+from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.initial import Open
 from gptjax.training.metrics import num_params
 from gptjax.training.optim import evaluation_params
 from gptjax.training.run import Run, check_data, check_imports
 from gptjax.training.state import TrainState
-from gptjax.training.workshop import Workshop, one_device, prepare, restore_state
+from gptjax.training.workshop import Workshop, prepare, restore_state
 from gptjax.tuning.risk import Rollout
 
 Figures = dict[str, Any]

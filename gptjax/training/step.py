@@ -12,6 +12,7 @@ from jax import Array
 from gptjax.data.objectives import Batch
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
+from gptjax.sharding import over_cores
 from gptjax.training.optim import evaluation_params
 from gptjax.training.privacy import Noise, add_noise, private_gradient
 from gptjax.training.state import RECENT, Health, TrainState, named_key
@@ -104,25 +105,30 @@ def loss_and_gradient(
     count = loss.counted(batch)
     key = jax.random.fold_in(named_key(state.key, "dropout"), state.step)
 
-    def sums(params: Any, part: Batch, key: Array) -> tuple[Array, Metrics]:
-        rngs = {"dropout": key} if model.config.dropout else {}
-        return loss.sums(_held(params, learnt), part, model, rngs, reference)
+    def of_rows(rows: Batch, whole: Any) -> tuple[Metrics, Any]:
+        params, reference, key, count = whole
 
-    def over_batch(params: Any, part: Batch, key: Array) -> tuple[Array, Metrics]:
-        return jax.tree.map(lambda x: x / count, sums(params, part, key))
+        def sums(params: Any, part: Batch, key: Array) -> tuple[Array, Metrics]:
+            rngs = {"dropout": key} if model.config.dropout else {}
+            return loss.sums(_held(params, learnt), part, model, rngs, reference)
 
-    def over_window(params: Any, window: Batch, key: Array) -> tuple[Array, Metrics]:
-        minimised, shown = sums(params, window, key)
-        return minimised / loss.counted(window), jax.tree.map(lambda x: x / count, shown)
+        def over_batch(params: Any, part: Batch, key: Array) -> tuple[Array, Metrics]:
+            return jax.tree.map(lambda x: x / count, sums(params, part, key))
 
-    def of_part(index: Array | int, part: Batch) -> tuple[Metrics, Any]:
-        own = jax.random.fold_in(key, index)
-        if noise is not None:
-            return private_gradient(over_window, state.params, part, own, noise)
-        (_, shown), grads = jax.value_and_grad(over_batch, has_aux=True)(state.params, part, own)
-        return shown, grads
+        def over_window(params: Any, window: Batch, key: Array) -> tuple[Array, Metrics]:
+            minimised, shown = sums(params, window, key)
+            return minimised / loss.counted(window), jax.tree.map(lambda x: x / count, shown)
 
-    shown, grads = _over_parts(of_part, batch)
+        def of_part(index: Array | int, part: Batch) -> tuple[Metrics, Any]:
+            own = jax.random.fold_in(key, index)
+            if noise is not None:
+                return private_gradient(over_window, params, part, own, noise)
+            (_, shown), grads = jax.value_and_grad(over_batch, has_aux=True)(params, part, own)
+            return shown, grads
+
+        return _over_parts(of_part, rows)
+
+    shown, grads = over_cores(of_rows, batch, (state.params, reference, key, count), batch_axis=1)
     if noise is None:
         return shown, grads
     noisy = add_noise(grads, state.step, noise)

@@ -47,7 +47,7 @@ def train(
     `GptjaxError`s, each with what to do; `Interrupted` after the first Ctrl-C or SIGTERM, with the state saved.
     """
     began = time.perf_counter()
-    check(experiment, jax.device_count())
+    check(experiment, sharding.num_devices())
     if resume or from_step is not None:
         open_run(folder)
     locks: list[Lock] = []

@@ -68,11 +68,6 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def one_device() -> jax.sharding.Mesh:
-    """The mesh of this process's first device, for verbs that need no more."""
-    return sharding.mesh_of(jax.local_devices()[:1], 1, 1)
-
-
 def prepare(
     experiment: Experiment,
     mesh: jax.sharding.Mesh | None = None,
@@ -89,7 +84,7 @@ def prepare(
     start = start_of(experiment, run, opened)
     if start:
         experiment = adopt(experiment, start.model)
-    check(experiment, jax.device_count() if mesh is None else None)
+    check(experiment, sharding.num_devices() if mesh is None else None)
     store = store or open_store(experiment.data, _given_tokenizer(experiment, start, run, opened))
     tokens, extra = store.tokenizer.vocab_size, len(extra_tokens(experiment.objective))
     needed = max(tokens + extra, (start.model.vocab_size or 0) if start else 0)  # a table may be padded
@@ -100,14 +95,17 @@ def prepare(
         raise ConfigError([f"model.vocab_size = {e.model.vocab_size}: the tokenizer has {tokens}{more}; leave it out"])
     if e.model.num_classes != len(classes):
         raise ConfigError([f"model.num_classes = {e.model.num_classes}: there are {len(classes)} labels; leave it out"])
-    mesh = mesh or sharding.make_mesh(e.mesh)
     batches, model, tx = Batches(store, e), GPT(e.model), make_optimizer(e)
+    mesh = mesh or sharding.make_mesh(
+        e.mesh, e.train.batch_size // e.train.microbatches, 20 * num_params(e.model)["total"]
+    )
     abstract = abstract_state(e, tx, mesh)
     layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
     lesson = lesson_of(e, store.tokenizer, mesh, opened)
     noise = noise_of(e, batches.draws)
     own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e), noise=noise)
     step = partial(train_step, model=model, tx=tx, loss=lesson.loss, **own)
+    compiled = partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     look = partial(eval_step, model=model, loss=lesson.loss)
     return Workshop(
         experiment=e,
@@ -119,8 +117,8 @@ def prepare(
         lesson=lesson,
         noise=noise,
         tx=tx,
-        train_step=_beside(lesson, jax.jit(step, donate_argnums=0, out_shardings=(layout, everywhere))),
-        eval_step=_beside(lesson, jax.jit(look, out_shardings=everywhere)),
+        train_step=_beside(lesson, compiled(step, donate_argnums=0, out_shardings=(layout, everywhere))),
+        eval_step=_beside(lesson, compiled(look, out_shardings=everywhere)),
     )
 
 
@@ -247,7 +245,7 @@ def load_params(run: Run, which: str) -> tuple[Any, int]:
     Nothing else of the state is read.
     """
     chosen = checkpoint.choose(run.checkpoints, which)
-    abstract = abstract_state(run.experiment, make_optimizer(run.experiment), one_device())
+    abstract = abstract_state(run.experiment, make_optimizer(run.experiment), sharding.one_device())
     there = checkpoint.saved_arrays(chosen)
     wanted = Weights(abstract.step, abstract.params)._asdict()
     if not _is_weights_only(there):
@@ -322,10 +320,15 @@ def summary(shop: Workshop, step: int) -> str:
             f"{shop.batches.tokens_per_step:,} tokens: {tokens:,} tokens, {tokens / size:.1f} a parameter, "
             f"{tokens / corpus:.1f} epochs, {tokens * flops_per_token(m):.2g} FLOPs",
             *_promise(shop),
-            f"  machine  {jax.device_count()} x {device.device_kind}, mesh data {shop.mesh.shape['data']} x model "
-            f"{shop.mesh.shape['model']}, {m.dtype}, attention by {kernel} ({why})",
+            f"  machine  {sharding.num_devices()} x {device.device_kind}{_cores(shop.mesh)}, mesh data "
+            f"{shop.mesh.shape['data']} x model {shop.mesh.shape['model']}, {m.dtype}, attention by {kernel} ({why})",
         ]
     )
+
+
+def _cores(mesh: jax.sharding.Mesh) -> str:
+    cores = mesh.shape[sharding.CORES]
+    return f" ({cores} cores, each with rows of its own)" if cores > 1 else ""
 
 
 def privacy(shop: Workshop) -> dict[str, float]:

@@ -88,11 +88,15 @@ class Rollout:
 
     def write(self, params: Any, questions: Sequence[Question], key: tuple[int, ...]) -> list[Completion]:
         """An answer to each question, drawn at temperature 1."""
+        mesh = self.mesh
+        if mesh.shape[sharding.CORES] > 1:  # each would write all of it
+            params, mesh = sharding.one_copy(params), sharding.one_device()
         model, whole = merged(self.experiment.model, params)
         stops = self.reference.pretrained.stop_tokens if self.reference else ()
         writer = Writer(Pretrained(self.experiment.name, model, whole, self.tokenizer, stop_tokens=stops))
         seeds = np.random.default_rng(key).integers(1 << 62, size=len(questions)).tolist()
-        return writer.complete([q.prompt for q in questions], self.experiment.objective.new_tokens, seeds=seeds)
+        with jax.set_mesh(mesh):
+            return writer.complete([q.prompt for q in questions], self.experiment.objective.new_tokens, seeds=seeds)
 
     def scores(self, questions: Sequence[Question], made: Sequence[Completion]) -> np.ndarray:
         """The score of each answer: float64, higher is better."""

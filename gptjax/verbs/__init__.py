@@ -47,7 +47,7 @@ def without_run(model: str) -> dict[str, Iterable[str]]:
 
 
 def start_jax() -> None:
-    """Quiet libraries, a cache of compiled programs, and the other processes of a cluster job."""
+    """Quiet libraries, a cache of compiled programs, the other processes of a cluster job, and every core of a CPU."""
     for name in ("absl", "asyncio"):  # of a save that fails Orbax logs hundreds of lines; gptjax says it in one
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisablehook
@@ -56,6 +56,7 @@ def start_jax() -> None:
 
     enable_compilation_cache()
     sharding.join_cluster()
+    sharding.use_cores()
 
 
 def _unraisablehook(what: "sys.UnraisableHookArgs") -> None:

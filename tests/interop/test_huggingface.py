@@ -28,6 +28,7 @@ from gptjax.interop.layout import nested, weight_shapes
 from gptjax.interop.open import fetch, open_model
 from gptjax.interop.runs import import_run
 from gptjax.interop.saving import choose_family, save_folder
+from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.diagnosis import replay
 from gptjax.training.evaluation import evaluate_run
@@ -39,7 +40,6 @@ from gptjax.training.workshop import (
     create_state,
     first_state,
     load_params,
-    one_device,
     prepare,
     restore_state,
 )

@@ -21,9 +21,10 @@ from gptjax import sharding
 from gptjax.config import Experiment
 from gptjax.data.batches import Place
 from gptjax.errors import RunError, TrainingFailed
+from gptjax.sharding import one_device
 from gptjax.training import checkpoint, train
 from gptjax.training.run import open_run
-from gptjax.training.workshop import create_state, load_params, one_device, prepare, restore_state
+from gptjax.training.workshop import create_state, load_params, prepare, restore_state
 
 pytestmark = pytest.mark.usefixtures("single_device")
 GOLDEN = Path(__file__).parent / "golden"
@@ -321,7 +322,7 @@ import conftest, jax
 from gptjax.data.batches import Place
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
-from gptjax.training.workshop import one_device, prepare, restore_state
+from gptjax.training.workshop import prepare, restore_state
 source, target, how = sys.argv[1:]
 e = open_run(Path(source)).experiment
 shop = prepare(e, one_device())

@@ -20,6 +20,7 @@ from gptjax.inference.scoring import Scorer
 from gptjax.inference.writer import Writer
 from gptjax.interop.saving import save_folder
 from gptjax.model.gpt import GPT, init_params
+from gptjax.sharding import one_device
 from gptjax.training import checkpoint, loop, train
 from gptjax.training.evaluation import evaluate_run
 from gptjax.training.initial import body, fitted, misfits
@@ -30,7 +31,6 @@ from gptjax.training.step import batch_loss
 from gptjax.training.workshop import (
     check_start,
     first_state,
-    one_device,
     open_trained,
     prepare,
     restore_state,

@@ -9,12 +9,13 @@ import pytest
 from conftest import restored, tiny_run
 
 from gptjax.errors import RunError, TrainingFailed
+from gptjax.sharding import one_device
 from gptjax.training import checkpoint, train
 from gptjax.training.diagnosis import diagnose, replay
 from gptjax.training.run import open_run
 from gptjax.training.state import RECENT
 from gptjax.training.step import usual_loss
-from gptjax.training.workshop import create_state, one_device, prepare
+from gptjax.training.workshop import create_state, prepare
 
 pytestmark = pytest.mark.usefixtures("single_device")
 RARE = ord("~")

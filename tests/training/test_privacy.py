@@ -25,13 +25,14 @@ from gptjax.data.batches import Draws
 from gptjax.data.objectives import Batch
 from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.model.gpt import GPT
+from gptjax.sharding import one_device
 from gptjax.training.diagnosis import replay
 from gptjax.training.privacy import Noise, add_noise, spent, spent_by
 from gptjax.training.run import open_run
 from gptjax.training.state import init_state
 from gptjax.training.step import TOKENS, loss_and_gradient, train_step
 from gptjax.training.train import train
-from gptjax.training.workshop import one_device, prepare
+from gptjax.training.workshop import prepare
 
 QUIET, KEY = 1e-12, (1, 2)  # too little noise to be seen, and what it is drawn from
 PRIVATE = {"optim.noise_multiplier": 1.0, "optim.clip_norm": 0.5}

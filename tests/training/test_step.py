@@ -21,9 +21,9 @@ from gptjax.training.workshop import first_state, prepare
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
 
 
-def losses_on(e, data, model, steps=4):
+def losses_on(e, data, model, steps=4, cores=1):
     """The losses of the first steps on a data x model mesh, the state after them, and the workshop."""
-    mesh = sharding.mesh_of(jax.devices()[: data * model], data, model)
+    mesh = sharding.mesh_of(jax.devices()[: cores * data * model], data, model)
     shop = prepare(e, mesh)
     with jax.set_mesh(mesh):
         state, losses = first_state(shop, None), []
@@ -49,8 +49,9 @@ def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
     else:
         e = tiny_run(tmp_path, **{"model.num_heads": 4, "model.head_dim": 8} | changes)
     expected, reference, _ = losses_on(e, 1, 1)
-    for data, model in MESHES[1:]:
-        losses, state, shop = losses_on(e, data, model)
+    meshes = [dict(data=data, model=model) for data, model in MESHES[1:]] + [dict(data=1, model=1, cores=4)]
+    for mesh in meshes:
+        losses, state, shop = losses_on(e, **mesh)
         np.testing.assert_allclose(losses, expected, atol=1e-5)
         assert shop.train_step._cache_size() == 1, "the layout of the state changed from step to step"
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, reference.params)
@@ -70,7 +71,7 @@ def test_moments_lie_where_their_weights_lie(tmp_path):
 
 
 def test_an_axis_that_does_not_divide_stays_whole_and_collisions_are_refused():
-    mesh = {"data": 4, "model": 2}
+    mesh = {"cores": 1, "data": 4, "model": 2}
     assert sharding.partition(("vocab", "embed"), (257, 16), mesh) == jax.P(None, "data")
     assert sharding.partition(("vocab", "embed"), (256, 16), mesh) == jax.P("model", "data")
     with pytest.raises(ValueError, match="claim one mesh axis twice"):
