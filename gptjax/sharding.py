@@ -152,18 +152,39 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool] | None:
 def over_cores(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch_axis: int) -> Any:
     """`function(rows, whole)`, sums over rows: each core is given its own, and all of `whole`; the sums are added.
 
-    Inside `jax.set_mesh`. They are added as one array, as cores wait for each other at every addition.
+    Inside `jax.set_mesh`. They are added as one array: cores wait for each other at every addition, and where two could
+    be made at once, all threads may come to wait for a thread.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape[CORES] == 1:
-        return function(rows, whole)
 
-    def on_one(rows: Any, whole: Any) -> Any:
+    def added(rows: Any, whole: Any) -> Any:
         flat, restore = ravel_pytree(function(rows, whole))
         return restore(jax.lax.psum(flat, CORES))
 
-    own, same = PartitionSpec(*[None] * batch_axis, CORES), PartitionSpec()
-    return jax.shard_map(on_one, in_specs=(own, same), out_specs=same, check_vma=False)(rows, whole)
+    return _on_each_core(function, added, rows, whole, batch_axis, PartitionSpec())
+
+
+def by_core(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch_axis: int) -> Any:
+    """As `over_cores`, but the sums, scalars, are left as they are: [cores], or scalars where there is one."""
+
+    def apart(rows: Any, whole: Any) -> Any:
+        return jax.tree.map(lambda x: x[None], function(rows, whole))
+
+    return _on_each_core(function, apart, rows, whole, batch_axis, PartitionSpec(CORES))
+
+
+def _on_each_core(
+    alone: Callable[[Any, Any], Any],
+    together: Callable[[Any, Any], Any],
+    rows: Any,
+    whole: Any,
+    batch_axis: int,
+    out: PartitionSpec,
+) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[CORES] == 1:
+        return alone(rows, whole)
+    given = (PartitionSpec(*[None] * batch_axis, CORES), PartitionSpec())
+    return jax.shard_map(together, in_specs=given, out_specs=out, check_vma=False)(rows, whole)
 
 
 def row_numbers(rows: int) -> jax.Array:
@@ -173,9 +194,9 @@ def row_numbers(rows: int) -> jax.Array:
     return numbers + rows * jax.lax.axis_index(CORES) if manual else numbers
 
 
-def one_copy(tree: Any) -> Any:
-    """Arrays that every device has whole, on the first device alone."""
-    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+def on_one_device(tree: Any) -> Any:
+    """Arrays on the first device alone."""
+    return jax.device_put(tree, jax.local_devices()[0])
 
 
 def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:

@@ -16,6 +16,7 @@ from gptjax.data.store import find_store
 from gptjax.errors import RunError
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
+from gptjax.sharding import CORES, on_one_device, one_device
 from gptjax.training import checkpoint
 from gptjax.training.initial import Open
 from gptjax.training.optim import trained
@@ -56,7 +57,7 @@ def diagnose(shop: Workshop, state: TrainState, step: int) -> Diagnosis:
     model = GPT(dataclasses.replace(m, remat="none"))  # the same numbers, and every module to be seen
     order: dict[str, None] = {}  # of the modules, as they run
 
-    def look(state: TrainState, batch: Batch) -> Any:
+    def look(state: TrainState, batch: Batch, weights: Any) -> Any:
         shown, grads = loss_and_gradient(state, batch, model, lesson.loss, learnt, weights, shop.noise)
         norm = optax.tree.norm(grads)
         if shop.noise is not None:  # clipping leaves nothing that is not finite to be found
@@ -65,9 +66,13 @@ def diagnose(shop: Workshop, state: TrainState, step: int) -> Diagnosis:
         outputs, rows = zip(*[_forward(state, part, model, i, order) for i, part in enumerate(parts)], strict=True)
         return shown["loss"], norm, _all(*outputs), _backward(grads), jnp.stack(rows)
 
-    everywhere = NamedSharding(shop.mesh, PartitionSpec())
     batch, _ = shop.batch(state, step)
-    loss, norm, outputs, grads, rows = jax.device_get(jax.jit(look, out_shardings=everywhere)(state, batch))
+    mesh, given = shop.mesh, (state, batch, weights)
+    if mesh.shape[CORES] > 1:
+        mesh, given = one_device(), on_one_device(given)
+    with jax.set_mesh(mesh):
+        found = jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))(*given)
+    loss, norm, outputs, grads, rows = jax.device_get(found)
     sequence = _sequence(list(order), m.num_layers)
     samples = shop.batches.samples(step)[~rows]
     return Diagnosis(

@@ -12,7 +12,7 @@ from jax import Array
 from gptjax.data.objectives import Batch
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
-from gptjax.sharding import over_cores
+from gptjax.sharding import by_core, over_cores
 from gptjax.training.optim import evaluation_params
 from gptjax.training.privacy import Noise, add_noise, private_gradient
 from gptjax.training.state import RECENT, Health, TrainState, named_key
@@ -221,7 +221,14 @@ def _examined(state: TrainState, loss: Array, good: Array) -> Health:
 def eval_step(
     state: TrainState, batch: Batch, reference: Any = None, *, model: GPT, loss: Loss = TOKENS
 ) -> tuple[Metrics, Array]:
-    """What a loss shows of a [rows, length] batch under the weights to evaluate with, as sums, and its count."""
-    params = evaluation_params(state.params, state.opt_state)
-    _, shown = loss.sums(params, batch, model, {}, reference)
-    return shown, jnp.where((batch.weights > 0).any(), loss.counted(batch), 0.0)
+    """What a loss shows of a [rows, length] batch under the weights to evaluate with, as sums, and its count.
+
+    Scalars, or on a mesh of cores one for each: [cores].
+    """
+
+    def look(rows: Batch, whole: Any) -> tuple[Metrics, Array]:
+        params, reference = whole
+        _, shown = loss.sums(params, rows, model, {}, reference)
+        return shown, jnp.where((rows.weights > 0).any(), loss.counted(rows), 0.0)
+
+    return by_core(look, batch, (evaluation_params(state.params, state.opt_state), reference), batch_axis=0)

@@ -101,6 +101,7 @@ def prepare(
     )
     abstract = abstract_state(e, tx, mesh)
     layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
+    by_core = NamedSharding(mesh, PartitionSpec(sharding.CORES)) if mesh.shape[sharding.CORES] > 1 else everywhere
     lesson = lesson_of(e, store.tokenizer, mesh, opened)
     noise = noise_of(e, batches.draws)
     own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e), noise=noise)
@@ -118,7 +119,7 @@ def prepare(
         noise=noise,
         tx=tx,
         train_step=_beside(lesson, compiled(step, donate_argnums=0, out_shardings=(layout, everywhere))),
-        eval_step=_beside(lesson, compiled(look, out_shardings=everywhere)),
+        eval_step=_beside(lesson, compiled(look, out_shardings=by_core)),
     )
 
 

@@ -90,7 +90,7 @@ class Rollout:
         """An answer to each question, drawn at temperature 1."""
         mesh = self.mesh
         if mesh.shape[sharding.CORES] > 1:  # each would write all of it
-            params, mesh = sharding.one_copy(params), sharding.one_device()
+            params, mesh = sharding.on_one_device(params), sharding.one_device()
         model, whole = merged(self.experiment.model, params)
         stops = self.reference.pretrained.stop_tokens if self.reference else ()
         writer = Writer(Pretrained(self.experiment.name, model, whole, self.tokenizer, stop_tokens=stops))

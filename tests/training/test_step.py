@@ -1,6 +1,7 @@
 """One update: the same however the batch is cut and wherever the arrays lie."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -32,7 +33,7 @@ def losses_on(e, data, model, steps=4, cores=1):
             losses.append(float(metrics["loss"]))
         part = sharding.place(next(shop.batches.validation()), ("batch", "length"), mesh)
         shown, count = shop.eval_step(state, part)
-    return [*losses, float(shown["loss"] / count)], state, shop
+    return [*losses, float(np.sum(shown["loss"]) / np.sum(count))], state, shop
 
 
 PLAIN = {"model.dropout": 0.2, "train.microbatches": 1}
@@ -55,6 +56,21 @@ def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
         np.testing.assert_allclose(losses, expected, atol=1e-5)
         assert shop.train_step._cache_size() == 1, "the layout of the state changed from step to step"
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, reference.params)
+
+
+def test_cores_wait_for_each_other_at_one_place_at_a_time(tmp_path):
+    """Two sums that could be made at once take all threads of a CPU, and leave none to a core that is waited for."""
+    e = tiny_run(tmp_path, **{"train.microbatches": 1, "model.dropout": 0.1})
+    mesh = sharding.mesh_of(jax.devices()[:4], 1, 1)
+    shop = prepare(e, mesh)
+    with jax.set_mesh(mesh):
+        state, batch = first_state(shop, None), shop.batches.on_devices(0, mesh)
+        part = sharding.place(next(shop.batches.validation()), ("batch", "length"), mesh)
+        step, look = (
+            f.lower(state, x).compile().as_text() for f, x in ((shop.train_step, batch), (shop.eval_step, part))
+        )
+    assert step.count(" all-reduce(") == 2, "the count, and then all that is divided by it"
+    assert not re.search("all-reduce|all-gather|permute|all-to-all", look)
 
 
 def test_moments_lie_where_their_weights_lie(tmp_path):
