@@ -20,8 +20,9 @@ import numpy as np
 from gptjax.config import Data, Experiment, Model, Optim, Train
 from gptjax.lab.repro import Claim, Measured
 from gptjax.model.gpt import GPT
+from gptjax.sharding import one_device
 from gptjax.training.step import TOKENS, loss_and_gradient
-from gptjax.training.workshop import first_state, one_device, prepare
+from gptjax.training.workshop import first_state, prepare
 
 experiment = Experiment(
     name="pre_ln",
