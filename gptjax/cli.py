@@ -19,6 +19,7 @@ VERBS = {  # verb -> the module and function that do it
     "export": ("gptjax.verbs.exchange", "export"),
     "verify": ("gptjax.verbs.runs", "verify"),
     "replay": ("gptjax.verbs.runs", "replay"),
+    "profile": ("gptjax.verbs.profile", "profile"),
     "runs": ("gptjax.verbs.compare", "runs"),
     "report": ("gptjax.verbs.compare", "report"),
     "diff": ("gptjax.verbs.compare", "diff"),
@@ -36,6 +37,7 @@ HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them
   gptjax export RUN FOLDER [--adapter] [...]                       write a run as a Hugging Face model or PEFT adapter
   gptjax verify RUN                                                compare every checksum of every checkpoint
   gptjax replay RUN --step N                                       make a step again, and look for NaN and Inf in it
+  gptjax profile RUN|FILE [--steps N] [--out FOLDER] [--json]      where the time of a training step goes
   gptjax runs [FOLDER] [--filter val_loss<3 ...] [--sort FIELD]    what is in a folder of runs
   gptjax report RUN|SWEEP ... [--metric NAME] [--out FOLDER]       compare variants over seeds: a table and a page
   gptjax diff A B                                                  how two runs or experiment files differ

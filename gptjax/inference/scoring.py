@@ -25,6 +25,7 @@ from gptjax.inference.cache import bucket, rolls
 from gptjax.inference.engine import set_up
 from gptjax.inference.pretrained import Pretrained, check_tells_tokens
 from gptjax.model import ops
+from gptjax.model.chunks import by_chunks, count
 from gptjax.model.gpt import GPT
 
 AT_ONCE = 64  # batches whose parts are sorted by length before they are computed
@@ -264,13 +265,6 @@ def evaluate_texts(
     return totals
 
 
-class Body(GPT):
-    """The model without its head."""
-
-    def logits(self, x: Array) -> Array:
-        return x
-
-
 @partial(jax.jit, static_argnames="model")
 def _nats(
     params: Any, tokens: Array, rows: Array, places: Array, targets: Array, *, model: config.Model
@@ -279,7 +273,7 @@ def _nats(
     whether it is the likeliest. Logits are made for the questions only, and never more than `LOGITS` at once.
     """
     assert model.vocab_size
-    x: Any = Body(model).apply({"params": params}, tokens)
+    x: Any = GPT(model).apply({"params": params}, tokens, method="read")
     x = x[rows, places]
 
     def of(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -287,14 +281,9 @@ def _nats(
         logits: Any = GPT(model).apply({"params": params}, x[None], method="logits")
         return ops.cross_entropy(logits[0], targets)[0], logits[0].argmax(-1) == targets
 
-    size = len(targets)
-    while size * model.vocab_size > LOGITS and size % 2 == 0:
-        size //= 2
-    if size == len(targets):
-        return of((x, targets))
-    chunks = x.reshape(-1, size, x.shape[-1]), targets.reshape(-1, size)
-    nats, likeliest = jax.lax.map(of, chunks)
-    return nats.reshape(-1), likeliest.reshape(-1)
+    chunks = count(len(targets), model.vocab_size, LOGITS)
+    nats, likeliest = by_chunks(of, (x, targets), chunks, axis=0)
+    return nats, likeliest
 
 
 def _hand_out(

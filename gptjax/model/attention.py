@@ -11,8 +11,11 @@ from jax import Array
 
 from gptjax import config
 from gptjax.model import ops
+from gptjax.model.chunks import by_chunks, count
 from gptjax.model.weights import declare
-from gptjax.sharding import constrain
+from gptjax.sharding import constrain, devices_of_a_batch
+
+SCORES = 1 << 24  # float32: 64 MB
 
 
 class KVCache(NamedTuple):
@@ -123,24 +126,48 @@ class Attention(nn.Module):
         return query, key, value
 
     def attend(self, query: Array, key: Array, value: Array, sight: ops.Sight, decoding: bool) -> Array:
-        """Attention by the kernel that `choose_kernel` names."""
+        """Attention by the kernel that `choose_kernel` names.
+
+        XLA's makes all scores of some queries, at most `SCORES` at once on a device: with more, as many queries after
+        each other as that takes, whose scores are made again for the gradient (Rabe & Staats 2021). So memory grows
+        linearly with the length of the text.
+        """
         m = self.config
-        mask = ops.visible(sight, m.causal, m.window)
-        bias = None
-        if m.positions == "alibi":
-            bias = -ops.alibi_slopes(m.num_heads)[:, None, None] * abs(ops.distances(sight))[:, None]
         if choose_kernel(m, jax.default_backend(), decoding)[0] == "cudnn":
             plain = m.window is None and sight.query_segments is None and sight.key_prefix is None
+            bias = self.bias(sight)
             return jax.nn.dot_product_attention(
                 query,
                 key,
                 value,
                 bias=None if bias is None else bias.astype(query.dtype),
-                mask=None if plain else mask,
+                mask=None if plain else ops.visible(sight, m.causal, m.window),
                 is_causal=plain and m.causal,
                 implementation="cudnn",
             )
-        dropout: Callable[[Array], Array] | None = None
-        if m.dropout and self.has_rng("dropout"):
-            dropout = partial(ops.dropout, key=self.make_rng("dropout"), rate=m.dropout)
-        return ops.attention(query, key, value, mask=mask, bias=bias, cap=m.attention_softcap, dropout=dropout)
+        key_of_dropout = self.make_rng("dropout") if m.dropout and self.has_rng("dropout") else None
+
+        def of(part: tuple[Array, Array, Array, Array | None]) -> Array:
+            query, number, places, segments = part
+            sees = sight._replace(query_places=places, query_segments=segments)
+            dropout: Callable[[Array], Array] | None = None
+            if key_of_dropout is not None:
+                own = jax.random.fold_in(key_of_dropout, number[0, 0])
+                dropout = partial(ops.dropout, key=own, rate=m.dropout)
+            mask, bias = ops.visible(sees, m.causal, m.window), self.bias(sees)
+            return ops.attention(query, key, value, mask=mask, bias=bias, cap=m.attention_softcap, dropout=dropout)
+
+        rows, length, num_heads, _ = query.shape
+        chunks = count(length, rows * num_heads * key.shape[1] // devices_of_a_batch(), SCORES)
+        number = jnp.arange(length)[None]
+        part = (query, number, jnp.atleast_2d(sight.query_places), sight.query_segments)
+        if chunks > 1:  # places are tied to queries, as else a scan over layers keeps the masks of all parts for later
+            of, part = jax.checkpoint(of), jax.lax.optimization_barrier(part)
+        return by_chunks(of, part, chunks, axis=1)
+
+    def bias(self, sight: ops.Sight) -> Array | None:
+        """What ALiBi adds to the scores: [B or 1, N, Q, K]."""
+        m = self.config
+        if m.positions != "alibi":
+            return None
+        return -ops.alibi_slopes(m.num_heads)[:, None, None] * abs(ops.distances(sight))[:, None]

@@ -127,13 +127,23 @@ class GPT(nn.Module):
         `positions` [B, L] counts within documents and `segments` [B, L] numbers them; None: one document a row.
         `prefix` bool [B, L]: tokens that those before them in their document see as well; None: none.
         """
+        return self.logits(self.read(tokens, positions, segments, prefix))
+
+    def read(
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        prefix: Array | None = None,
+    ) -> Array:
+        """All but the head, as above: -> [B, L, embed], what `logits` are made of."""
         places = jnp.arange(tokens.shape[1])
         positions = places if positions is None else positions
         m = self.config
         x = constrain(self.dropout(self.embedding.encode(tokens, positions)), "batch", "length", "features")
         rope = ops.rope_table(m, positions) if m.positions == "rope" else None
         x, _ = self.blocks(x, rope, ops.Sight(places, places, segments, segments, prefix))
-        return self.logits(self.final_norm(x) if m.norm_placement == "pre" else x)
+        return self.final_norm(x) if m.norm_placement == "pre" else x
 
     def logits(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 [B, Q, vocab or classes]."""

@@ -22,7 +22,7 @@ from gptjax.errors import DataError, PromptError
 from gptjax.inference.cache import bucket, rolls
 from gptjax.inference.engine import set_up
 from gptjax.inference.pretrained import Pretrained, check_tells_tokens
-from gptjax.inference.scoring import Body, Part, Scorer
+from gptjax.inference.scoring import Part, Scorer
 from gptjax.model.gpt import GPT
 
 
@@ -151,7 +151,7 @@ def _logits_in_gaps(pretrained: Pretrained, gaps: Sequence[Gap], batch_size: int
 @partial(jax.jit, static_argnames="model")
 def _logits_at(params: Any, tokens: Array, segments: Array, places: Array, *, model: config.Model) -> Array:
     """Reads tokens [B, L], each within its segment, and makes logits at one place [B] of each row: [B, vocab]."""
-    x: Any = Body(model).apply({"params": params}, tokens, None, segments)
+    x: Any = GPT(model).apply({"params": params}, tokens, None, segments, method="read")
     x = x[np.arange(len(tokens)), places]
     logits: Any = GPT(model).apply({"params": params}, x[None], method="logits")
     return logits[0]

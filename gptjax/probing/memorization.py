@@ -19,7 +19,6 @@ from gptjax.errors import PromptError
 from gptjax.inference.cache import rolls
 from gptjax.inference.engine import set_up
 from gptjax.inference.pretrained import Pretrained, check_tells_tokens
-from gptjax.inference.scoring import Body
 from gptjax.model.gpt import GPT
 
 
@@ -83,6 +82,6 @@ def _filled(texts: np.ndarray, rows: int) -> np.ndarray:
 @partial(jax.jit, static_argnames="model")
 def _next(params: Any, texts: Array, ids: Array, *, model: config.Model) -> Array:
     """ln of the probabilities of some tokens after each text [B, L]: [B, ids]."""
-    x: Any = Body(model).apply({"params": params}, texts)
+    x: Any = GPT(model).apply({"params": params}, texts, method="read")
     logits: Any = GPT(model).apply({"params": params}, x[:, -1:], method="logits")
     return jax.nn.log_softmax(logits[:, 0])[:, ids]

@@ -11,12 +11,14 @@ from jax import Array
 
 from gptjax.data.objectives import Batch
 from gptjax.model import ops
+from gptjax.model.chunks import by_chunks, count
 from gptjax.model.gpt import GPT
-from gptjax.sharding import by_core, over_cores
+from gptjax.sharding import by_core, devices_of_a_batch, over_cores
 from gptjax.training.optim import evaluation_params
 from gptjax.training.privacy import Noise, add_noise, private_gradient
 from gptjax.training.state import RECENT, Health, TrainState, named_key
 
+LOGITS = 1 << 26  # float32: 256 MB
 Metrics = dict[str, Array]
 Rngs = dict[str, Array]
 
@@ -42,8 +44,23 @@ def batch_loss(params: Any, batch: Batch, model: GPT, z_loss: float, rngs: Rngs)
 
 
 def token_nats(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array, Array]:
-    """-ln of the probability of each target, and the log of the sum that normalises it: float32 [rows, length]."""
-    return ops.cross_entropy(batch_logits(params, batch, model, rngs), batch.targets)
+    """-ln of the probability of each target, and the log of the sum that normalises it: float32 [rows, length].
+
+    No more than `LOGITS` logits exist at once on a device. Where that takes parts, each is made again for the gradient.
+    """
+    reads = (batch.tokens, batch.positions, batch.segments, batch.prefix)
+    x: Any = model.apply({"params": params}, *reads, rngs=rngs, method="read")
+    rows, length, _ = x.shape
+
+    def of(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, targets = part
+        logits: Any = model.apply({"params": params}, x, method="logits")
+        return ops.cross_entropy(logits, targets)
+
+    assert model.config.vocab_size
+    chunks = count(length, rows * model.config.vocab_size // devices_of_a_batch(), LOGITS)
+    nats, log_z = by_chunks(of if chunks == 1 else jax.checkpoint(of), (x, batch.targets), chunks, axis=1)
+    return nats, log_z
 
 
 def batch_logits(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> Array:

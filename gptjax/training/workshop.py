@@ -52,6 +52,7 @@ class Workshop:
     tx: optax.GradientTransformation
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Batch], tuple[Metrics, jax.Array]]
+    lower: Callable[[TrainState, Batch], jax.stages.Lowered]  # the program of train_step, to look at
 
     def batch(self, state: TrainState, step: int, read: Batch | None = None) -> tuple[Batch, dict[str, float]]:
         """What the update from `step` to step + 1 learns from, on the devices; and figures about what was written.
@@ -105,8 +106,9 @@ def prepare(
     lesson = lesson_of(e, store.tokenizer, mesh, opened)
     noise = noise_of(e, batches.draws)
     own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e), noise=noise)
-    step = partial(train_step, model=model, tx=tx, loss=lesson.loss, **own)
     compiled = partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
+    update = partial(train_step, model=model, tx=tx, loss=lesson.loss, **own)
+    step = compiled(update, donate_argnums=0, out_shardings=(layout, everywhere))
     look = partial(eval_step, model=model, loss=lesson.loss)
     return Workshop(
         experiment=e,
@@ -118,8 +120,9 @@ def prepare(
         lesson=lesson,
         noise=noise,
         tx=tx,
-        train_step=_beside(lesson, compiled(step, donate_argnums=0, out_shardings=(layout, everywhere))),
+        train_step=_beside(lesson, step),
         eval_step=_beside(lesson, compiled(look, out_shardings=by_core)),
+        lower=_beside(lesson, step.lower),
     )
 
 

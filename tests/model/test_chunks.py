@@ -1,0 +1,92 @@
+"""Work in parts gives what the whole gives, and takes memory that grows with the length of the text alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.data.objectives import Batch
+from gptjax.model import attention
+from gptjax.model.chunks import by_chunks, count
+from gptjax.model.gpt import GPT, init_params
+from gptjax.training import step
+from gptjax.training.step import token_nats
+
+
+@given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 4000))
+def test_the_fewest_equal_parts_that_fit_are_taken(size, each, most):
+    n = count(size, each, most)
+    fits = [k for k in range(1, size + 1) if size % k == 0 and size // k * each <= most]
+    assert n == (fits[0] if fits else size)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2))
+def test_parts_are_joined_in_their_order(chunks, each, axis):
+    x = np.arange(2 * 3 * 5).reshape(2, 3, 5).repeat(chunks * each, axis)
+    one, other = by_chunks(lambda pair: (pair[0] + 1, pair[1] * 2), (jnp.array(x), jnp.array(x)), chunks, axis)
+    np.testing.assert_array_equal(one, x + 1)
+    np.testing.assert_array_equal(other, x * 2)
+
+
+KINDS = {
+    "plain": {},
+    "grouped, window, capped": dict(num_heads=4, num_kv_heads=2, window=5, attention_softcap=8.0, positions="rope"),
+    "ALiBi": dict(positions="alibi"),
+    "encoder": dict(causal=False),
+}
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("documents", [False, True], ids=["one text", "documents"])
+def test_parts_give_the_losses_and_gradients_of_the_whole(monkeypatch, changes, documents):
+    m = tiny_model(vocab_size=24, context_length=24, **changes)
+    params, rng = init_params(m, jax.random.key(0)), np.random.default_rng(1)
+    tokens, targets = rng.integers(0, 24, (2, 3, 24)).astype(np.int32)
+    batch = Batch(tokens, targets, np.ones((3, 24), np.float32))
+    if documents:
+        segments = (np.arange(24) // 9 + np.zeros((3, 1))).astype(np.int32)
+        places = (np.arange(24) % 9 + np.zeros((3, 1))).astype(np.int32)
+        batch = batch._replace(segments=segments, positions=places)
+        batch = batch._replace(prefix=places < 4) if m.causal and m.window is None else batch
+
+    def made():
+        total = jax.jit(jax.value_and_grad(lambda p: jnp.square(token_nats(p, batch, GPT(m), {})[0]).sum()))
+        return total(params), str(jax.make_jaxpr(total)(params)).count("scan[")
+
+    whole, loops = made()
+    monkeypatch.setattr(attention, "SCORES", 3 * m.num_heads * 24 * 4)
+    monkeypatch.setattr(step, "LOGITS", 3 * 24 * 8)
+    parts, more_loops = made()
+    assert more_loops > loops
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), parts, whole)
+
+
+def test_every_part_drops_out_other_weights(monkeypatch):
+    m = tiny_model(dropout=0.5, context_length=64, positions="none")
+    monkeypatch.setattr(attention, "SCORES", m.num_heads * 64 * 16)
+    layer, x = attention.Attention(m), jnp.ones((1, 64, m.embed_dim))
+    sight = attention.ops.Sight(jnp.arange(64), jnp.arange(64))
+    params = layer.init(jax.random.key(0), x, None, sight)
+    y, _ = layer.apply(params, x, None, sight, rngs={"dropout": jax.random.key(1)})
+    parts = np.asarray(y[0]).reshape(4, 16, -1)
+    assert all(not np.allclose(parts[i, -1], parts[j, -1]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("layers", ["scan", "unrolled"])
+def test_memory_grows_linearly_with_the_context(monkeypatch, layers):
+    monkeypatch.setattr(attention, "SCORES", 1 << 14)
+    monkeypatch.setattr(step, "LOGITS", 1 << 14)
+
+    def needed(length):
+        m = tiny_model(vocab_size=256, context_length=length, positions="rope", layers=layers)
+        params = jax.eval_shape(lambda: init_params(m, jax.random.key(0)))
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        gradient = jax.jit(jax.grad(lambda p, t: token_nats(p, Batch(t, t, t), GPT(m), {})[0].sum()))
+        return gradient.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = needed(512), needed(2048)
+    assert long < 4.4 * short, f"{short} bytes for 512 tokens, {long} for 2,048"

@@ -1,0 +1,53 @@
+"""The cores of a CPU as devices: how many work, and that a run on them is the run on one."""
+
+import json
+import os
+import signal
+
+import jax
+import pytest
+from conftest import assert_same, restored, tiny_run
+from processes import start, wait_for_step, write_experiment
+
+from gptjax import sharding
+from gptjax.config import Mesh
+
+
+@pytest.mark.parametrize("rows, cores", [(8, 8), (6, 6), (12, 6), (7, 7), (20, 5), (11, 1), (1, 1)])
+def test_as_many_cores_work_as_divide_the_rows(monkeypatch, rows, cores):
+    monkeypatch.setattr(sharding, "_by_cores", lambda: True)
+    assert sharding.make_mesh(Mesh(), rows, 1000).shape == {"cores": cores, "data": 1, "model": 1}
+
+
+def test_copies_of_the_weights_take_a_quarter_of_the_memory_at_most(monkeypatch):
+    monkeypatch.setattr(sharding, "_by_cores", lambda: True)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert [sharding.make_mesh(Mesh(), 8, memory // n).size for n in (2, 4, 8, 16, 32)] == [1, 1, 2, 4, 8]
+
+
+def test_devices_that_are_no_cores_share_the_weights():
+    assert jax.device_count() == sharding.num_devices() == 8
+    assert sharding.make_mesh(Mesh(model=2), 8, 1000).shape == {"cores": 1, "data": 4, "model": 2}
+
+
+@pytest.mark.slow
+def test_three_cores_train_as_one_does_and_go_on_bit_for_bit(tmp_path):
+    e = tiny_run(tmp_path, **{"train.batch_size": 12, "train.microbatches": 2, "train.steps": 60, "model.dropout": 0.1})
+    e = e.override({"train.checkpoint_every": 20, "train.eval_every": 20, "train.sample_tokens": 0})
+    file, said = write_experiment(tmp_path, e), {}
+    for cores in ("1", "3"):
+        process = start(file, tmp_path / cores, JAX_NUM_CPU_DEVICES=cores)
+        said[cores] = process.communicate(timeout=240)[1]
+        assert process.returncode == 0, said[cores]
+    assert "(3 cores, each" in said["3"] and "cores, each" not in said["1"]
+    one, three = (json.loads((tmp_path / cores / "result.json").read_text()) for cores in ("1", "3"))
+    assert three["val_loss"] == pytest.approx(one["val_loss"], abs=1e-4)
+
+    broken = start(file, tmp_path / "broken", JAX_NUM_CPU_DEVICES="3")
+    wait_for_step(tmp_path / "broken", 10, broken)
+    broken.send_signal(signal.SIGTERM)
+    broken.communicate(timeout=240)
+    assert broken.returncode in (0, 75)
+    again = start(file, tmp_path / "broken", JAX_NUM_CPU_DEVICES="3")
+    assert again.communicate(timeout=240) and again.returncode == 0
+    assert_same(restored(tmp_path / "broken"), restored(tmp_path / "3"))
