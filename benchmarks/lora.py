@@ -11,10 +11,9 @@ above 1 means that LoRA is faster; the spread is that of the single rounds.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
+
+import side_by_side
 
 SHAPES = {  # experiment file, vocabulary, context, batch, steps a round
     "quickstart": ("quickstart.py", 1024, 128, 8, 20),
@@ -34,7 +33,7 @@ def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
     from gptjax.data.objectives import Batch
     from gptjax.loading import load_experiment
     from gptjax.model.gpt import GPT
-    from gptjax.training.metrics import memory_bytes, num_params
+    from gptjax.training.metrics import num_params
     from gptjax.training.optim import make_optimizer, num_trained, trained
     from gptjax.training.state import init_state
     from gptjax.training.step import token_loss, train_step
@@ -53,64 +52,34 @@ def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
     for _ in range(2):
         state, metrics = compiled(state, data)
         jax.block_until_ready(metrics)
-    print(json.dumps({
-        "total": num_params(e.model)["total"], "learnt": num_trained(e),
-        "step": plan.argument_size_in_bytes + plan.temp_size_in_bytes,
-    }), flush=True)  # fmt: skip
-    for line in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(int(line)):
-            state, metrics = compiled(state, data)
-            jax.block_until_ready(metrics)
-        print(json.dumps({"seconds": time.perf_counter() - began, "peak": memory_bytes()}), flush=True)
+    box = [state]
 
+    def one() -> None:
+        box[0], metrics = compiled(box[0], data)
+        jax.block_until_ready(metrics)
 
-class Worker:
-    """One of the two, in a process of its own."""
-
-    def __init__(self, kind: str, shape: str, rank: int, tiny: bool):
-        command = [sys.executable, __file__, "--serve", kind, "--shapes", shape, "--rank", str(rank)]
-        command += ["--tiny"] if tiny else []
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.figures = self._line()
-        self.seconds: list[float] = []
-
-    def _line(self) -> dict:
-        assert self.process.stdout
-        if not (line := self.process.stdout.readline()):
-            raise SystemExit("a worker ended; see above")
-        return json.loads(line)
-
-    def time(self, steps: int) -> None:
-        """Some steps: the seconds of each, and the peak so far."""
-        assert self.process.stdin
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        found = self._line()
-        self.seconds.append(found["seconds"] / steps)
-        self.figures["peak"] = found["peak"]
+    figures = {"total": num_params(e.model)["total"], "learnt": num_trained(e)}
+    side_by_side.serve(one, figures | {"step": plan.argument_size_in_bytes + plan.temp_size_in_bytes})
 
 
 def compare(shape: str, rounds: int, rank: int, tiny: bool) -> dict[str, float]:
     """Prints the figures of both, and returns the ratios of full fine-tuning to LoRA."""
-    workers = {kind: Worker(kind, shape, rank, tiny) for kind in ("full", "lora")}
-    for _ in range(rounds):
-        for worker in workers.values():
-            worker.time(SHAPES[shape][-1])
+    passed_on = ["--shapes", shape, "--rank", str(rank), *(["--tiny"] if tiny else [])]
+    workers = {kind: side_by_side.Worker(kind, *passed_on) for kind in ("full", "lora")}
+    times = side_by_side.take_turns(workers, SHAPES[shape][-1], rounds)
     print(f"{shape}, batch {SHAPES[shape][3]} x {SHAPES[shape][2]} tokens", flush=True)
     for kind, worker in workers.items():
-        worker.process.kill()
-        f, seconds = worker.figures, statistics.median(worker.seconds)
+        f, seconds = worker.figures, statistics.median(times[kind])
         print(f"  {kind}  {f['learnt']:>11,} of {f['total']:,} learnt ({f['learnt'] / f['total']:.2%}), peak "
               f"{f['peak'] / 1e6:,.0f} MB, step {f['step'] / 1e6:,.1f} MB, {seconds * 1e3:.1f} ms a step")  # fmt: skip
     full, lora = workers["full"], workers["lora"]
-    each = [a / b for a, b in zip(full.seconds, lora.seconds, strict=True)]
+    faster, text = side_by_side.ratio(times["lora"], times["full"])
     found = {
-        "time": statistics.median(full.seconds) / statistics.median(lora.seconds),
+        "time": faster,
         **{name: full.figures[name] / lora.figures[name] for name in ("peak", "step")},
         "learnt_share": lora.figures["learnt"] / lora.figures["total"],
     }
-    print(f"  LoRA is {found['time']:.2f}x as fast (rounds {min(each):.2f} to {max(each):.2f}); full takes "
+    print(f"  LoRA is {text} as fast; full takes "
           f"{found['peak']:.2f}x the peak, {found['step']:.2f}x the memory of a step", flush=True)  # fmt: skip
     return found
 

@@ -1,61 +1,74 @@
-"""Tokens/s and MFU of GPT-2 124M in bfloat16 on one GPU, on random tokens.
+"""Tokens/s and MFU of GPT-2's shapes in bfloat16 on one GPU, beside the same model in PyTorch (transformers).
 
-    python benchmarks/train_gpu.py [--batch 32] [--steps 20] [--tiny]
+    python benchmarks/train_gpu.py [--shapes 124m 1b5] [--peers compile eager] [--rounds 5] [--batch N] [--tiny]
 
-MFU counts 6 N + 12 L D T FLOPs a token (see `gptjax.training.metrics.flops_per_token`) against the data sheet's dense
-bfloat16 peak. `--tiny` runs a small shape anywhere, to check the script.
+They take turns, a few steps each; PyTorch runs under bfloat16 autocast with SDPA attention and a fused AdamW. MFU
+counts 6 N + 12 L D T FLOPs a token (see `gptjax.training.metrics.flops_per_token`) against the data sheet's dense
+bfloat16 peak. A ratio above 1 means that gptjax is faster. `--tiny` checks the script on a CPU.
 """
 
 import argparse
+import json
 import statistics
-import time
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 
-import jax
-import numpy as np
+from side_by_side import Worker, device_of, ratio, serve, take_turns
+from steps import Shape, make
 
-from gptjax.data.objectives import Batch
-from gptjax.loading import load_experiment
-from gptjax.model.attention import choose_kernel
-from gptjax.model.gpt import GPT
-from gptjax.training.metrics import flops_per_token, memory_bytes, num_params, peak_flops
-from gptjax.training.optim import make_optimizer
-from gptjax.training.state import init_state
-from gptjax.training.step import train_step
+SHAPES = {  # with a vocabulary that divides by 128, as nanoGPT pads it
+    "124m": Shape(12, 12, 768, 1024, 32, vocab=50304),
+    "1b5": Shape(48, 25, 1600, 1024, 4, vocab=50304),
+}
+TINY = Shape(2, 2, 64, 64, 4, vocab=512)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--shapes", nargs="+", default=["124m"], choices=SHAPES)
+    parser.add_argument("--peers", nargs="*", default=["compile"], choices=["compile", "eager"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, help="rows; None: as the shape has them")
+    parser.add_argument("--tiny", action="store_true", help="a small model: whether it works, not how fast")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of the figures")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    e = load_experiment(str(Path(__file__).parent.parent / "experiments" / "baselines" / "gpt2_124m.py"))
-    e = e.override(model=dict(vocab_size=50304, remat="none", layers="unrolled"))
-    if options.tiny:
-        e = e.override(model=dict(vocab_size=512, num_layers=2, embed_dim=64, num_heads=2, context_length=64))
-    m, tx = e.model, make_optimizer(e)
-    state = jax.jit(lambda: init_state(e, tx))()
-    step = jax.jit(partial(train_step, model=GPT(m), tx=tx), donate_argnums=0)
-    shape = (1, options.batch, m.context_length)
-    tokens = np.random.default_rng(0).integers(0, m.vocab_size, (*shape[:2], shape[2] + 1)).astype(np.int32)
-    batch = jax.device_put(Batch(tokens[..., :-1], tokens[..., 1:], np.ones(shape, np.float32)))
-    seconds = []
-    for _ in range(options.steps + 3):
-        began = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - began)
-    each, (peak, source) = statistics.median(seconds[3:]), peak_flops()
-    speed = options.batch * m.context_length / each
-    mfu = speed * flops_per_token(m) / peak
-    low, high = min(seconds[3:]) * 1e3, max(seconds[3:]) * 1e3
-    kernel = choose_kernel(m, jax.default_backend())
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, attention by {kernel[0]} ({kernel[1]})")
-    print(f"{num_params(m)['total']:,} parameters, batch {options.batch} x {m.context_length}")
-    print(f"{each * 1e3:.1f} ms a step (from {low:.1f} to {high:.1f}), {speed:,.0f} tokens/s")
-    print(f"MFU {mfu:.1%} of {peak / 1e12:.3g} TFLOP/s ({source}), {memory_bytes() / 1e9:.1f} GB")
+
+    def sized(name: str) -> Shape:
+        shape = TINY if options.tiny else SHAPES[name]
+        return replace(shape, batch=options.batch or shape.batch)
+
+    if options.serve:
+        kind, name = options.serve
+        device, figures = device_of(kind)[0], {}
+        made, told = make(kind, sized(name), "bfloat16", device)
+        if kind == "gptjax":
+            from gptjax.training.metrics import peak_flops
+
+            figures = dict(zip(("peak_flops", "source"), peak_flops(), strict=True)) | {"device": device_of(kind)[1]}
+        serve(made, told | figures)
+        return
+    passed_on = [*(["--tiny"] if options.tiny else []), *(["--batch", str(options.batch)] if options.batch else [])]
+    found = {}
+    for name in options.shapes:
+        shape = sized(name)
+        workers = {kind: Worker(kind, name, *passed_on) for kind in ("gptjax", *options.peers)}
+        times = take_turns(workers, 5, options.rounds)
+        figures, ours = workers["gptjax"].figures, times.pop("gptjax")
+        speed = shape.batch * shape.context / statistics.median(ours)
+        mfu = speed * figures["flops"] / figures["peak_flops"]
+        found[name] = {"tokens_per_second": speed, "mfu": mfu, "peak_bytes": figures["peak"]}
+        print(
+            f"{figures['device']}, {name}, batch {shape.batch} x {shape.context}: "
+            f"{statistics.median(ours) * 1e3:.1f} ms a step ({min(ours) * 1e3:.1f} to {max(ours) * 1e3:.1f}), "
+            f"{speed:,.0f} tokens/s, MFU {mfu:.1%} of {figures['peak_flops'] / 1e12:.3g} TFLOP/s "
+            f"({figures['source']}), {figures['peak'] / 1e9:.1f} GB",
+            flush=True,
+        )
+        for kind, theirs in times.items():
+            found[name][f"vs_{kind}"], text = ratio(ours, theirs)
+            print(f"  PyTorch {kind:<8}{statistics.median(theirs) * 1e3:8.1f} ms   ratio {text}", flush=True)
+    if options.json:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

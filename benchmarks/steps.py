@@ -1,0 +1,105 @@
+"""One update of the same GPT-2 with gptjax and with PyTorch (transformers), for the benchmarks that compare them.
+
+Both have learned positions, LayerNorm, tanh-GELU, biases, a tied head and no dropout, and learn random tokens with
+AdamW and clipping.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model and its batch."""
+
+    layers: int
+    heads: int
+    width: int
+    context: int
+    batch: int
+    vocab: int = 65
+
+
+def gptjax_step(shape: Shape, dtype: str, **model: object) -> tuple[Step, dict[str, float]]:
+    """An update as `gptjax train` compiles it; and the bytes that the compiled step takes beside the state."""
+    from functools import partial
+
+    import jax
+    import numpy as np
+
+    from gptjax import sharding
+    from gptjax.config import Experiment
+    from gptjax.data.objectives import Batch
+    from gptjax.model.gpt import GPT
+    from gptjax.training.metrics import flops_per_token, num_params
+    from gptjax.training.optim import make_optimizer
+    from gptjax.training.state import abstract_state, create_state
+    from gptjax.training.step import train_step
+
+    sharding.use_cores()
+    e = Experiment().override(
+        model=dict(vocab_size=shape.vocab, num_layers=shape.layers, num_heads=shape.heads, embed_dim=shape.width,
+                   context_length=shape.context, dtype=dtype, layers="unrolled") | model,
+    )  # fmt: skip
+    tx, mesh = make_optimizer(e), sharding.make_mesh(e.mesh, shape.batch, 20 * num_params(e.model)["total"])
+    abstract = abstract_state(e, tx, mesh)
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    how = dict(donate_argnums=0, out_shardings=(layout, jax.NamedSharding(mesh, jax.P())))
+    update = partial(train_step, model=GPT(e.model), tx=tx)
+    tokens = np.random.default_rng(0).integers(0, shape.vocab, (1, shape.batch, shape.context + 1)).astype(np.int32)
+    data = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((1, shape.batch, shape.context), np.float32))
+    data = sharding.place(data, ("microbatch", "batch", "length"), mesh)
+    with jax.set_mesh(mesh):
+        box = [create_state(e, tx, abstract)]
+        step = jax.jit(update, compiler_options=sharding.compiler_options(mesh), **how).lower(box[0], data).compile()
+
+    def one() -> None:
+        with jax.set_mesh(mesh):
+            box[0], metrics = step(box[0], data)
+            jax.block_until_ready(metrics)
+
+    return one, {"step": step.memory_analysis().temp_size_in_bytes, "flops": flops_per_token(e.model)}
+
+
+def torch_step(shape: Shape, dtype: str, compiled: bool, device: str = "cpu") -> tuple[Step, dict[str, float]]:
+    """An update in eager or compiled PyTorch, with SDPA attention, and autocast for bfloat16."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=shape.vocab, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers)
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(**sizes, **no_dropout, n_head=shape.heads, attn_implementation="sdpa", use_cache=False)
+    model = GPT2LMHeadModel(config).to(device)
+    run = torch.compile(model) if compiled else model
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True if device == "cuda" else None
+    )
+    tokens = torch.randint(0, shape.vocab, (shape.batch, shape.context + 1), device=device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def one() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = run(inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().view(-1, shape.vocab), targets.view(-1))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return one, {}
+
+
+def make(kind: str, shape: Shape, dtype: str, device: str = "cpu") -> tuple[Step, dict[str, float]]:
+    """The step of a contestant, "gptjax", "eager" or "compile", made three times."""
+    if kind == "gptjax":
+        made, figures = gptjax_step(shape, dtype)
+    else:
+        made, figures = torch_step(shape, dtype, kind == "compile", device)
+    for _ in range(3):
+        made()
+    return made, figures
