@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
-from gptjax.data.batches import permute
+from gptjax.data.windows import permute
 from gptjax.lab.repro import Claim, Measured, trained
 from gptjax.training.run import open_run
 

@@ -14,11 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax import sharding
 from gptjax.checks import check
 from gptjax.config import Experiment
-from gptjax.data.batches import Batches, PackedStream
+from gptjax.data.batches import Batches
 from gptjax.data.examples import classes_of
 from gptjax.data.objectives import Batch, extra_tokens
 from gptjax.data.store import INIT, Store, cache_folder, open_store
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.windows import PackedStream
 from gptjax.errors import ConfigError, PromptError, RunError
 from gptjax.inference.pretrained import Pretrained, check_tells_tokens
 from gptjax.inference.rules import Sampling

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from gptjax import sharding
 from gptjax.data import batches as batches_module
-from gptjax.data.batches import CYCLE, Batches, PackedStream, WindowedStream, mixture, pack, permute, prefetch
+from gptjax.data.batches import CYCLE, Batches, mixture, prefetch
 from gptjax.data.objectives import Windows, causal, positions_within, supervised
 from gptjax.data.store import Store, Stream, open_store
+from gptjax.data.windows import PackedStream, WindowedStream, pack, permute
 from gptjax.errors import DataError
 
 

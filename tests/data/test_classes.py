@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from gptjax.config import Data
 from gptjax.data import tasks
-from gptjax.data.batches import Batches, PackedStream
+from gptjax.data.batches import Batches
 from gptjax.data.examples import classes_of, examples, told_at
 from gptjax.data.objectives import Windows, positions_within, supervised
 from gptjax.data.store import Stream, open_store
 from gptjax.data.tasks import TASKS, Example, Part, Tagging, Task
 from gptjax.data.tasks.entities import TAGS, answer_of, tags_of
+from gptjax.data.windows import PackedStream
 from gptjax.errors import DataError
 
 LABELS = ("low", "high", "odd one")
