@@ -14,8 +14,9 @@ BASE = TINY.override(model=dict(vocab_size=50)).resolved(50)
 def make_run(
     folder: Path, e: Experiment, val_loss: float | None, *, finished: bool = True, data="text", **more
 ) -> Path:
-    """A run whose loss falls to `val_loss`; `more`: figures of result.json, and `provenance` and `samples`."""
+    """A run whose loss falls to `val_loss`; `more`: figures of result.json, and `provenance`, `samples`, `looks`."""
     folder.mkdir(parents=True)
+    looks = more.pop("looks", (3, 6))  # steps with a look at the validation text
     devices = {"count": 1, "kind": "cpu", "platform": "cpu"}
     provenance = {"format": 1, "started": "2026-01-02T03:04:05+00:00", "data": data, "commit": "abc"}
     provenance |= {"python": "3.11.0", "versions": {"jax": "0.10.2"}, "devices": devices}
@@ -23,7 +24,8 @@ def make_run(
     (folder / "experiment.json").write_text(e.resolved(50).to_json())
     (folder / "samples.txt").write_text(more.pop("samples", "--- sample 1 ---\na text\n"))
     end = 3.0 if val_loss is None else val_loss
-    lines = [{"step": s, "loss": end + 1 / s} for s in range(1, 7)] + [{"step": 6, "val_loss": end}]
+    lines = [{"step": s, "loss": end + 1 / s} for s in range(1, 7)]
+    lines += [{"step": s, "val_loss": loss} for s, loss in ((3, end + 0.3), (6, end)) if s in looks]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines if finished or x["step"] < 4))
     bits = None if val_loss is None else val_loss / 2
     result = {"format": 1, "val_loss": val_loss, "val_bits_per_byte": bits, "val_bytes": 900, "steps": 6, "tokens": 768,

@@ -131,7 +131,8 @@ def _losses(c: Comparison) -> str:
     for key, title in (("loss", "Training loss, smoothed"), ("val_loss", "Validation loss")):
         named = [(row.variant.name, curves(row.variant, key)) for row in c.rows]
         what = f"{title}, over steps, a curve for each of {', '.join(name for name, _ in named)}"
-        if chart := line_chart(named, f"clip-{key}", what):
+        over_time = any(len(x.steps) > 1 for _, c in named for x in (c.whole, *c.parts) if x)
+        if over_time and (chart := line_chart(named, f"clip-{key}", what)):
             figures.append(f'<figure class="card"><h3>{title}</h3>{chart}</figure>')
     if not figures:
         return ""

@@ -60,6 +60,8 @@ def test_it_needs_nothing_else_and_says_what_the_table_says(tmp_path):
         assert part.replace("2 of 2", "2") in shown, part
     assert text.count("<svg") == 2 + 2, "two charts of losses, and a whisker for each difference"
     assert text == page_of(tmp_path / "s"), "the same runs give the same page"
+    once = page_of(make_sweep(tmp_path / "once", {"a": [3.0, 3.5], "b": [2.9, 3.41]}, looks=(6,)))
+    assert "Training loss" in once and once.count("<svg") == 1 + 1, "one look at the validation text makes no curve"
 
 
 def test_names_samples_and_values_are_text(tmp_path):
@@ -94,7 +96,7 @@ def test_any_sweep_has_a_page_and_a_picture(tmp_path, losses):
 
 
 def test_a_curve_over_seeds_is_their_mean_in_a_band(tmp_path):
-    folder = make_sweep(tmp_path / "s", {"a": [3.0, 4.0, 6.0]})
+    folder = make_sweep(tmp_path / "s", {"a": [3.0, 4.0, 6.0]}, looks=(6,))
     (variant,), _ = variants_of([folder])
     whole = curves(variant, "val_loss").whole
     assert (whole.steps, whole.low, whole.high) == ([6], [3.0], [6.0]) and whole.mean[0] == pytest.approx(13 / 3)
