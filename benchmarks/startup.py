@@ -1,11 +1,13 @@
-"""Seconds from the command to the first finished step of the quickstart, cold and with the compilation cache warm.
+"""Seconds of waiting: for `gptjax --help`, the first step of the quickstart, and a model of 12 layers to be compiled.
 
-    python benchmarks/startup.py [--rounds 3]
+    python benchmarks/startup.py [--rounds 3] [--json]
 
-Cold: an empty cache folder, so the corpus is tokenised and everything is compiled. Warm: the same command again.
+Cold: an empty cache folder, so that the corpus is tokenised and everything is compiled. Warm: the same command again.
+The model is GPT-2 124M with scanned layers; its step is compiled in a new process with no cache.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -36,16 +38,57 @@ def first_step(cache: str, run: str) -> float:
     raise SystemExit("the command ended before its first step")
 
 
+def help_text() -> float:
+    """Seconds of `gptjax --help`."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "gptjax", "--help"], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def compiling() -> float:
+    """Seconds to trace and compile the step of 12 scanned layers."""
+    import jax
+
+    from gptjax.loading import load_experiment
+    from gptjax.sharding import use_cores
+    from gptjax.training.workshop import first_state, prepare
+
+    use_cores()
+    e = load_experiment(str(QUICKSTART)).override(
+        model=dict(num_layers=12, num_heads=12, embed_dim=768, context_length=1024, layers="scan"),
+        train=dict(batch_size=2),
+    )
+    shop = prepare(e)
+    with jax.set_mesh(shop.mesh):
+        state, batch = first_state(shop, None), shop.batches.on_devices(0, shop.mesh)
+        began = time.perf_counter()
+        shop.lower(state, batch).compile()
+    return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    cold, warm = [], []
-    for _ in range(parser.parse_args().rounds):
+    parser.add_argument("--json", action="store_true", help="end with one JSON object of the medians")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.compile:
+        print(compiling())
+        return
+    seconds: dict[str, list[float]] = {"help": [], "cold": [], "warm": [], "compile": []}
+    for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as scratch:
-            cold.append(first_step(f"{scratch}/cache", f"{scratch}/cold"))
-            warm.append(first_step(f"{scratch}/cache", f"{scratch}/warm"))
-    for name, seconds in (("cold", cold), ("warm", warm)):
-        print(f"{name}: median {statistics.median(seconds):.1f} s (from {min(seconds):.1f} to {max(seconds):.1f})")
+            seconds["help"].append(help_text())
+            seconds["cold"].append(first_step(f"{scratch}/cache", f"{scratch}/cold"))
+            seconds["warm"].append(first_step(f"{scratch}/cache", f"{scratch}/warm"))
+            told = subprocess.run(
+                [sys.executable, __file__, "--compile"], check=True, stdout=subprocess.PIPE, text=True
+            )
+            seconds["compile"].append(float(told.stdout.splitlines()[-1]))
+    for name, each in seconds.items():
+        print(f"{name:<8} median {statistics.median(each):.2f} s (from {min(each):.2f} to {max(each):.2f})")
+    if options.json:
+        print(json.dumps({name: statistics.median(each) for name, each in seconds.items()}))
 
 
 if __name__ == "__main__":
