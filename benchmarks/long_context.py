@@ -19,9 +19,6 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--peer", default="eager", choices=["eager", "compile", "none"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--device", default="cpu", choices=["cpu", "cuda"], help="of the peer; gptjax takes what it finds"
-    )
     parser.add_argument("--tiny", action="store_true", help="a small model: whether it works")
     parser.add_argument("--json", action="store_true", help="end with one JSON object of the figures")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)

@@ -4,7 +4,7 @@
 
 Each learns random tokens in a process of its own, so that its peak of memory is its own, and they take turns: a few
 steps of one, a few of the other, `--rounds` times. `peak` is that of the whole process, from its start, Python and the
-compiler included; `step` is what the compiled step takes at once: weights, moments and its own room. A time ratio
+compiler included; `step` is the room that the compiled step takes beside weights and moments. A time ratio
 above 1 means that LoRA is faster; the spread is that of the single rounds.
 """
 
@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 
 import side_by_side
+from steps import step_of
 
 SHAPES = {  # experiment file, vocabulary, context, batch, steps a round
     "quickstart": ("quickstart.py", 1024, 128, 8, 20),
@@ -24,42 +25,21 @@ TINY = dict(num_layers=2, embed_dim=32, num_heads=2)
 
 def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
     """A worker: warms up, then times as many steps as each line of its input asks for."""
-    from functools import partial
-
-    import jax
-    import numpy as np
-
     from gptjax.config import Experiment
-    from gptjax.data.objectives import Batch
     from gptjax.loading import load_experiment
-    from gptjax.model.gpt import GPT
     from gptjax.training.metrics import num_params
-    from gptjax.training.optim import make_optimizer, num_trained, trained
-    from gptjax.training.state import init_state
-    from gptjax.training.step import token_loss, train_step
+    from gptjax.training.optim import num_trained
 
     file, vocabulary, context, batch, _ = SHAPES[shape]
     e: Experiment = load_experiment(str(Path(__file__).parent.parent / "experiments" / file))
     e = e.override(model=dict(context_length=context, layers="unrolled", dtype="float32", remat="none"))
+    e = e.override(train=dict(batch_size=batch, microbatches=1))
     e = e.override(model=dict(lora_rank=rank if kind == "lora" else 0) | (TINY if tiny else {})).resolved(vocabulary)
-    tx = make_optimizer(e)
-    state = jax.jit(lambda: init_state(e, tx))()
-    step = partial(train_step, model=GPT(e.model), tx=tx, loss=token_loss(), learnt=trained(e))
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (1, batch, context + 1)).astype(np.int32)
-    data = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((1, batch, context), np.float32))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, data).compile()
-    plan = compiled.memory_analysis()
+    one, figures = step_of(e)
     for _ in range(2):
-        state, metrics = compiled(state, data)
-        jax.block_until_ready(metrics)
-    box = [state]
-
-    def one() -> None:
-        box[0], metrics = compiled(box[0], data)
-        jax.block_until_ready(metrics)
-
-    figures = {"total": num_params(e.model)["total"], "learnt": num_trained(e)}
-    side_by_side.serve(one, figures | {"step": plan.argument_size_in_bytes + plan.temp_size_in_bytes})
+        one()
+    size = {"total": num_params(e.model)["total"], "learnt": num_trained(e)}
+    side_by_side.serve(one, size | {"step": figures["step"]})
 
 
 def compare(shape: str, rounds: int, rank: int, tiny: bool) -> dict[str, float]:

@@ -27,7 +27,9 @@ def imported(kind: str) -> int:
         import jax.numpy
 
         import gptjax.training.workshop  # noqa: F401
+        from gptjax.sharding import use_cores
 
+        use_cores()
         jax.numpy.zeros(1).block_until_ready()
     else:
         import torch

@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,15 +25,17 @@ class Worker:
         command = [sys.executable, sys.argv[0], "--serve", *arguments]
         # Nothing about threads, as PASSIVE waiting slows PyTorch; on a GPU both must find room at once.
         environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
         )
         self.figures: dict[str, Any] = self._read()
 
     def _read(self) -> dict[str, Any]:
-        assert self.process.stdout and self.process.stderr
+        assert self.process.stdout
         if not (line := self.process.stdout.readline()).startswith("{"):
-            errors = self.process.stderr.read()[-2000:]
+            self.errors.seek(0)
+            errors = self.errors.read()[-2000:]
             raise SystemExit(f"{' '.join(self.process.args[3:])} ended; pip install 'gptjax[bench]'?\n{errors}")  # type: ignore[index]
         return json.loads(line)
 
@@ -65,6 +68,9 @@ def device_of(kind: str) -> tuple[str, str]:
     if kind == "gptjax":
         import jax
 
+        from gptjax.sharding import use_cores
+
+        use_cores()
         device = jax.devices()[0]
         return "cuda" if device.platform == "gpu" else "cpu", device.device_kind
     import torch

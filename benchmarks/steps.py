@@ -6,6 +6,10 @@ AdamW and clipping.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptjax.config import Experiment
 
 Step = Callable[[], None]
 
@@ -22,34 +26,44 @@ class Shape:
     vocab: int = 65
 
 
-def gptjax_step(shape: Shape, dtype: str, **model: object) -> tuple[Step, dict[str, float]]:
-    """An update as `gptjax train` compiles it; and the bytes that the compiled step takes beside the state."""
+def gptjax_step(shape: Shape, dtype: str) -> tuple[Step, dict[str, float]]:
+    """An update of the shape with gptjax, and the figures of `step_of`."""
+    from gptjax.config import Experiment
+
+    return step_of(
+        Experiment().override(
+            model=dict(vocab_size=shape.vocab, num_layers=shape.layers, num_heads=shape.heads, embed_dim=shape.width,
+                       context_length=shape.context, dtype=dtype, layers="unrolled"),
+            train=dict(batch_size=shape.batch),
+        )
+    )  # fmt: skip
+
+
+def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
+    """An update of an experiment on random tokens, as `gptjax train` compiles it; the bytes that it takes beside the
+    state, and its FLOPs a token."""
     from functools import partial
 
     import jax
     import numpy as np
 
     from gptjax import sharding
-    from gptjax.config import Experiment
     from gptjax.data.objectives import Batch
     from gptjax.model.gpt import GPT
     from gptjax.training.metrics import flops_per_token, num_params
-    from gptjax.training.optim import make_optimizer
+    from gptjax.training.optim import make_optimizer, trained
     from gptjax.training.state import abstract_state, create_state
     from gptjax.training.step import train_step
 
     sharding.use_cores()
-    e = Experiment().override(
-        model=dict(vocab_size=shape.vocab, num_layers=shape.layers, num_heads=shape.heads, embed_dim=shape.width,
-                   context_length=shape.context, dtype=dtype, layers="unrolled") | model,
-    )  # fmt: skip
-    tx, mesh = make_optimizer(e), sharding.make_mesh(e.mesh, shape.batch, 20 * num_params(e.model)["total"])
+    m, rows = e.model, e.train.batch_size
+    tx, mesh = make_optimizer(e), sharding.make_mesh(e.mesh, rows, num_params(m)["total"])
     abstract = abstract_state(e, tx, mesh)
     layout = jax.tree.map(lambda x: x.sharding, abstract)
     how = dict(donate_argnums=0, out_shardings=(layout, jax.NamedSharding(mesh, jax.P())))
-    update = partial(train_step, model=GPT(e.model), tx=tx)
-    tokens = np.random.default_rng(0).integers(0, shape.vocab, (1, shape.batch, shape.context + 1)).astype(np.int32)
-    data = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((1, shape.batch, shape.context), np.float32))
+    update = partial(train_step, model=GPT(m), tx=tx, learnt=trained(e))
+    tokens = np.random.default_rng(0).integers(0, m.vocab_size, (1, rows, m.context_length + 1)).astype(np.int32)
+    data = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((1, rows, m.context_length), np.float32))
     data = sharding.place(data, ("microbatch", "batch", "length"), mesh)
     with jax.set_mesh(mesh):
         box = [create_state(e, tx, abstract)]
@@ -60,7 +74,7 @@ def gptjax_step(shape: Shape, dtype: str, **model: object) -> tuple[Step, dict[s
             box[0], metrics = step(box[0], data)
             jax.block_until_ready(metrics)
 
-    return one, {"step": step.memory_analysis().temp_size_in_bytes, "flops": flops_per_token(e.model)}
+    return one, {"step": step.memory_analysis().temp_size_in_bytes, "flops": flops_per_token(m)}
 
 
 def torch_step(shape: Shape, dtype: str, compiled: bool, device: str = "cpu") -> tuple[Step, dict[str, float]]:

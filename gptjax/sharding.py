@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from gptjax import config
 from gptjax.errors import RunError
 
 CORES = "cores"
+BYTES_A_WEIGHT = 28  # of each core: the weight, two moments, its gradient, and that again before and after it is added
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights: "embed" over data is FSDP, the others over model are tensor parallelism
     "layers": None,
@@ -105,9 +107,29 @@ def use_cores() -> None:
     told = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if told or jax.distributed.is_initialized():
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # JAX has started
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", _cores())
+
+
+def _cores() -> int:
+    """Those that this process may run on, and that its container (a cgroup) has the time of."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period, *_ = *_limit("cpu.max").split(), "max"
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _memory() -> int:
+    """Bytes of the machine, or that its container may use."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    given = _limit("memory.max").strip()
+    return machine if given == "max" else min(machine, int(given))
+
+
+def _limit(name: str) -> str:
+    try:
+        return Path("/sys/fs/cgroup", name).read_text()
+    except OSError:
+        return "max"
 
 
 def num_devices() -> int:
@@ -119,17 +141,16 @@ def _by_cores() -> bool:
     return jax.config.jax_num_cpu_devices > 1 and jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
-def make_mesh(mesh: config.Mesh, rows: int, copy_bytes: int) -> jax.sharding.Mesh:
+def make_mesh(mesh: config.Mesh, groups: int, weights: int) -> jax.sharding.Mesh:
     """All devices as data x model. `checks.check` has made sure that the numbers fit.
 
-    On a CPU as many cores work at once as divide the `rows` of a batch, and as copies of `copy_bytes` (what each has of
-    its own) take a quarter of the memory.
+    On a CPU as many cores work at once as divide the `groups` of a batch, rows that belong together, and as copies of
+    so many weights, each with its gradient and moments, take a quarter of the memory.
     """
     if not _by_cores():
         return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    most = max(1, min(jax.device_count(), memory // 4 // copy_bytes))
-    cores = next(n for n in range(most, 0, -1) if rows % n == 0)
+    most = max(1, min(jax.device_count(), _memory() // 4 // (BYTES_A_WEIGHT * weights)))
+    cores = next(n for n in range(most, 0, -1) if groups % n == 0)
     return mesh_of(jax.devices()[:cores], 1, 1)
 
 

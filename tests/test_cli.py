@@ -128,7 +128,7 @@ def broken(tmp_path_factory):
 
 @pytest.mark.parametrize("arguments, message", [
     (["fly"], "no such verb: 'fly'; there are train, sweep, scale, sample, chat, eval, import, export, verify, replay, "
-     "runs, report, diff"),
+     "profile, runs, report, diff"),
     (["train"], "no experiment file was given"),
     (["train", "nothing.py"], "nothing.py: no such experiment file"),
     (["train", "{0}/mine.py"], "nothing.txt': no such file or folder"),
@@ -238,3 +238,29 @@ def test_replay_makes_a_step_again(finished):
     assert "the same" in out and "NOT" not in out
     code, _, err = gptjax("replay", run, "--step", "1000")
     assert code == 2 and "the run has steps 1 to" in err
+
+
+@pytest.mark.slow
+def test_profile_shows_modules_and_operations_of_a_run_and_leaves_it_alone(finished, tmp_path):
+    run = finished[1]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    code, out, err = gptjax("profile", run, "--steps", "2", "--out", tmp_path / "trace")
+    assert code == 0, err
+    assert "attention backward" in out and "optimiser update" in out and "ms a step" in out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section, field", [("data", "source"), ("objective", "score")])
+def test_profile_runs_no_code_that_a_run_folder_names(finished, tmp_path, section, field):
+    shutil.copytree(finished[1], tmp_path / "run")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\ndef do(*given): return 'text'\n")
+    file = tmp_path / "run" / "experiment.json"
+    e = json.loads(file.read_text())
+    e[section][field] = "function:evil:do" if field == "source" else "evil:do"
+    if field == "score":
+        e["objective"]["name"] = "grpo"
+    file.write_text(json.dumps(e))
+    code, _, err = gptjax("profile", tmp_path / "run", "--steps", "2", "--out", tmp_path / "trace", PYTHONPATH=tmp_path)
+    assert not (tmp_path / "it_ran").exists() and "Traceback" not in err
+    assert code == 2 or field == "source"  # whose tokens are there: nothing is asked of it

@@ -24,7 +24,7 @@ experiment = shakespeare.override(
 )
 STEPS = {"adamw": 800, "muon": 600}
 MOMENTUM = {"adamw": 0.9, "muon": 0.95}  # the usual one of each
-RATES = {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}
+RATES = {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}
 
 
 def tuned(folder: Path, name: str) -> dict[str, float]:

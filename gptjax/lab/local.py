@@ -122,7 +122,7 @@ class Local:
         for trial in trials:
             if not self._free:
                 break
-            needed = measured.get(trial.variant) or memory_needed(trial.experiment)
+            needed = measured.get(trial.variant) or memory_needed(trial.experiment, len(self._free[0].cores))
             if self._running and needed + sum(p.reserved for p in self._running) > self._memory:
                 continue
             process = Process(trial, self._free.pop(0), needed)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from gptjax.config import Experiment
 from gptjax.durable import read_json, write_durably
 from gptjax.errors import EXIT_INTERRUPTED
 from gptjax.lab.trials import Trial
+from gptjax.sharding import BYTES_A_WEIGHT
 from gptjax.training import lock
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.run import METRICS, RESULT
@@ -122,14 +124,18 @@ def sized(e: Experiment) -> Experiment:
     return e.resolved(pieces, d.labels)
 
 
-def memory_needed(e: Experiment) -> float:
-    """Bytes that training takes, roughly: weights, gradients and two moments, what the backward pass keeps, logits."""
+def memory_needed(e: Experiment, cores: int = 1) -> float:
+    """Bytes that training takes, roughly: weights, gradients and two moments, what the backward pass keeps, logits.
+
+    Each of the cores that divide the batch has weights of its own.
+    """
     m, microbatch = sized(e).model, e.train.batch_size / e.train.microbatches
     kept = m.num_layers * (16 * m.embed_dim + 2 * (m.ffn_dim or 0) + 2 * m.num_heads * m.context_length)
     each = 4 * (kept + 3 * (m.vocab_size or 0)) * m.context_length
     if e.optim.noise_multiplier is not None:
         each += 8 * num_params(m)["total"]  # a window's own gradient, and what is clipped of it
-    return PROCESS_BYTES + 20 * num_params(m)["total"] + each * microbatch
+    copies = BYTES_A_WEIGHT * num_params(m)["total"] * math.gcd(cores, int(microbatch))
+    return PROCESS_BYTES + copies + each * microbatch
 
 
 def seconds_needed(trials: Sequence[Trial], states: Mapping[str, State], peak: float | None) -> dict[str, float]:

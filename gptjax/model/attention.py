@@ -11,11 +11,12 @@ from jax import Array
 
 from gptjax import config
 from gptjax.model import ops
-from gptjax.model.chunks import by_chunks, count
+from gptjax.model.chunks import by_chunks, count, fits
 from gptjax.model.weights import declare
 from gptjax.sharding import constrain, devices_of_a_batch
 
-SCORES = 1 << 24  # float32: 64 MB
+SCORES, SCORES_ON_GPU = 1 << 24, 1 << 28  # float32: 64 MB and 1 GB
+DROPPED_ROWS = 8  # that parts are made for where there is dropout, so that any devices make, and drop, the same
 
 
 class KVCache(NamedTuple):
@@ -128,9 +129,8 @@ class Attention(nn.Module):
     def attend(self, query: Array, key: Array, value: Array, sight: ops.Sight, decoding: bool) -> Array:
         """Attention by the kernel that `choose_kernel` names.
 
-        XLA's makes all scores of some queries, at most `SCORES` at once on a device: with more, as many queries after
-        each other as that takes, whose scores are made again for the gradient (Rabe & Staats 2021). So memory grows
-        linearly with the length of the text.
+        XLA's makes at most `SCORES` scores at once on a device: where there are more, of some queries after the other,
+        and again for the gradient (Rabe & Staats 2021). So memory grows linearly with the length of the text.
         """
         m = self.config
         if choose_kernel(m, jax.default_backend(), decoding)[0] == "cudnn":
@@ -158,7 +158,8 @@ class Attention(nn.Module):
             return ops.attention(query, key, value, mask=mask, bias=bias, cap=m.attention_softcap, dropout=dropout)
 
         rows, length, num_heads, _ = query.shape
-        chunks = count(length, rows * num_heads * key.shape[1] // devices_of_a_batch(), SCORES)
+        at_once = rows / devices_of_a_batch() if key_of_dropout is None else DROPPED_ROWS
+        chunks = count(length, round(at_once * num_heads * key.shape[1]), fits(SCORES, SCORES_ON_GPU))
         number = jnp.arange(length)[None]
         part = (query, number, jnp.atleast_2d(sight.query_places), sight.query_segments)
         if chunks > 1:  # places are tied to queries, as else a scan over layers keeps the masks of all parts for later

@@ -36,7 +36,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x of any shape -> the same shape."""
+        """x [rows, ...] -> the same shape."""
         return ops.dropout(x, self.make_rng("dropout"), self.rate) if self.rate and self.has_rng("dropout") else x
 
 

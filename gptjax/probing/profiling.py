@@ -100,9 +100,9 @@ def _events(folder: Path) -> tuple[dict[str, float], dict[str, int]]:
     for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
         for line in plane.lines:
             for event in line.events:
-                if any(name == "hlo_op" for name, _ in event.stats):
-                    spent[event.name] += event.duration_ns / 1e9
-                    calls[event.name] += 1
+                if name := next((str(value) for stat, value in event.stats if stat == "hlo_op"), None):
+                    spent[name] += event.duration_ns / 1e9
+                    calls[name] += 1
     return spent, calls
 
 

@@ -11,14 +11,14 @@ from jax import Array
 
 from gptjax.data.objectives import Batch
 from gptjax.model import ops
-from gptjax.model.chunks import by_chunks, count
+from gptjax.model.chunks import by_chunks, count, fits
 from gptjax.model.gpt import GPT
 from gptjax.sharding import by_core, devices_of_a_batch, over_cores
 from gptjax.training.optim import evaluation_params
 from gptjax.training.privacy import Noise, add_noise, private_gradient
 from gptjax.training.state import RECENT, Health, TrainState, named_key
 
-LOGITS = 1 << 26  # float32: 256 MB
+LOGITS, LOGITS_ON_GPU = 1 << 26, 1 << 29  # float32: 256 MB and 2 GB
 Metrics = dict[str, Array]
 Rngs = dict[str, Array]
 
@@ -58,7 +58,7 @@ def token_nats(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array
         return ops.cross_entropy(logits, targets)
 
     assert model.config.vocab_size
-    chunks = count(length, rows * model.config.vocab_size // devices_of_a_batch(), LOGITS)
+    chunks = count(length, rows * model.config.vocab_size // devices_of_a_batch(), fits(LOGITS, LOGITS_ON_GPU))
     nats, log_z = by_chunks(of if chunks == 1 else jax.checkpoint(of), (x, batch.targets), chunks, axis=1)
     return nats, log_z
 

@@ -16,7 +16,7 @@ from gptjax.checks import check
 from gptjax.config import Experiment
 from gptjax.data.batches import Batches
 from gptjax.data.examples import classes_of
-from gptjax.data.objectives import Batch, extra_tokens
+from gptjax.data.objectives import Batch, extra_tokens, rows_together
 from gptjax.data.store import INIT, Store, cache_folder, open_store
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.windows import PackedStream
@@ -98,9 +98,8 @@ def prepare(
     if e.model.num_classes != len(classes):
         raise ConfigError([f"model.num_classes = {e.model.num_classes}: there are {len(classes)} labels; leave it out"])
     batches, model, tx = Batches(store, e), GPT(e.model), make_optimizer(e)
-    mesh = mesh or sharding.make_mesh(
-        e.mesh, e.train.batch_size // e.train.microbatches, 20 * num_params(e.model)["total"]
-    )
+    groups = e.train.batch_size // e.train.microbatches // max(1, rows_together(e.objective)[0])
+    mesh = mesh or sharding.make_mesh(e.mesh, groups, num_params(e.model)["total"])
     abstract = abstract_state(e, tx, mesh)
     layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
     by_core = NamedSharding(mesh, PartitionSpec(sharding.CORES)) if mesh.shape[sharding.CORES] > 1 else everywhere

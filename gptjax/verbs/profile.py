@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Trace some training steps; the run, where it is one, stays as it is."""
+    """Trace some updates, without what the model writes for them; the run, where it is one, stays as it is."""
 
     what: Positional[str]  # a run folder, whose last checkpoint is gone on from, or an experiment file
     steps: int = 10  # to trace
@@ -34,20 +34,28 @@ def profile(arguments: list[str]) -> None:
     start_jax()
     import jax
 
+    from gptjax.data.store import find_store
     from gptjax.interop.open import open_model
     from gptjax.loading import load_experiment
     from gptjax.probing.profiling import profile
     from gptjax.training import checkpoint
-    from gptjax.training.run import open_run
+    from gptjax.training.run import check_data, check_imports, open_run
     from gptjax.training.workshop import check_start, first_state, prepare
 
-    run = open_run(Path(options.what)) if is_run(options.what) else None
+    run, store = open_run(Path(options.what)) if is_run(options.what) else None, None
     experiment = run.experiment if run else load_experiment(options.what)
-    shop = prepare(experiment, run=run, open_init=open_model)
-    chosen = checkpoint.choose_to_go_on(run.checkpoints, None) if run else None
+    if run:
+        store = find_store(run.data_key(), experiment.data)
+        check_imports(run, store)
+    shop = prepare(experiment, store=store, run=run, open_init=open_model)
+    chosen = None
+    if run:
+        check_data(run, shop.store)
+        chosen = checkpoint.choose_to_go_on(run.checkpoints, None)
     check_start(shop, fresh=chosen is None)
     with jax.set_mesh(shop.mesh):
         state = first_state(shop, chosen)
+        shop.batches.start_at((chosen and chosen.place) or shop.batches.place(int(state.step)))
     folder = options.out or Path("profiles") / experiment.name
     found = profile(shop, state, folder, options.steps)
     if options.json:

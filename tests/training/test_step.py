@@ -13,7 +13,9 @@ from conftest import TINY, fine_tuning, tiny_run
 
 from gptjax import sharding
 from gptjax.data.objectives import Batch
+from gptjax.model import attention
 from gptjax.model.gpt import GPT
+from gptjax.training import step as step_module
 from gptjax.training.optim import Average, evaluation_params, make_optimizer
 from gptjax.training.state import init_state, named_key
 from gptjax.training.step import batch_loss, eval_step, token_loss, train_step
@@ -56,6 +58,15 @@ def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
         np.testing.assert_allclose(losses, expected, atol=1e-5)
         assert shop.train_step._cache_size() == 1, "the layout of the state changed from step to step"
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, reference.params)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=4, model=2), dict(data=1, model=1, cores=4)], ids=["4 x 2", "4 cores"])
+def test_parts_of_scores_and_logits_lose_the_same_on_every_mesh(tmp_path, monkeypatch, mesh):
+    e = tiny_run(tmp_path, **{"model.dropout": 0.3})
+    monkeypatch.setattr(attention, "SCORES", attention.DROPPED_ROWS * 2 * 16 * 5)
+    monkeypatch.setattr(step_module, "LOGITS", 257 * 10)
+    expected, losses = losses_on(e, 1, 1, steps=2)[0], losses_on(e, **mesh, steps=2)[0]
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
 def test_cores_wait_for_each_other_at_one_place_at_a_time(tmp_path):

@@ -192,11 +192,15 @@ def tuned(name, questions, init) -> Experiment:
 
 
 @pytest.mark.parametrize("name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("risk", "distill"))])
-def test_every_mesh_learns_the_same(finished_run, questions, name):
+def test_every_mesh_learns_the_same(monkeypatch, finished_run, questions, name):
     e = tuned(name, questions, finished_run)
     seen = []
-    for data, model in [(1, 1), (8, 1), (2, 2)]:
-        shop = prepare(e, sharding.mesh_of(jax.devices()[: data * model], data, model))
+    meshes = [sharding.mesh_of(jax.devices()[: data * model], data, model) for data, model in [(1, 1), (8, 1), (2, 2)]]
+    monkeypatch.setattr(sharding, "_by_cores", lambda: True)  # 8 rows in a microbatch, and as many cores as fit
+    cores = prepare(e).mesh
+    assert cores.shape[sharding.CORES] == {"dpo": 4, "risk": 2, "distill": 8}[name]
+    for mesh in [*meshes, cores]:
+        shop = prepare(e, mesh)
         with jax.set_mesh(shop.mesh):
             state = first_state(shop, None)
             for step in range(2):
