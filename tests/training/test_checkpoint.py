@@ -320,6 +320,7 @@ import resource, signal, sys
 from pathlib import Path
 import conftest, jax
 from gptjax.data.batches import Place
+from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
 from gptjax.training.workshop import prepare, restore_state
