@@ -222,8 +222,8 @@ def row_numbers(rows: int) -> jax.Array:
 
 
 def on_one_device(tree: Any) -> Any:
-    """Arrays on the first device alone."""
-    return jax.device_put(tree, jax.local_devices()[0])
+    """Arrays on the mesh of `one_device`."""
+    return jax.device_put(tree, NamedSharding(one_device(), PartitionSpec()))
 
 
 def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:

@@ -91,11 +91,11 @@ class Rollout:
         mesh = self.mesh
         if mesh.shape[sharding.CORES] > 1:  # each would write all of it
             params, mesh = sharding.on_one_device(params), sharding.one_device()
-        model, whole = merged(self.experiment.model, params)
         stops = self.reference.pretrained.stop_tokens if self.reference else ()
-        writer = Writer(Pretrained(self.experiment.name, model, whole, self.tokenizer, stop_tokens=stops))
         seeds = np.random.default_rng(key).integers(1 << 62, size=len(questions)).tolist()
         with jax.set_mesh(mesh):
+            model, whole = merged(self.experiment.model, params)
+            writer = Writer(Pretrained(self.experiment.name, model, whole, self.tokenizer, stop_tokens=stops))
             return writer.complete([q.prompt for q in questions], self.experiment.objective.new_tokens, seeds=seeds)
 
     def scores(self, questions: Sequence[Question], made: Sequence[Completion]) -> np.ndarray:
