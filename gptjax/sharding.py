@@ -5,7 +5,7 @@ Weights and activations name their axes (`("embed", "heads", "head_dim")`); ever
 
 The cores of a CPU are a third axis. XLA lets them work together in large products only; so each core is made a
 JAX device, has a copy of the weights and rows of the batch of its own, and their gradients are added up (`over_cores`).
- For the experiment, and for whoever writes `mesh.data`, a CPU stays one device.
+For the experiment, and for whoever writes `mesh.data`, a CPU stays one device.
 """
 
 import contextlib
@@ -150,8 +150,12 @@ def make_mesh(mesh: config.Mesh, groups: int, weights: int) -> jax.sharding.Mesh
     if not _by_cores():
         return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)
     most = max(1, min(jax.device_count(), _memory() // 4 // (BYTES_A_WEIGHT * weights)))
-    cores = next(n for n in range(most, 0, -1) if groups % n == 0)
-    return mesh_of(jax.devices()[:cores], 1, 1)
+    return mesh_of(jax.devices()[: sharing(groups, most)], 1, 1)
+
+
+def sharing(groups: int, most: int) -> int:
+    """How many cores, at most so many, share the groups of a batch evenly."""
+    return next(n for n in range(most, 0, -1) if groups % n == 0)
 
 
 def mesh_of(devices: Sequence[jax.Device], data: int, model: int) -> jax.sharding.Mesh:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from gptjax.config import Experiment
 from gptjax.durable import read_json, write_durably
 from gptjax.errors import EXIT_INTERRUPTED
 from gptjax.lab.trials import Trial
-from gptjax.sharding import BYTES_A_WEIGHT
+from gptjax.sharding import BYTES_A_WEIGHT, sharing
 from gptjax.training import lock
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.run import METRICS, RESULT
@@ -134,7 +133,7 @@ def memory_needed(e: Experiment, cores: int = 1) -> float:
     each = 4 * (kept + 3 * (m.vocab_size or 0)) * m.context_length
     if e.optim.noise_multiplier is not None:
         each += 8 * num_params(m)["total"]  # a window's own gradient, and what is clipped of it
-    copies = BYTES_A_WEIGHT * num_params(m)["total"] * math.gcd(cores, int(microbatch))
+    copies = BYTES_A_WEIGHT * num_params(m)["total"] * sharing(e.train.batch_size // e.train.microbatches, cores)
     return PROCESS_BYTES + copies + each * microbatch
 
 

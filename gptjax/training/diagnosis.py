@@ -12,7 +12,6 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.data.objectives import Batch
-from gptjax.data.store import find_store
 from gptjax.errors import RunError
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
@@ -20,10 +19,10 @@ from gptjax.sharding import CORES, on_one_device, one_device
 from gptjax.training import checkpoint
 from gptjax.training.initial import Open
 from gptjax.training.optim import trained
-from gptjax.training.run import Run, check_data, check_imports
+from gptjax.training.run import Run
 from gptjax.training.state import TrainState, leaf_name, named_key
 from gptjax.training.step import loss_and_gradient
-from gptjax.training.workshop import Workshop, first_state, prepare
+from gptjax.training.workshop import Workshop, first_state, reopen
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,8 @@ def replay(run: Run, step: int, open_init: Open | None = None) -> list[str]:
     """
     if not 1 <= step <= run.experiment.train.steps:
         raise RunError(f"--step {step}: the run has steps 1 to {run.experiment.train.steps}")
-    store = find_store(run.data_key(), run.experiment.data)
-    check_imports(run, store)
     changed = max((change["step"] for change in run.provenance().get("changes", [])), default=0)
-    shop = prepare(run.experiment, store=store, run=run, open_init=open_init)
-    check_data(run, shop.store)
+    shop = reopen(run, open_init=open_init)
     earlier = [c for c in checkpoint.listing(run.checkpoints) if changed <= c.step < step]
     chosen = next((c for c in reversed(earlier) if checkpoint.problem(c) is None), None)
     if chosen is None and changed:

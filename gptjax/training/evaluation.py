@@ -10,15 +10,14 @@ import numpy as np
 
 from gptjax import sharding
 from gptjax.data.objectives import Batch
-from gptjax.data.store import find_store
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.initial import Open
 from gptjax.training.metrics import num_params
 from gptjax.training.optim import evaluation_params
-from gptjax.training.run import Run, check_data, check_imports
+from gptjax.training.run import Run
 from gptjax.training.state import TrainState
-from gptjax.training.workshop import Workshop, prepare, restore_state
+from gptjax.training.workshop import Workshop, reopen, restore_state
 from gptjax.tuning.risk import Rollout
 
 Figures = dict[str, Any]
@@ -76,10 +75,7 @@ def evaluate_run(run: Run, which: str = "last", open_init: Open | None = None) -
 
     `open_init` is needed as for `train`, where the loss looks at another model besides.
     """
-    store = find_store(run.data_key(), run.experiment.data)
-    check_imports(run, store)
-    shop = prepare(run.experiment, one_device(), store, run, open_init)
-    check_data(run, shop.store)
+    shop = reopen(run, one_device(), open_init)
     chosen = checkpoint.choose(run.checkpoints, which)
     with jax.set_mesh(shop.mesh):
         state = restore_state(chosen, shop.abstract, shop.experiment)

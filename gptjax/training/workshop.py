@@ -17,7 +17,7 @@ from gptjax.config import Experiment
 from gptjax.data.batches import Batches
 from gptjax.data.examples import classes_of
 from gptjax.data.objectives import Batch, extra_tokens, rows_together
-from gptjax.data.store import INIT, Store, cache_folder, open_store
+from gptjax.data.store import INIT, Store, cache_folder, find_store, open_store
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.windows import PackedStream
 from gptjax.errors import ConfigError, PromptError, RunError
@@ -32,7 +32,7 @@ from gptjax.training.initial import Open, Start, adopt, body, fitted, misfits, s
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.optim import evaluation_params, make_optimizer, num_trained, trained
 from gptjax.training.privacy import Noise, check_libraries, noise_of, spent_by
-from gptjax.training.run import EXPERIMENT, GENERATION, Run, open_run
+from gptjax.training.run import EXPERIMENT, GENERATION, Run, check_data, check_imports, open_run
 from gptjax.training.state import TrainState, Weights, abstract_state, create_state, mismatches, new_health
 from gptjax.training.step import Metrics, eval_step, train_step
 from gptjax.tuning.lesson import Lesson, lesson_of, other_of
@@ -124,6 +124,15 @@ def prepare(
         eval_step=_beside(lesson, compiled(look, out_shardings=by_core)),
         lower=_beside(lesson, step.lower),
     )
+
+
+def reopen(run: Run, mesh: jax.sharding.Mesh | None = None, open_init: Open | None = None) -> Workshop:
+    """`prepare` for a run folder, which may be a stranger's: its own data, and nothing imported that it names."""
+    store = find_store(run.data_key(), run.experiment.data)
+    check_imports(run, store)
+    shop = prepare(run.experiment, mesh, store, run, open_init)
+    check_data(run, shop.store)
+    return shop
 
 
 def _given_tokenizer(experiment: Experiment, start: Start | None, run: Run | None, opened: Open) -> Tokenizer | None:

@@ -34,29 +34,23 @@ def profile(arguments: list[str]) -> None:
     start_jax()
     import jax
 
-    from gptjax.data.store import find_store
     from gptjax.interop.open import open_model
     from gptjax.loading import load_experiment
     from gptjax.probing.profiling import profile
     from gptjax.training import checkpoint
-    from gptjax.training.run import check_data, check_imports, open_run
-    from gptjax.training.workshop import check_start, first_state, prepare
+    from gptjax.training.run import open_run
+    from gptjax.training.workshop import check_start, first_state, prepare, reopen
 
-    run, store = open_run(Path(options.what)) if is_run(options.what) else None, None
-    experiment = run.experiment if run else load_experiment(options.what)
-    if run:
-        store = find_store(run.data_key(), experiment.data)
-        check_imports(run, store)
-    shop = prepare(experiment, store=store, run=run, open_init=open_model)
-    chosen = None
-    if run:
-        check_data(run, shop.store)
-        chosen = checkpoint.choose_to_go_on(run.checkpoints, None)
+    if is_run(options.what):
+        run = open_run(Path(options.what))
+        shop, chosen = reopen(run, open_init=open_model), checkpoint.choose_to_go_on(run.checkpoints, None)
+    else:
+        shop, chosen = prepare(load_experiment(options.what), open_init=open_model), None
     check_start(shop, fresh=chosen is None)
     with jax.set_mesh(shop.mesh):
         state = first_state(shop, chosen)
         shop.batches.start_at((chosen and chosen.place) or shop.batches.place(int(state.step)))
-    folder = options.out or Path("profiles") / experiment.name
+    folder = options.out or Path("profiles") / shop.experiment.name
     found = profile(shop, state, folder, options.steps)
     if options.json:
         print(json.dumps(asdict(found) | {"trace": str(folder)}))
