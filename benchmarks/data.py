@@ -13,12 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from gptjax import cpu
 from gptjax.data import corpus
 from gptjax.data.batches import Batches
 from gptjax.data.store import CHUNK, chunks
 from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from gptjax.loading import load_experiment
-from gptjax.sharding import use_cores
 from gptjax.training import train
 from gptjax.training.workshop import enable_compilation_cache, prepare
 
@@ -44,7 +44,7 @@ def main() -> None:
     steps = options.steps
     os.environ["RAYON_NUM_THREADS"] = "1"  # of the BPE's engine
     enable_compilation_cache()
-    use_cores()
+    cpu.prepare()
     quickstart = load_experiment(str(Path(__file__).parent.parent / "experiments" / "quickstart.py"))
     e = quickstart.override(train=dict(steps=steps, eval_every=0, checkpoint_every=0), optim=dict(warmup_steps=1))
     shop = prepare(e)

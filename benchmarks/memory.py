@@ -27,9 +27,9 @@ def imported(kind: str) -> int:
         import jax.numpy
 
         import gptjax.training.workshop  # noqa: F401
-        from gptjax.sharding import use_cores
+        from gptjax import cpu
 
-        use_cores()
+        cpu.prepare()
         jax.numpy.zeros(1).block_until_ready()
     else:
         import torch

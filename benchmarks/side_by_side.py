@@ -68,9 +68,9 @@ def device_of(kind: str) -> tuple[str, str]:
     if kind == "gptjax":
         import jax
 
-        from gptjax.sharding import use_cores
+        from gptjax import cpu
 
-        use_cores()
+        cpu.prepare()
         device = jax.devices()[0]
         return "cuda" if device.platform == "gpu" else "cpu", device.device_kind
     import torch

@@ -49,11 +49,11 @@ def compiling() -> float:
     """Seconds to trace and compile the step of 12 scanned layers."""
     import jax
 
+    from gptjax import cpu
     from gptjax.loading import load_experiment
-    from gptjax.sharding import use_cores
     from gptjax.training.workshop import first_state, prepare
 
-    use_cores()
+    cpu.prepare()
     e = load_experiment(str(QUICKSTART)).override(
         model=dict(num_layers=12, num_heads=12, embed_dim=768, context_length=1024, layers="scan"),
         train=dict(batch_size=2),

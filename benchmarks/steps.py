@@ -47,7 +47,7 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     import jax
     import numpy as np
 
-    from gptjax import sharding
+    from gptjax import cpu, sharding
     from gptjax.data.objectives import Batch
     from gptjax.model.gpt import GPT
     from gptjax.training.metrics import flops_per_token, num_params
@@ -55,7 +55,7 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     from gptjax.training.state import abstract_state, create_state
     from gptjax.training.step import train_step
 
-    sharding.use_cores()
+    cpu.prepare()
     m, rows = e.model, e.train.batch_size
     tx, mesh = make_optimizer(e), sharding.make_mesh(e.mesh, rows, num_params(m)["total"])
     abstract = abstract_state(e, tx, mesh)

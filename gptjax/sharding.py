@@ -8,21 +8,18 @@ JAX device, has a copy of the weights and rows of the batch of its own, and thei
 For the experiment, and for whoever writes `mesh.data`, a CPU stays one device.
 """
 
-import contextlib
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gptjax import config
+from gptjax import config, cpu
 from gptjax.errors import RunError
 
 CORES = "cores"
@@ -98,40 +95,6 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def use_cores() -> None:
-    """Makes every core that this process may use a JAX device, before JAX starts. Where there are GPUs, those are used.
-
-    Left alone where JAX_NUM_CPU_DEVICES says how many there are to be (1: XLA shares the cores out as it likes), where
-    XLA_FLAGS simulates devices, and in a job of several processes.
-    """
-    told = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if told or jax.distributed.is_initialized():
-        return
-    with contextlib.suppress(RuntimeError):  # JAX has started
-        jax.config.update("jax_num_cpu_devices", _cores())
-
-
-def _cores() -> int:
-    """Those that this process may run on, and that its container (a cgroup) has the time of."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period, *_ = *_limit("cpu.max").split(), "max"
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-
-
-def _memory() -> int:
-    """Bytes of the machine, or that its container may use."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    given = _limit("memory.max").strip()
-    return machine if given == "max" else min(machine, int(given))
-
-
-def _limit(name: str) -> str:
-    try:
-        return Path("/sys/fs/cgroup", name).read_text()
-    except OSError:
-        return "max"
-
-
 def num_devices() -> int:
     """What a mesh is made of: GPUs, or processes' CPUs, of which one counts once however many cores are devices."""
     return 1 if _by_cores() else jax.device_count()
@@ -149,12 +112,12 @@ def make_mesh(mesh: config.Mesh, groups: int, weights: int) -> jax.sharding.Mesh
     """
     if not _by_cores():
         return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)
-    most = max(1, min(jax.device_count(), _memory() // 4 // (BYTES_A_WEIGHT * weights)))
+    most = max(1, min(jax.device_count(), cpu.memory() // 4 // (BYTES_A_WEIGHT * weights)))
     return mesh_of(jax.devices()[: sharing(groups, most)], 1, 1)
 
 
 def sharing(groups: int, most: int) -> int:
-    """How many cores, at most so many, share the groups of a batch evenly."""
+    """How many, at most so many, share things evenly: cores the groups of a batch, blocks the tokens of a text."""
     return next(n for n in range(most, 0, -1) if groups % n == 0)
 
 
@@ -169,21 +132,26 @@ def one_device() -> jax.sharding.Mesh:
     return mesh_of(jax.local_devices()[:1], 1, 1)
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool] | None:
-    """For a step on this mesh: where every core is a device, none of them asks the others for help."""
-    return {"xla_cpu_multi_thread_eigen": False} if 1 < mesh.shape[CORES] == jax.device_count() else None
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | str] | None:
+    """For a step on this mesh. On CPUs `optimization_barrier` holds: XLA would take it out before it joins operations.
+
+    Where every core is a device, none of them asks the others for help.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    alone = {"xla_cpu_multi_thread_eigen": False} if 1 < mesh.shape[CORES] == jax.device_count() else {}
+    return {"xla_disable_hlo_passes": "cse_barrier_expander", **alone}
 
 
 def over_cores(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch_axis: int) -> Any:
     """`function(rows, whole)`, sums over rows: each core is given its own, and all of `whole`; the sums are added.
 
-    Inside `jax.set_mesh`. They are added as one array: cores wait for each other at every addition, and where two could
-    be made at once, all threads may come to wait for a thread.
+    Inside `jax.set_mesh`. They are added all at once: cores wait for each other at every addition, and where two could
+    be made at once, all threads may come to wait for a thread. XLA makes one of those that become ready together.
     """
 
     def added(rows: Any, whole: Any) -> Any:
-        flat, restore = ravel_pytree(function(rows, whole))
-        return restore(jax.lax.psum(flat, CORES))
+        return jax.lax.psum(jax.lax.optimization_barrier(function(rows, whole)), CORES)
 
     return _on_each_core(function, added, rows, whole, batch_axis, PartitionSpec())
 

@@ -12,6 +12,7 @@ FLOORS = [
         "gptjax.config",
         "gptjax.checks",
         "gptjax.loading",
+        "gptjax.cpu",
         "gptjax.sharding",
         "gptjax.durable",
     },

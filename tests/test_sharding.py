@@ -8,7 +8,7 @@ import pytest
 from conftest import assert_same, restored, tiny_run
 from processes import start, wait_for_step, write_experiment
 
-from gptjax import sharding
+from gptjax import cpu, sharding
 from gptjax.config import Mesh
 
 
@@ -20,15 +20,15 @@ def test_as_many_cores_work_as_divide_the_rows(monkeypatch, rows, cores):
 
 def test_copies_of_the_weights_take_a_quarter_of_the_memory_at_most(monkeypatch):
     monkeypatch.setattr(sharding, "_by_cores", lambda: True)
-    monkeypatch.setattr(sharding, "_memory", lambda: 112_000)
+    monkeypatch.setattr(cpu, "memory", lambda: 112_000)
     assert [sharding.make_mesh(Mesh(), 8, n).size for n in (2000, 1000, 500, 250, 125)] == [1, 1, 2, 4, 8]
 
 
 def test_a_container_that_may_use_less_has_fewer_cores_and_less_memory(monkeypatch):
-    assert sharding._cores() >= 1 and sharding._memory() > 1 << 28
+    assert cpu.cores() >= 1 and cpu.memory() > 1 << 28
     limits = {"cpu.max": "50000 100000", "memory.max": "1000000\n"}
-    monkeypatch.setattr(sharding, "_limit", limits.get)
-    assert (sharding._cores(), sharding._memory()) == (1, 1_000_000)
+    monkeypatch.setattr(cpu, "_limit", limits.get)
+    assert (cpu.cores(), cpu.memory()) == (1, 1_000_000)
 
 
 def test_devices_that_are_no_cores_share_the_weights():

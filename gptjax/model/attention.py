@@ -13,8 +13,9 @@ from gptjax import config
 from gptjax.model import ops
 from gptjax.model.chunks import by_chunks, count, fits
 from gptjax.model.weights import declare
-from gptjax.sharding import constrain, devices_of_a_batch
+from gptjax.sharding import constrain, devices_of_a_batch, sharing
 
+BLOCKS, LEAST_BLOCK = 4, 64  # four save 3 of 8 scores; of fewer than 64 queries, blocks cost more than they save
 SCORES, SCORES_ON_GPU = 1 << 24, 1 << 28  # float32: 64 MB and 1 GB
 DROPPED_ROWS = 8  # that parts are made for where there is dropout, so that any devices make, and drop, the same
 
@@ -84,11 +85,10 @@ class Attention(nn.Module):
         self.key = declare(self, "key", ("embed", "kv_heads", "head_dim"), matrix)
         self.value = declare(self, "value", ("embed", "kv_heads", "head_dim"), matrix)
         self.out = declare(self, "out", ("heads", "head_dim", "embed"), joins_residual)
-        if m.bias:
-            self.query_bias = declare(self, "query_bias", ("heads", "head_dim"), zeros)
-            self.key_bias = declare(self, "key_bias", ("kv_heads", "head_dim"), zeros)
-            self.value_bias = declare(self, "value_bias", ("kv_heads", "head_dim"), zeros)
-            self.out_bias = declare(self, "out_bias", ("embed",), zeros)
+        self.query_bias = declare(self, "query_bias", ("heads", "head_dim"), zeros) if m.bias else None
+        self.key_bias = declare(self, "key_bias", ("kv_heads", "head_dim"), zeros) if m.bias else None
+        self.value_bias = declare(self, "value_bias", ("kv_heads", "head_dim"), zeros) if m.bias else None
+        self.out_bias = declare(self, "out_bias", ("embed",), zeros) if m.bias else None
         if m.qk_norm:
             self.query_scale = declare(self, "query_scale", ("head_dim",), ones)
             self.key_scale = declare(self, "key_scale", ("head_dim",), ones)
@@ -108,17 +108,15 @@ class Attention(nn.Module):
             if not cache.empty:
                 key, value = (x.swapaxes(1, 2) for x in grown)
                 query = query.astype(key.dtype)
-        mixed = self.attend(query, key, value, sight, decoding=cache is not None and not cache.empty)
-        y = ops.project(mixed.astype(m.dtype), self.out, 2)
-        y = y + self.out_bias if m.bias else y
+        mixed = self.attend(query, key, value, sight, cache)
+        y = ops.project(mixed.astype(m.dtype), self.out, self.out_bias, 2)
         return constrain(y, "batch", "length", "features"), grown
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries [B, Q, N, H], keys and values [B, Q, M, H], before any position is worked in."""
         m = self.config
-        query, key, value = ops.project(x, self.query), ops.project(x, self.key), ops.project(x, self.value)
-        if m.bias:
-            query, key, value = query + self.query_bias, key + self.key_bias, value + self.value_bias
+        query, key = ops.project(x, self.query, self.query_bias), ops.project(x, self.key, self.key_bias)
+        value = ops.project(x, self.value, self.value_bias)
         if m.qk_norm:
             query = ops.rms_norm(query, self.query_scale, m.norm_epsilon)
             key = ops.rms_norm(key, self.key_scale, m.norm_epsilon)
@@ -126,14 +124,14 @@ class Attention(nn.Module):
             query = query * (8 / query.shape[-1] ** 0.5)
         return query, key, value
 
-    def attend(self, query: Array, key: Array, value: Array, sight: ops.Sight, decoding: bool) -> Array:
+    def attend(self, query: Array, key: Array, value: Array, sight: ops.Sight, cache: Cached | None) -> Array:
         """Attention by the kernel that `choose_kernel` names.
 
-        XLA's makes at most `SCORES` scores at once on a device: where there are more, of some queries after the other,
-        and again for the gradient (Rabe & Staats 2021). So memory grows linearly with the length of the text.
+        For XLA, the queries of a text that is read whole are cut into `BLOCKS`, and no block meets keys that lie
+        beyond what any query of it may see.
         """
-        m = self.config
-        if choose_kernel(m, jax.default_backend(), decoding)[0] == "cudnn":
+        m, length = self.config, query.shape[1]
+        if choose_kernel(m, jax.default_backend(), decoding=cache is not None and not cache.empty)[0] == "cudnn":
             plain = m.window is None and sight.query_segments is None and sight.key_prefix is None
             bias = self.bias(sight)
             return jax.nn.dot_product_attention(
@@ -145,22 +143,46 @@ class Attention(nn.Module):
                 is_causal=plain and m.causal,
                 implementation="cudnn",
             )
-        key_of_dropout = self.make_rng("dropout") if m.dropout and self.has_rng("dropout") else None
+        dropout_key = self.make_rng("dropout") if m.dropout and self.has_rng("dropout") else None
+        if cache is not None or not m.causal or sight.key_prefix is not None:
+            return self.by_parts(query, key, value, sight, 0, dropout_key)
+        blocks = sharing(length, max(1, min(BLOCKS, length // LEAST_BLOCK)))
+        size = length // blocks
+        # cut with heads before tokens, as the products want them: else every block is turned by itself
+        queries, keys, values = (jnp.split(x.swapaxes(1, 2), blocks, axis=2) for x in (query, key, value))
+        mixed = []
+        for i in range(blocks):
+            first = 0 if m.window is None else max(0, i * size - m.window + 1) // size
+            part = sight.part(slice(i * size, (i + 1) * size), slice(first * size, (i + 1) * size))
+            key, value = (jnp.concatenate(x[first : i + 1], axis=2).swapaxes(1, 2) for x in (keys, values))
+            block = self.by_parts(queries[i].swapaxes(1, 2), key, value, part, i * size, dropout_key)
+            mixed.append(block.swapaxes(1, 2))
+        return jnp.concatenate(mixed, axis=2).swapaxes(1, 2)
+
+    def by_parts(
+        self, query: Array, key: Array, value: Array, sight: ops.Sight, first: int, dropout_key: Array | None
+    ) -> Array:
+        """Attention of queries, the first of which has that number in its text.
+
+        At most `SCORES` scores are made at once on a device: where there are more, those of some queries after the
+        other, and again for the gradient (Rabe & Staats 2021). So memory grows linearly with the length of the text.
+        """
+        m = self.config
 
         def of(part: tuple[Array, Array, Array, Array | None]) -> Array:
             query, number, places, segments = part
             sees = sight._replace(query_places=places, query_segments=segments)
             dropout: Callable[[Array], Array] | None = None
-            if key_of_dropout is not None:
-                own = jax.random.fold_in(key_of_dropout, number[0, 0])
+            if dropout_key is not None:
+                own = jax.random.fold_in(dropout_key, number[0, 0])
                 dropout = partial(ops.dropout, key=own, rate=m.dropout)
             mask, bias = ops.visible(sees, m.causal, m.window), self.bias(sees)
             return ops.attention(query, key, value, mask=mask, bias=bias, cap=m.attention_softcap, dropout=dropout)
 
         rows, length, num_heads, _ = query.shape
-        at_once = rows / devices_of_a_batch() if key_of_dropout is None else DROPPED_ROWS
+        at_once = rows / devices_of_a_batch() if dropout_key is None else DROPPED_ROWS
         chunks = count(length, round(at_once * num_heads * key.shape[1]), fits(SCORES, SCORES_ON_GPU))
-        number = jnp.arange(length)[None]
+        number = first + jnp.arange(length)[None]
         part = (query, number, jnp.atleast_2d(sight.query_places), sight.query_segments)
         if chunks > 1:  # places are tied to queries, as else a scan over layers keeps the masks of all parts for later
             of, part = jax.checkpoint(of), jax.lax.optimization_barrier(part)

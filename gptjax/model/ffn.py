@@ -1,5 +1,7 @@
 """The feed-forward half of a block: up, activation (gated or not), down."""
 
+from functools import partial
+
 from flax import linen as nn
 from jax import Array
 
@@ -23,24 +25,19 @@ class FFN(nn.Module):
         self.down = declare(self, "down", ("ffn", "embed"), joins_residual)
         if self.gated:
             self.gate = declare(self, "gate", ("embed", "ffn"), matrix)
-        if m.bias:
-            self.up_bias = declare(self, "up_bias", ("ffn",), zeros)
-            self.down_bias = declare(self, "down_bias", ("embed",), zeros)
-            if self.gated:
-                self.gate_bias = declare(self, "gate_bias", ("ffn",), zeros)
+        self.up_bias = declare(self, "up_bias", ("ffn",), zeros) if m.bias else None
+        self.down_bias = declare(self, "down_bias", ("embed",), zeros) if m.bias else None
+        if self.gated:
+            self.gate_bias = declare(self, "gate_bias", ("ffn",), zeros) if m.bias else None
 
     def __call__(self, x: Array) -> Array:
         """x [B, Q, embed] -> [B, Q, embed]."""
-        m = self.config
-        activation = ops.ACTIVATIONS[m.ffn]
+        activate = partial(ops.activate, self.config.ffn)
         rows = x.reshape(-1, x.shape[-1])  # plain matrix products: on a CPU the backward pass is 17% faster for it
-        hidden = ops.project(rows, self.up)
-        hidden = hidden + self.up_bias if m.bias else hidden
+        hidden = ops.project(rows, self.up, self.up_bias)
         if self.gated:
-            gate = ops.project(rows, self.gate)
-            hidden = activation(gate + self.gate_bias if m.bias else gate) * hidden
+            hidden = activate(ops.project(rows, self.gate, self.gate_bias)) * hidden
         else:
-            hidden = activation(hidden)
-        y = ops.project(constrain(hidden, "batch", "ffn"), self.down)
-        y = (y + self.down_bias if m.bias else y).reshape(x.shape)
-        return constrain(y, "batch", "length", "features")
+            hidden = activate(hidden)
+        y = ops.project(constrain(hidden, "batch", "ffn"), self.down, self.down_bias)
+        return constrain(y.reshape(x.shape), "batch", "length", "features")

@@ -64,8 +64,7 @@ class Embedding(nn.Module):
         """[B, Q, embed] -> float32 logits [B, Q, vocab]."""
         m = self.config
         if m.head == "mlm":
-            x = ops.project(x, self.transform) + self.transform_bias
-            x = self.transform_norm(ops.ACTIVATIONS[m.ffn](x))
+            x = self.transform_norm(ops.activate(m.ffn, ops.project(x, self.transform, self.transform_bias)))
         x = x / m.times_wider if m.mup_width else x
         logits = ops.logits(x, self.tokens, self.head if not m.tie_embeddings else None)
         return logits + self.head_bias.astype(jnp.float32) if m.head == "mlm" else logits
@@ -86,7 +85,7 @@ class Classifier(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 logits [B, Q, classes]."""
-        return ops.project(x.astype(jnp.float32) / self.config.times_wider, self.weight) + self.bias
+        return ops.project(x.astype(jnp.float32) / self.config.times_wider, self.weight, self.bias)
 
 
 class GPT(nn.Module):

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import ArrayLike, DTypeLike
 
 from gptjax import config
 from gptjax.sharding import row_numbers
@@ -64,15 +65,18 @@ def _to_int8(rows: Array) -> tuple[Array, Array]:
     return jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
 
 
-def project(x: Array, weight: Matrix, num_inputs: int = 1) -> Array:
-    """[..., *in] times a weight [*in, *out] -> [..., *out] in x's dtype; `num_inputs` is the number of axes in `in`.
+def project(x: Array, weight: Matrix, bias: Array | None = None, num_inputs: int = 1) -> Array:
+    """[..., *in] times a weight [*in, *out], plus a bias [*out] -> [..., *out] in x's dtype.
 
-    Sums are taken in float32. With 8-bit weights the activations of each row are rounded to 8 bits as well (LLM.int8
-    without outliers, Dettmers et al. 2022).
+    `num_inputs` is the number of axes in `in`. Sums are taken in float32, those of the bias and its gradient as well.
+    With 8-bit weights the activations of each row are rounded to 8 bits (LLM.int8 without outliers, Dettmers et al.
+    2022).
     """
+    if bias is not None:
+        return (project(x, weight, None, num_inputs).astype(jnp.float32) + bias).astype(x.dtype)
     if isinstance(weight, LowRank):
-        learnt = project(project(x, weight.down, num_inputs), weight.up)
-        return project(x, weight.weight, num_inputs) + weight.scale * learnt
+        learnt = project(project(x, weight.down, None, num_inputs), weight.up)
+        return project(x, weight.weight, None, num_inputs) + weight.scale * learnt
     if isinstance(weight, Array):
         free, contracted, outputs = "abcd"[: x.ndim - num_inputs], "xy"[:num_inputs], "pqr"[: weight.ndim - num_inputs]
         return product(f"{free}{contracted},{contracted}{outputs}->{free}{outputs}", x, weight)
@@ -88,31 +92,70 @@ def project(x: Array, weight: Matrix, num_inputs: int = 1) -> Array:
     return y.reshape(*x.shape[: x.ndim - num_inputs], *out)
 
 
-def product(spec: str, a: Array, b: Array) -> Array:
-    """`einsum` of two arrays of one dtype, with sums in float32 and the result in that dtype."""
-    return jnp.einsum(spec, a, b) if a.dtype == jnp.float32 else _narrow_product(spec, a, b)
+def product(spec: str, a: Array, b: Array, dtype: DTypeLike | None = None) -> Array:
+    """`einsum` of two arrays of one dtype, with sums in float32 and the result in that dtype, or in the one given."""
+    if a.dtype == jnp.float32:
+        return jnp.einsum(spec, a, b)
+    return _narrow_product(spec, jnp.dtype(dtype or a.dtype), a, b)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow_product(spec: str, a: Array, b: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow_product(spec: str, dtype: jnp.dtype, a: Array, b: Array) -> Array:
     """XLA's CPU products are 3 to 10 times faster where the result is float32, and then rounded by itself.
 
-    The derivative is written out, so that its two products have narrow factors as well.
+    The derivative is written out, so that its two products have narrow factors as well, and lie as they are quickest.
     """
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _narrow_forward(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _narrow_product(spec, a, b), (a, b)
+def _narrow_forward(spec: str, dtype: jnp.dtype, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _narrow_product(spec, dtype, a, b), (a, b)
 
 
-def _narrow_backward(spec: str, factors: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _narrow_backward(spec: str, dtype: jnp.dtype, factors: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     a, b = factors
+    dy = dy.astype(a.dtype)
     left, right, out = re.split(",|->", spec)
-    return _narrow_product(f"{out},{right}->{left}", dy, b), _narrow_product(f"{left},{out}->{right}", a, dy)
+    return _laid_for_cpu(f"{out},{right}->{left}", dy, b), _laid_for_cpu(f"{left},{out}->{right}", a, dy)
 
 
 _narrow_product.defvjp(_narrow_forward, _narrow_backward)
+
+
+def _laid_for_cpu(spec: str, a: Array, b: Array) -> Array:
+    """A narrow product, of which XLA's kernels for CPUs are quick only where the axes to sum over are a factor's last.
+
+    Where they are not, the smaller factor is turned first, and the turned copy is held by a barrier, as else XLA would
+    work it into the product again.
+    """
+    left, right, out = re.split(",|->", spec)
+    summed = "".join(axis for axis in left if axis not in out)
+    if jax.default_backend() != "cpu" or left.endswith(summed) or right.endswith(summed):
+        return _narrow_product(spec, a.dtype, a, b)
+    if a.size > b.size:
+        (left, a), (right, b) = (right, b), (left, a)
+    batch = "".join(axis for axis in left if axis in right and axis in out)
+    first, second = ("".join(axis for axis in side if axis not in batch + summed) for side in (left, right))
+    turned = jnp.einsum(f"{left}->{batch}{first}{summed}", a)
+    turned = jax.lax.optimization_barrier(with_layout_constraint(turned, Layout(tuple(range(turned.ndim)))))
+    y = _narrow_product(f"{batch}{first}{summed},{right}->{batch}{first}{second}", a.dtype, turned, b)
+    return jnp.einsum(f"{batch}{first}{second}->{out}", y)
+
+
+@jax.custom_vjp
+def apart(x: Array) -> Array:
+    """x itself, of which the gradient is made once: XLA would add it up again for everything that it is needed for.
+
+    On a CPU, where the residual stream's gradient, with what all later layers add to it, was worked into every copy.
+    """
+    return x
+
+
+def _apart_backward(_: None, gradient: Array) -> tuple[Array]:
+    return (jax.lax.optimization_barrier(gradient) if jax.default_backend() == "cpu" else gradient,)
+
+
+apart.defvjp(lambda x: (x, None), _apart_backward)
 
 
 def look_up(table: Array | Int8 | LowRank, ids: Array) -> Array:
@@ -134,7 +177,7 @@ def logits(x: Array, table: Array | Int8 | LowRank, head: Array | Int8 | Turned 
     if isinstance(weight, Turned):
         weight, head = weight.values, None
     spec = "bqe,ve->bqv" if head is None else "bqe,ev->bqv"
-    return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32)
+    return product(spec, x, weight, jnp.float32)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
@@ -159,6 +202,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swiglu": jax.nn.silu,  # of the gate (Shazeer 2020)
     "geglu": lambda x: jax.nn.gelu(x, approximate=True),  # of the gate
 }
+
+
+def activate(name: str, x: Array) -> Array:
+    """An activation, taken in float32 and back in x's dtype; made again for its gradient, so that only x is kept."""
+    return jax.checkpoint(lambda x: ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype))(x)
 
 
 def softcap(x: Array, cap: float | None) -> Array:
@@ -237,6 +285,19 @@ class Sight(NamedTuple):
     key_segments: Array | None = None
     key_prefix: Array | None = None
 
+    def part(self, queries: slice, keys: slice) -> "Sight":
+        """Of some queries and keys only."""
+        def of(x: Array | None, which: slice) -> Array | None:
+            return None if x is None else x[..., which]
+
+        return Sight(
+            self.query_places[..., queries],
+            self.key_places[..., keys],
+            of(self.query_segments, queries),
+            of(self.key_segments, keys),
+            of(self.key_prefix, keys),
+        )
+
 
 def distances(sight: Sight) -> Array:
     """How far each query stands after each key: int32 [B or 1, Q, K]."""
@@ -300,7 +361,7 @@ def attention(
     # The queries that share a key head are rows of one matrix, so that every product is a plain batched one.
     rows = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, group, head_dim)
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, group * length, head_dim)
-    scores = jnp.einsum("bmrh,bmkh->bmrk", rows, key.swapaxes(1, 2), preferred_element_type=jnp.float32)
+    scores = product("bmrh,bmkh->bmrk", rows, key.swapaxes(1, 2), jnp.float32)
     scores = softcap(scores, cap).reshape(batch, num_heads, length, -1)
     if bias is not None:
         scores = scores + bias

@@ -51,12 +51,12 @@ def start_jax() -> None:
     for name in ("absl", "asyncio"):  # of a save that fails Orbax logs hundreds of lines; gptjax says it in one
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisablehook
-    from gptjax import sharding
+    from gptjax import cpu, sharding
     from gptjax.training.workshop import enable_compilation_cache
 
     enable_compilation_cache()
     sharding.join_cluster()
-    sharding.use_cores()
+    cpu.prepare()
 
 
 def _unraisablehook(what: "sys.UnraisableHookArgs") -> None:

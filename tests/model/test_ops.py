@@ -198,8 +198,8 @@ def test_a_matrix_may_lie_the_other_way(shape, num_inputs):
     weight = rng.normal(size=shape).astype(np.float32)
     expected = np.tensordot(x.astype(np.float64), weight, num_inputs)
     for form in (jnp.asarray(weight), ops.turn(jnp.asarray(weight), num_inputs)):
-        np.testing.assert_allclose(ops.project(jnp.asarray(x), form, num_inputs), expected, rtol=1e-5, atol=1e-5)
-    rounded = ops.project(jnp.asarray(x), ops.quantise(jnp.asarray(weight), num_inputs), num_inputs)
+        np.testing.assert_allclose(ops.project(jnp.asarray(x), form, None, num_inputs), expected, rtol=1e-5, atol=1e-5)
+    rounded = ops.project(jnp.asarray(x), ops.quantise(jnp.asarray(weight), num_inputs), None, num_inputs)
     np.testing.assert_allclose(rounded, expected, atol=0.03 * abs(expected).max())
 
 
