@@ -1,7 +1,5 @@
 """The feed-forward half of a block: up, activation (gated or not), down."""
 
-from functools import partial
-
 from flax import linen as nn
 from jax import Array
 
@@ -32,12 +30,9 @@ class FFN(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [B, Q, embed] -> [B, Q, embed]."""
-        activate = partial(ops.activate, self.config.ffn)
         rows = x.reshape(-1, x.shape[-1])  # plain matrix products: on a CPU the backward pass is 17% faster for it
         hidden = ops.project(rows, self.up, self.up_bias)
-        if self.gated:
-            hidden = activate(ops.project(rows, self.gate, self.gate_bias)) * hidden
-        else:
-            hidden = activate(hidden)
+        active = ops.activate(self.config.ffn, ops.project(rows, self.gate, self.gate_bias) if self.gated else hidden)
+        hidden = active * hidden if self.gated else active
         y = ops.project(constrain(hidden, "batch", "ffn"), self.down, self.down_bias)
         return constrain(y.reshape(x.shape), "batch", "length", "features")

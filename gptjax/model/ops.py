@@ -287,6 +287,7 @@ class Sight(NamedTuple):
 
     def part(self, queries: slice, keys: slice) -> "Sight":
         """Of some queries and keys only."""
+
         def of(x: Array | None, which: slice) -> Array | None:
             return None if x is None else x[..., which]
 

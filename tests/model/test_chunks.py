@@ -58,11 +58,36 @@ def test_parts_give_the_losses_and_gradients_of_the_whole(monkeypatch, changes, 
         return total(params), str(jax.make_jaxpr(total)(params)).count("scan[")
 
     whole, loops = made()
+    monkeypatch.setattr(attention, "LEAST_BLOCK", 6)
     monkeypatch.setattr(attention, "SCORES", 3 * m.num_heads * 24 * 4)
     monkeypatch.setattr(step, "LOGITS", 3 * 24 * 8)
     parts, more_loops = made()
     assert more_loops > loops
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), parts, whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_blocks_of_a_causal_text_give_what_the_whole_gives_for_less(monkeypatch, changes, dtype):
+    m = tiny_model(context_length=64, dtype=dtype, **changes)
+    layer, x = attention.Attention(m), jax.random.normal(jax.random.key(0), (2, 64, m.embed_dim), dtype)
+    sight = attention.ops.Sight(jnp.arange(64), jnp.arange(64))
+    rope = attention.ops.rope_table(m, jnp.arange(64)) if m.positions == "rope" else None
+    params = layer.init(jax.random.key(1), x, rope, sight)
+
+    def made():
+        apply = jax.jit(lambda p, x: (layer.apply(p, x, rope, sight)[0].astype(jnp.float32) ** 2).sum())
+        flops = apply.lower(params, x).cost_analysis()["flops"]
+        return flops, jax.jit(jax.value_and_grad(apply, argnums=(0, 1)))(params, x)
+
+    more, whole = made()
+    monkeypatch.setattr(attention, "LEAST_BLOCK", 16)
+    less, blocks = made()
+    assert less < 0.9 * more if m.causal else less == more
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    norm = lambda tree: float(sum(jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree))) ** 0.5  # noqa: E731
+    far = jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), blocks, whole)
+    assert norm(far) <= tolerance * norm(whole)
 
 
 def test_every_part_drops_out_other_weights(monkeypatch):

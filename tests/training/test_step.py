@@ -84,6 +84,20 @@ def test_cores_wait_for_each_other_at_one_place_at_a_time(tmp_path):
     assert not re.search("all-reduce|all-gather|permute|all-to-all", look)
 
 
+def test_what_comes_back_to_a_layer_is_added_up_once(tmp_path):
+    """Without barriers XLA adds the gradients of all later layers up again wherever one of them is needed."""
+    most = []
+    for layers in (3, 9):
+        e = tiny_run(tmp_path, **{"model.num_layers": layers, "model.layers": "unrolled", "train.microbatches": 1})
+        shop = prepare(e, sharding.mesh_of(jax.devices()[:1], 1, 1))
+        with jax.set_mesh(shop.mesh):
+            state, batch = first_state(shop, None), shop.batches.on_devices(0, shop.mesh)
+            program = shop.train_step.lower(state, batch).compile().as_text()
+        joined = re.findall(r"%(\S+) = \S+ fusion\(([^)]*)\), kind=kLoop.*transpose\(jvp", program)
+        most.append(max(inputs.count("%") for name, inputs in joined if "concatenate" not in name))
+    assert most[0] == most[1] < 16  # 54 and 141
+
+
 def test_moments_lie_where_their_weights_lie(tmp_path):
     e = tiny_run(tmp_path, **{"model.num_heads": 4, "optim.ema_decay": 0.9})
     _, state, _ = losses_on(e, 4, 2, steps=1)
