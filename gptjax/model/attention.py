@@ -15,7 +15,7 @@ from gptjax.model.chunks import by_chunks, count, fits
 from gptjax.model.weights import declare
 from gptjax.sharding import constrain, devices_of_a_batch, sharing
 
-BLOCKS, LEAST_BLOCK = 4, 64  # four save 3 of 8 scores; of fewer than 64 queries, blocks cost more than they save
+BLOCKS, LEAST_BLOCK = 4, 128  # four save 3 of 8 scores; blocks of fewer than 128 queries cost more than they save
 SCORES, SCORES_ON_GPU = 1 << 24, 1 << 28  # float32: 64 MB and 1 GB
 DROPPED_ROWS = 8  # that parts are made for where there is dropout, so that any devices make, and drop, the same
 

@@ -42,13 +42,14 @@ def train(arguments: list[str]) -> None:
     import jax
 
     from gptjax.interop.open import open_model
-    from gptjax.lab.report import plot_loss
     from gptjax.training import train as training
     from gptjax.training.loop import say
     from gptjax.training.run import open_run
 
     folder = options.run_dir or Path("runs") / experiment.name
     figures = training.train(experiment, folder, options.resume, options.allow_changes, options.from_step, open_model)
+    from gptjax.lab.report import plot_loss  # only now: SciPy and matplotlib take more than half a second
+
     run = open_run(folder)
     plot = plot_loss(run) if jax.process_index() == 0 else None
     if experiment.train.sample_tokens and jax.process_count() == 1:
