@@ -44,7 +44,7 @@ def main() -> None:
     steps = options.steps
     os.environ["RAYON_NUM_THREADS"] = "1"  # of the BPE's engine
     enable_compilation_cache()
-    cpu.prepare()
+    cpu.use_cores()
     quickstart = load_experiment(str(Path(__file__).parent.parent / "experiments" / "quickstart.py"))
     e = quickstart.override(train=dict(steps=steps, eval_every=0, checkpoint_every=0), optim=dict(warmup_steps=1))
     shop = prepare(e)

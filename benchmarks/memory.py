@@ -29,7 +29,7 @@ def imported(kind: str) -> int:
         import gptjax.training.workshop  # noqa: F401
         from gptjax import cpu
 
-        cpu.prepare()
+        cpu.use_cores()
         jax.numpy.zeros(1).block_until_ready()
     else:
         import torch

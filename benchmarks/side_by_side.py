@@ -70,7 +70,7 @@ def device_of(kind: str) -> tuple[str, str]:
 
         from gptjax import cpu
 
-        cpu.prepare()
+        cpu.use_cores()
         device = jax.devices()[0]
         return "cuda" if device.platform == "gpu" else "cpu", device.device_kind
     import torch

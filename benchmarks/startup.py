@@ -53,7 +53,7 @@ def compiling() -> float:
     from gptjax.loading import load_experiment
     from gptjax.training.workshop import first_state, prepare
 
-    cpu.prepare()
+    cpu.use_cores()
     e = load_experiment(str(QUICKSTART)).override(
         model=dict(num_layers=12, num_heads=12, embed_dim=768, context_length=1024, layers="scan"),
         train=dict(batch_size=2),

@@ -55,7 +55,7 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     from gptjax.training.state import abstract_state, create_state
     from gptjax.training.step import train_step
 
-    cpu.prepare()
+    cpu.use_cores()
     m, rows = e.model, e.train.batch_size
     tx, mesh = make_optimizer(e), sharding.make_mesh(e.mesh, rows, num_params(m)["total"])
     abstract = abstract_state(e, tx, mesh)

@@ -1,24 +1,14 @@
-"""What a CPU has, and what JAX and the allocator are told about it before JAX starts."""
+"""What a CPU has, and what JAX is told about it before it starts."""
 
 import contextlib
-import ctypes
 import os
 from pathlib import Path
 
 import jax
 
-KEPT = {-1: 2**31 - 1, -4: 0, -8: 1}  # of glibc's mallopt: M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX
-
-
-def prepare() -> None:
-    """Makes every core a JAX device, and keeps memory between steps. Where there are GPUs, those are used."""
-    use_cores()
-    if not any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd")):
-        keep_memory()
-
 
 def use_cores() -> None:
-    """Makes every core that this process may use a JAX device.
+    """Makes every core that this process may use a JAX device, before JAX starts. Where there are GPUs, those are used.
 
     Left alone where JAX_NUM_CPU_DEVICES says how many there are to be (1: XLA shares the cores out as it likes), where
     XLA_FLAGS simulates devices, and in a job of several processes.
@@ -28,20 +18,6 @@ def use_cores() -> None:
         return
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", cores())
-
-
-def keep_memory() -> None:
-    """Lets the process keep the memory that a step gives back: the next one needs as much again.
-
-    Otherwise glibc returns large blocks at once, and every step waits for the system to clear them anew: 14% of the
-    time at 10 million parameters. Left alone where the environment sets up an allocator, and without glibc.
-    """
-    if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in KEPT.items():
-            mallopt(option, value)
 
 
 def cores() -> int:

@@ -166,7 +166,7 @@ def weight_axes(model: config.Model) -> dict[str, "dict | Axes"]:
     return jax.tree.map(lambda box: box.axes, boxes, is_leaf=lambda x: isinstance(x, Declared))
 
 
-@functools.partial(jax.jit, static_argnums=0)  # traced once for all that ask for shapes, which takes a tenth of a second
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all who ask for shapes: a tenth of a second each time
 def _declared(model: config.Model, key: Array) -> Params:
     model = dataclasses.replace(model, layers="scan")  # the same weights, and less to compile
     return GPT(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]

@@ -56,7 +56,7 @@ def start_jax() -> None:
 
     enable_compilation_cache()
     sharding.join_cluster()
-    cpu.prepare()
+    cpu.use_cores()
 
 
 def _unraisablehook(what: "sys.UnraisableHookArgs") -> None:
