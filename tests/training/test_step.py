@@ -69,6 +69,16 @@ def test_parts_of_scores_and_logits_lose_the_same_on_every_mesh(tmp_path, monkey
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"model.layers": "scan", "model.remat": "full"}, PRIVATE], ids=["plain", "private"]
+)
+def test_bfloat16_is_laid_for_cpus_on_every_mesh(tmp_path, changes):
+    e = tiny_run(tmp_path, **{"model.num_heads": 4, "model.head_dim": 8, "model.dtype": "bfloat16"} | changes)
+    expected = losses_on(e, 1, 1, steps=3)[0]
+    for mesh in (dict(data=4, model=2), dict(data=1, model=1, cores=4)):
+        np.testing.assert_allclose(losses_on(e, **mesh, steps=3)[0], expected, atol=1e-3)
+
+
 def test_cores_wait_for_each_other_at_one_place_at_a_time(tmp_path):
     """Two sums that could be made at once take all threads of a CPU, and leave none to a core that is waited for."""
     e = tiny_run(tmp_path, **{"train.microbatches": 1, "model.dropout": 0.1})
