@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gptjax.data.words import Words, pattern_of
 from gptjax.durable import LARGEST_TEXT, read_json
 from gptjax.errors import DataError
 
@@ -229,6 +230,7 @@ class EngineTokenizer(Tokenizer):
         self._chosen = {"begin_of_text": begin_of_text, "end_of_text": end_of_text}
         spec = json.loads(tokenizer_json)
         self._engine = engine(tokenizer_json)
+        self._words = self._by_words(spec)
         vocab = self._engine.get_vocab(with_added_tokens=True)
         if (largest := max(vocab.values(), default=0)) > LARGEST_ID:
             raise DataError(f"tokenizer.json: has an id of {largest:,}, above any vocabulary; the file is damaged")
@@ -255,6 +257,10 @@ class EngineTokenizer(Tokenizer):
         """The bytes of a piece, by its name and whether it is an added token, whose name is its text."""
         raise NotImplementedError
 
+    def _by_words(self, spec: dict[str, Any]) -> Words | None:
+        """A quicker way to the same ids, where there is one."""
+        return None
+
     def _caveat(self, spec: dict[str, Any], vocab: dict[str, int]) -> str:
         returned = {probe: self.decode(self.encode(probe), whole=True) for probe in self.probes}
         changed = ", ".join(f"{probe!r} becomes {back!r}" for probe, back in returned.items() if back != probe)
@@ -268,7 +274,9 @@ class EngineTokenizer(Tokenizer):
 
     def encode(self, text: str) -> Ids:
         _utf8(text)
-        return np.array(self._engine.encode(text, add_special_tokens=False).ids, np.int32)
+        if self._words and (ids := self._words.encode(text)) is not None:
+            return ids
+        return np.array(self._engine.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
     def encode_special(self, text: str) -> Ids:
         _utf8(text)
@@ -297,6 +305,14 @@ class BPETokenizer(EngineTokenizer):
             return bytes(byte_of[c] for c in piece) if bytelike else piece.encode()
 
         return read
+
+    def _by_words(self, spec: dict[str, Any]) -> Words | None:
+        if (pattern := pattern_of(spec)) is None:
+            return None
+        try:
+            return Words(pattern, self._engine)
+        except ValueError:
+            return None
 
     def _caveat(self, spec: dict[str, Any], vocab: dict[str, int]) -> str:
         if missing := sorted(b for b, c in byte_characters().items() if c not in vocab):

@@ -153,6 +153,87 @@ def test_missing_and_damaged_tokenizers_are_refused(tmp_path):
         tokenizer.load(tmp_path)
 
 
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def cutting_by(pattern: str) -> BPETokenizer:
+    """The small BPE with a pattern of its own, as in the tokenizer.json of Llama 3, Qwen or GPT-4."""
+    spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    mapped = spec["pre_tokenizer"] | {"use_regex": False}
+    return BPETokenizer(json.dumps(spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, mapped]}}))
+
+
+BY_WORDS = {"gpt2": LOSSLESS["bpe"], "llama3": cutting_by(LLAMA3)}
+PARTS = [
+    "'s",
+    "'LL",
+    "'ſ",
+    " the",
+    "quick",
+    "12345",
+    "\r\n",
+    "  ",
+    "\x1c",
+    "\x85",
+    "\u3000",
+    "ǅ",
+    "e\u0301",
+    "字",
+    "😀",
+]
+PARTS += ["\U0001fae8", "\U00010d50", "²", "_", "<|endoftext|>", "\t"]
+
+
+def by_engine(tokens: BPETokenizer, text: str) -> list[int]:
+    return tokenizer.engine(tokens.tokenizer_json).encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", BY_WORDS)
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.sampled_from(PARTS)).map("".join) | st.text(st.characters(exclude_categories=["Cs"])))
+def test_bpe_by_words_gives_the_ids_of_the_engine(name, text):
+    tokens = BY_WORDS[name]
+    assert tokens._words is not None
+    assert tokens.encode(text).tolist() == by_engine(tokens, text)
+
+
+def test_bpe_by_words_leaves_to_the_engine_what_it_would_cut_otherwise(monkeypatch):
+    """A character that is a letter for one library only, a gap between words, and a word list that is full."""
+    for pattern, known in [(r"\p{L}+|\p{N}+|[^\p{L}\p{N}]+", True), (r"\p{L}+|\p{N}+", False), (r"(\p{L}+)|.", None)]:
+        tokens = cutting_by(pattern)
+        assert (tokens._words is None) == (known is None)
+        assert tokens._words is None or (tokens._words.encode("two words 12") is not None) == known
+        assert tokens.encode("two words 12").tolist() == by_engine(tokens, "two words 12")
+    words = LOSSLESS["bpe"]._words
+    assert words is not None
+    monkeypatch.setitem(words._alike, "é", False)
+    assert words.encode("café") is None and words.encode("cafe") is not None
+    monkeypatch.setattr("gptjax.data.words.MOST_WORDS", 0)
+    for text in ("the quick brown foxes", "other words"):
+        assert words.encode(text).tolist() == by_engine(LOSSLESS["bpe"], text) and len(words._known) < 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"added_tokens": [{"id": 399, "content": "fox", "special": False, "single_word": False, "lstrip": False,
+                           "rstrip": False, "normalized": False}]},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+    ],
+    ids=["normalizer", "added token", "space"],
+)  # fmt: skip
+def test_bpe_that_does_more_than_cut_is_left_to_the_engine(change):
+    spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
+    tokens = BPETokenizer(json.dumps(spec | change))
+    assert tokens._words is None
+    assert tokens.encode("a fox é").tolist() == by_engine(tokens, "a fox é")
+
+
 def test_gpt2_vocabulary_gives_gpt2s_ids(real_data):
     tokens = BPETokenizer.from_path(real_data / "gpt2_bpe")
     assert tokens.vocab_size == 50257 and tokens.end_of_text == 50256
