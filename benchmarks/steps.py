@@ -56,6 +56,7 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     from gptjax.training.step import train_step
 
     cpu.use_cores()
+    cpu.release_after_compiling()
     m, rows = e.model, e.train.batch_size
     tx, mesh = make_optimizer(e), sharding.make_mesh(e.mesh, rows, num_params(m)["total"])
     abstract = abstract_state(e, tx, mesh)

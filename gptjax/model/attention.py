@@ -164,8 +164,9 @@ class Attention(nn.Module):
     ) -> Array:
         """Attention of queries, the first of which has that number in its text.
 
-        At most `SCORES` scores are made at once on a device: where there are more, those of some queries after the
-        other, and again for the gradient (Rabe & Staats 2021). So memory grows linearly with the length of the text.
+        Scores are made again for the gradient, as else they take more memory than all the rest of a layer. At most
+        `SCORES` of them are made at once on a device: where there are more, those of some queries after the other
+        (Rabe & Staats 2021). So memory grows linearly with the length of the text.
         """
         m = self.config
 
@@ -185,8 +186,8 @@ class Attention(nn.Module):
         number = first + jnp.arange(length)[None]
         part = (query, number, jnp.atleast_2d(sight.query_places), sight.query_segments)
         if chunks > 1:  # places are tied to queries, as else a scan over layers keeps the masks of all parts for later
-            of, part = jax.checkpoint(of), jax.lax.optimization_barrier(part)
-        return by_chunks(of, part, chunks, axis=1)
+            part = jax.lax.optimization_barrier(part)
+        return by_chunks(jax.checkpoint(of), part, chunks, axis=1)
 
     def bias(self, sight: ops.Sight) -> Array | None:
         """What ALiBi adds to the scores: [B or 1, N, Q, K]."""

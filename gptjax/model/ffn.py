@@ -1,5 +1,6 @@
 """The feed-forward half of a block: up, activation (gated or not), down."""
 
+import jax
 from flax import linen as nn
 from jax import Array
 
@@ -32,7 +33,12 @@ class FFN(nn.Module):
         """x [B, Q, embed] -> [B, Q, embed]."""
         rows = x.reshape(-1, x.shape[-1])  # plain matrix products: on a CPU the backward pass is 17% faster for it
         hidden = ops.project(rows, self.up, self.up_bias)
-        active = ops.activate(self.config.ffn, ops.project(rows, self.gate, self.gate_bias) if self.gated else hidden)
-        hidden = active * hidden if self.gated else active
-        y = ops.project(constrain(hidden, "batch", "ffn"), self.down, self.down_bias)
+        gate = ops.project(rows, self.gate, self.gate_bias) if self.gated else None
+
+        def out(hidden: Array, gate: Array | None) -> Array:
+            active = ops.activate(self.config.ffn, hidden if gate is None else gate)
+            active = active if gate is None else active * hidden
+            return ops.project(constrain(active, "batch", "ffn"), self.down, self.down_bias)
+
+        y = jax.checkpoint(out)(hidden, gate)  # what is active is made again for the gradient, and not kept
         return constrain(y.reshape(x.shape), "batch", "length", "features")

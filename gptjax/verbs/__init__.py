@@ -57,6 +57,7 @@ def start_jax() -> None:
     enable_compilation_cache()
     sharding.join_cluster()
     cpu.use_cores()
+    cpu.release_after_compiling()
 
 
 def _unraisablehook(what: "sys.UnraisableHookArgs") -> None:
