@@ -1,5 +1,6 @@
 """The command line: finds the verb, and turns its errors into messages and exit codes."""
 
+import difflib
 import importlib
 import os
 import sys
@@ -62,7 +63,9 @@ def main() -> None:
         print(__version__)
         return
     if verb not in VERBS:
-        _stop(f"gptjax: no such verb: {verb!r}; there are {', '.join(VERBS)} (gptjax --help)", 2)
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        _stop(f"gptjax: no such verb: {verb!r}; {meant} (gptjax --help)", 2)
     module, function = VERBS[verb]
     try:
         getattr(importlib.import_module(module), function)(arguments)

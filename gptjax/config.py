@@ -117,7 +117,7 @@ class Data:
     val_source: str | tuple[str, ...] | None = None  # validation text of its own; None: split it off the source
     val_fraction: float = 0.1  # share of the text that is kept for validation
     split: Literal["fraction", "document"] = "fraction"  # the last characters, or whole documents by their hash
-    tokenizer: str = "byte"  # byte, char, sentencepiece, tokenizer.json, folder with vocab.json + merges.txt, or init's
+    tokenizer: str = "byte"  # byte, char, sentencepiece, tokenizer.json, vocab.json + merges.txt, RUN/tokenizer, init
     tokenizer_vocab_size: int = 4096  # pieces that sentencepiece may learn
     document_mask: bool = False  # attention and positions stay inside a document; else windows run across
 

@@ -33,8 +33,8 @@ def release_after_compiling() -> None:
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is None:
         return
 
-    def heard(event: str, seconds: float, **_: object) -> None:
-        if event == COMPILED and seconds > LONG:
+    def heard(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED and duration_secs > LONG:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(heard)

@@ -38,6 +38,8 @@ def load_experiment(name: str) -> Experiment:
 def load_sweep(name: str) -> list[Experiment]:
     """The experiments of a sweep's file or of its dotted name. Raises `ConfigError` where it defines no `sweep`."""
     path, sweep = defined(name, "sweep")
+    if sweep is None and isinstance(defined(name, "search")[1], Search):
+        raise ConfigError([f"{path}: defines a `search` and no `sweep`: choose how by --search tpe, random or halving"])
     if not isinstance(sweep, list | tuple) or not sweep or not all(isinstance(e, Experiment) for e in sweep):
         raise ConfigError(
             [f"{path}: defines no `sweep`; it must hold a line `sweep = grid(...)`, or `zip_(...)`, or experiments"]

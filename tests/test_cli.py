@@ -51,6 +51,8 @@ def test_training_leaves_a_run_and_shows_what_it_does(finished):
     assert out.count("--- sample") == 2 and (run / "samples.txt").read_text() == out
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "\r" not in err and "\x1b" not in err, "a log that is no terminal stays plain"
+    told = [line.split(" | ")[0] for line in err.splitlines() if line.startswith("step ")]
+    assert len(told) == len(set(told)), "a step is told of once, with its own validation loss"
 
 
 @pytest.mark.slow
@@ -67,6 +69,17 @@ def test_the_same_command_again_has_nothing_to_do(finished):
     assert code == 0 and "finished already; nothing to do" in err
     code, _, err = gptjax("train", path, "--run-dir", run, "--train.steps", 9, "--seed", 1)
     assert code == 2 and "train.steps: 8 there, 9 now" in err
+
+
+def test_what_a_finished_run_wrote_stands_although_its_checkpoint_was_damaged(finished, tmp_path):
+    path, whole, _, _ = finished
+    run = shutil.copytree(whole, tmp_path / "run")
+    arrays = [p for p in (run / "checkpoints/00000008").rglob("*") if p.is_file()]
+    largest = max(arrays, key=lambda p: p.stat().st_size)
+    largest.write_bytes(b"\0" + largest.read_bytes()[1:])
+    before = (run / "samples.txt").read_text()
+    code, out, err = gptjax("train", path, "--run-dir", run, "--train.steps", 8, "--seed", 1)
+    assert code == 0 and out == before == (run / "samples.txt").read_text() and "nothing to do" in err
 
 
 def test_sampling_prints_texts_only(finished):
@@ -129,6 +142,9 @@ def broken(tmp_path_factory):
 @pytest.mark.parametrize("arguments, message", [
     (["fly"], "no such verb: 'fly'; there are train, sweep, scale, sample, chat, eval, import, export, verify, replay, "
      "profile, runs, report, diff"),
+    (["trian"], "no such verb: 'trian'; did you mean train?"),
+    (["train", "{0}/mine.py", "--data.source", "pydoc", "--data.tokenizer", "char", "--train.sample-prompt", "字",
+      "--run-dir", "{0}/run"], "train.sample_prompt: '字' at character 0 is none of the"),
     (["train"], "no experiment file was given"),
     (["train", "nothing.py"], "nothing.py: no such experiment file"),
     (["train", "{0}/mine.py"], "nothing.txt': no such file or folder"),

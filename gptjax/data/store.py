@@ -115,15 +115,22 @@ def _key(data: Data, init: Tokenizer | None = None) -> str:
 def _tokenizer_key(data: Data, init: Tokenizer | None) -> list[object]:
     if data.tokenizer == INIT:
         assert init, "whoever opens the store knows what the run starts from"
-        content = hashlib.sha256(json.dumps([init.kind, init.description()]).encode())
-        for name, data_of_file in sorted(init.files().items()):
-            content.update(name.encode() + data_of_file)
-        return [INIT, content.hexdigest()]
+        return [INIT, _content(init)]
     if data.tokenizer == "sentencepiece":
         return [data.tokenizer, data.tokenizer_vocab_size]
     if data.tokenizer in ("byte", "char"):
         return [data.tokenizer]
+    if kept := _kept_tokenizer(data):
+        return ["kept", _content(kept)]
     return ["bpe", *(hashlib.sha256(file.read_bytes()).hexdigest() for file in bpe_files(_path(data.tokenizer)))]
+
+
+def _content(tokens: Tokenizer) -> str:
+    """A hash of all that a tokenizer is."""
+    content = hashlib.sha256(json.dumps([tokens.kind, tokens.description()]).encode())
+    for name, data_of_file in sorted(tokens.files().items()):
+        content.update(name.encode() + data_of_file)
+    return content.hexdigest()
 
 
 def _path(name: str) -> Path:
@@ -217,7 +224,14 @@ def _make_tokenizer(data: Data) -> Tokenizer:
     if data.tokenizer == "sentencepiece":
         training = (text for train, text, _ in _texts(data) if train)
         return SentencePieceTokenizer.train(training, data.tokenizer_vocab_size)
-    return BPETokenizer.from_path(_path(data.tokenizer))
+    return _kept_tokenizer(data) or BPETokenizer.from_path(_path(data.tokenizer))
+
+
+def _kept_tokenizer(data: Data) -> Tokenizer | None:
+    """That of a run folder, RUN/tokenizer, where it is of another kind than those that libraries write."""
+    folder = _path(data.tokenizer)
+    kept = tokenizer.load(folder) if (folder / tokenizer.DESCRIPTION).is_file() else None
+    return kept if kept and kept.kind != "bpe" else None
 
 
 def _texts(data: Data) -> Iterator[tuple[bool, str, bool]]:

@@ -71,7 +71,7 @@ def check(engine: Engine, requests: Sequence[Request]) -> int:
         if length + r.new_tokens > room and not rolls(engine.model):
             raise PromptError(
                 f"{length} prompt tokens and {r.new_tokens} new ones are more than the model's context of {room}; "
-                f"shorten the prompt or ask for at most {max(0, room - length)}"
+                f"shorten the prompt{f' or ask for at most {room - length}' if room > length else ''}"
             )
     return max(len(r.prompt) + r.new_tokens for r in requests)
 

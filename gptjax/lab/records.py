@@ -12,6 +12,7 @@ from gptjax.errors import GptjaxError, RunError
 from gptjax.lab.progress import state_of
 from gptjax.lab.trials import SWEEP, Trial, read_sweep
 from gptjax.training import lock
+from gptjax.training.checkpoint import listing
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run import EXPERIMENT, METRICS, PROVENANCE, RESULT, Run, open_run
 
@@ -65,7 +66,7 @@ def look(folder: Path, name: str = "") -> Record:
             return replace(blank, state="running", why=f"{who} begins here")
         run = open_run(folder)
         lines = _metrics(folder)
-        step = max((x["step"] for x in lines), default=0)
+        step = max([x["step"] for x in lines] + [c.step for c in listing(run.checkpoints)], default=0)
         provenance = run.provenance()
         seen = replace(blank, experiment=run.experiment, step=step, provenance=provenance)
         return replace(seen, **_state(run, step, who, "imported" in provenance))

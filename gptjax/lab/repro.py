@@ -48,14 +48,14 @@ class Measured:
     seen: str = ""  # what was seen besides, in a sentence or two
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """A published result and how to get it here."""
 
-    title: str  # what is claimed, in a sentence
-    citation: str  # authors, year, title, and the section, table or page with the figure
-    published: str  # the figure as it was published
-    tolerance: str  # the rule that decides, in plain words, to be fixed before the figure is known
+    title: str = ""  # what is claimed, in a sentence
+    citation: str = ""  # authors, year, title, and the section, table or page with the figure
+    published: str = ""  # the figure as it was published
+    tolerance: str = ""  # the rule that decides, in plain words, to be fixed before the figure is known
     minutes: float  # about how long it takes, on 2 CPU cores or on one GPU
     measure: Callable[[Path], Measured]  # trains and measures in a folder of its own, and goes on with what is there
     device: Literal["cpu", "gpu"] = "cpu"  # what it needs: on a CPU a claim for a GPU is not run
@@ -170,7 +170,7 @@ def _attempt(filed: Filed, folder: Path) -> Outcome:
         return filed.outcome("not run", 0, Measured("", False, seen="needs a GPU, and there is none here"))
     place = folder / filed.name
     place.mkdir(parents=True, exist_ok=True)
-    say(f"{filed.name}: {filed.claim.title} (about {filed.claim.minutes:g} minutes)")
+    say(f"{filed.name}: {filed.claim.title} (about {filed.claim.minutes:g} min)")
     measured: Measured | None = None
     verdict: Verdict
     with _clock(place) as seconds:

@@ -90,10 +90,10 @@ def trials_of(variants: Sequence[Experiment], seeds: int, folder: Path) -> list[
     return made
 
 
-def write_sweep(folder: Path, trials: Sequence[Trial], **more: Any) -> None:
-    """Keeps a sweep's trials in its folder; those that stand there stay, so that seeds and variants can be added.
+def trials_there(folder: Path, trials: Sequence[Trial]) -> dict[str, Trial]:
+    """The trials that a sweep's folder holds already, by name.
 
-    Raises `RunError` where a trial of the same name is another experiment.
+    Raises `RunError` where one of the same name as one of `trials` is another experiment.
     """
     before = {trial.name: trial for trial in read_sweep(folder)} if (folder / SWEEP).exists() else {}
     for trial in trials:
@@ -101,6 +101,15 @@ def write_sweep(folder: Path, trials: Sequence[Trial], **more: Any) -> None:
         if there and (changes := diff(there.experiment, trial.experiment)):
             told = "; ".join(f"{path}: {old!r} there, {new!r} now" for path, (old, new) in changes.items())
             raise RunError(f"{folder}: holds another sweep ({trial.name}: {told}); choose another --run-dir")
+    return before
+
+
+def write_sweep(folder: Path, trials: Sequence[Trial], **more: Any) -> None:
+    """Keeps a sweep's trials in its folder; those that stand there stay, so that seeds and variants can be added.
+
+    Raises `RunError` as `trials_there` does.
+    """
+    before = trials_there(folder, trials)
     folder.mkdir(parents=True, exist_ok=True)
     for trial in trials:
         write_durably(trial.file, trial.experiment.to_json())
@@ -113,7 +122,7 @@ def read_sweep(folder: Path) -> list[Trial]:
     """The trials of a sweep's folder. Raises `RunError` where there is none."""
     path = folder / SWEEP
     if not path.is_file():
-        raise RunError(f"{folder}: is no sweep: it holds no {SWEEP}; name a folder that gptjax sweep made")
+        raise RunError(f"{folder}: holds no {SWEEP}, so no trial of a sweep has begun there; gptjax sweep makes it")
     values = read_json(path)
     if values.get("format") != FORMAT_VERSION:
         raise RunError(f"{path}: format is {values.get('format')}; this gptjax reads {FORMAT_VERSION}")

@@ -165,7 +165,7 @@ class Fit:
                 jax.block_until_ready(metrics)
                 self.clock.pause(step)
                 self._examine(state)
-                self._report(step, metrics, written, logs)
+                self._report(step, metrics, written, logs, shows=not evaluates)
                 val_loss = self._evaluate(step, state) if evaluates else None
                 if saves or stopping or (val_loss is not None and val_loss == self.best and t.keep_best):
                     self._save(step, state, val_loss)
@@ -206,7 +206,7 @@ class Fit:
         self.log.sync()
         self.writer.save(state, self.shop.batches.place(step), val_loss)
 
-    def _report(self, step: int, metrics: Metrics, written: Figures, logs: bool) -> None:
+    def _report(self, step: int, metrics: Metrics, written: Figures, logs: bool, shows: bool) -> None:
         shown = {name: float(x) for name, x in metrics.items() if name not in HEALTH} | written
         if step == self.first + 1:
             say(f"  first step done {time.perf_counter() - self.began:.1f} s after the start; peak of the machine "
@@ -222,12 +222,13 @@ class Fit:
         if logs:
             self.log.write(step, **figures)
         self.latest |= figures
-        self._show(step)
+        if shows:
+            self._show(step)
 
     def _show(self, step: int, always: bool = False) -> None:
         if not math.isnan(self.clock.rate) and "loss" in self.latest:
             left = (self.shop.experiment.train.steps - step) / self.clock.rate
-            self.progress.show(step, self.latest | {"seconds_left": left}, always)
+            self.progress.show(step, self.latest | {"seconds_left": left, "val_step": self.evaluated}, always)
 
     def _evaluate(self, step: int, state: TrainState) -> float | None:
         """The validation loss; None where it is not finite, which is no reason to stop."""

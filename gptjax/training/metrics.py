@@ -216,9 +216,10 @@ class Progress:
         self.total, self.seconds, self.last = total, seconds, 0.0
 
     def show(self, step: int, figures: dict[str, float], always: bool = False) -> None:
-        """`figures`: loss, tokens_per_second, mfu, seconds_left; val_loss and val_accuracy once there is one."""
+        """`figures`: loss, tokens_per_second, mfu, seconds_left; once evaluated val_loss, val_step, val_accuracy."""
         val = f" | val {figures['val_loss']:.4f}" if figures.get("val_loss") is not None else ""
         val += f" ({figures['val_accuracy']:.1%} right)" if figures.get("val_accuracy") is not None else ""
+        val += f" at {figures['val_step']}" if val and figures["val_step"] != step else ""
         left = int(figures["seconds_left"])
         line = (
             f"step {step:>{len(str(self.total))}}/{self.total} | loss {figures['loss']:.4f}{val}"

@@ -20,7 +20,7 @@ from gptjax.data.objectives import Batch, extra_tokens, rows_together
 from gptjax.data.store import INIT, Store, cache_folder, find_store, open_store
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.windows import PackedStream
-from gptjax.errors import ConfigError, PromptError, RunError
+from gptjax.errors import ConfigError, DataError, PromptError, RunError
 from gptjax.inference.pretrained import Pretrained, check_tells_tokens
 from gptjax.inference.rules import Sampling
 from gptjax.model.attention import choose_kernel
@@ -212,10 +212,8 @@ def check_start(shop: Workshop, fresh: bool = True, finished: bool = False) -> N
     if shop.noise is not None:
         check_libraries()
     e, tokens = shop.experiment, shop.store.tokenizer
-    length = len(tokens.encode(e.train.sample_prompt))
-    room = e.model.context_length
-    if e.train.sample_tokens and length >= room:
-        raise ConfigError([f"train.sample_prompt: its {length} tokens leave no room in model.context_length = {room}"])
+    if e.train.sample_tokens:
+        _check_sample_prompt(e, tokens)
     if not finished:
         _check_lesson(shop)
     if shop.start is None or not fresh:
@@ -228,6 +226,15 @@ def check_start(shop: Workshop, fresh: bool = True, finished: bool = False) -> N
         )
     if differ := misfits(body(first, e), shop.abstract.params, e.model):
         raise RunError(f"init = {e.init!r}: has other weights than this model:\n  - " + "\n  - ".join(differ))
+
+
+def _check_sample_prompt(e: Experiment, tokens: Tokenizer) -> None:
+    try:
+        length = len(tokens.encode(e.train.sample_prompt))
+    except DataError as error:
+        raise ConfigError([f"train.sample_prompt: {error}; give another, or train.sample_tokens = 0"]) from None
+    if length >= (room := e.model.context_length):
+        raise ConfigError([f"train.sample_prompt: its {length} tokens leave no room in model.context_length = {room}"])
 
 
 def _check_lesson(shop: Workshop) -> None:

@@ -49,7 +49,7 @@ def sweep(arguments: list[str]) -> None:
     from gptjax.lab.local import Local, gpus
     from gptjax.lab.search import Searched
     from gptjax.lab.sweep import Fixed, train_missing
-    from gptjax.lab.trials import read_sweep, trials_of, write_sweep
+    from gptjax.lab.trials import read_sweep, trials_of, trials_there, write_sweep
 
     jax.config.update("jax_platforms", "cpu")  # of this process: the trials are to have the GPUs
     folder = options.run_dir or runs_folder(options.file)
@@ -65,6 +65,7 @@ def sweep(arguments: list[str]) -> None:
     else:
         trials = trials_of([e.override(changes) for e in load_sweep(options.file)], options.seeds, folder)
         if options.list:
+            trials_there(folder, trials)  # refused where they are others
             return _list(trials, folder, workers)
         plan = Fixed(trials)
     runner = Local(workers) if here else Slurm(folder, options.slurm)

@@ -41,19 +41,22 @@ def train(arguments: list[str]) -> None:
     start_jax()
     import jax
 
+    from gptjax.durable import read_text
     from gptjax.interop.open import open_model
     from gptjax.training import train as training
     from gptjax.training.loop import say
-    from gptjax.training.run import open_run
+    from gptjax.training.run import EXPERIMENT, open_run
 
     folder = options.run_dir or Path("runs") / experiment.name
+    before = open_run(folder).result() if (folder / EXPERIMENT).exists() else None
     figures = training.train(experiment, folder, options.resume, options.allow_changes, options.from_step, open_model)
     from gptjax.lab.report import plot_loss  # only now: SciPy and matplotlib take more than half a second
 
     run = open_run(folder)
     plot = plot_loss(run) if jax.process_index() == 0 else None
     if experiment.train.sample_tokens and jax.process_count() == 1:
-        print(_final_samples(run), flush=True)
+        kept = folder / "samples.txt"  # of a run that was finished before, they stand
+        print(read_text(kept).rstrip() if kept.is_file() and figures == before else _final_samples(run), flush=True)
     val = "not finite"
     if figures["val_loss"] is not None:
         val = f"{figures['val_loss']:.4f}"

@@ -276,3 +276,15 @@ def test_chunks_of_a_text_without_line_breaks():
     assert list(store.chunks("x" * 100, 10)) == ["x" * 100]
     assert "".join(store.chunks("a\nb" * 50, 7)) == "a\nb" * 50
     assert np.all([len(c) < 20 for c in store.chunks("ab\n" * 50, 7)])
+
+
+@pytest.mark.parametrize("kind", ["char", "sentencepiece"])
+def test_the_tokenizer_of_a_run_can_be_named_by_its_folder(tmp_path, kind):
+    path = write_corpus(tmp_path)
+    first = open_store(Data(str(path), tokenizer=kind, tokenizer_vocab_size=280))
+    folder = tmp_path / "run/tokenizer"
+    folder.mkdir(parents=True)
+    first.tokenizer.save(folder)
+    again = open_store(Data(str(path), tokenizer=str(folder)))
+    assert again.tokenizer.kind == kind and again.tokenizer.pieces == first.tokenizer.pieces
+    assert (again.train[0].ids == first.train[0].ids).all()

@@ -29,6 +29,10 @@ def test_the_state_of_a_run(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     (run / "result.json").unlink()
     assert state_of(run) == ("stopped", "at step 6 of 6")
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] < 6))
+    assert state_of(run) == ("stopped", "at step 6 of 6"), "what was saved counts, too"
     with lock.hold(run):
         assert state_of(run) == ("running", "at step 6 of 6")
     assert state_of(run)[0] == "stopped" and state_of(tmp_path / "none") == ("missing", "has not begun")

@@ -110,6 +110,20 @@ def test_a_claim_that_lacks_something_is_refused_by_its_file(papers, run, change
     assert code == 2 and message in err
 
 
+def test_what_keeps_a_claim_from_being_measured_is_told_in_a_line_of_its_own(papers, run, tmp_path):
+    papers("lacks", "raise DataError('the environment variable GPTJAX_DATA is not set, and a long way to say so')")
+    code, out, err = run("lacks", "--folder", tmp_path / "out")
+    assert code == 3 and "\n  lacks: the environment variable GPTJAX_DATA is not set, and a long way to say so" in out
+    assert "0 of 1 pass, 1 not run" in err
+
+
+def test_a_claim_without_a_citation_is_told_where_to_put_it(papers, run):
+    path = papers("mine")
+    path.write_text(path.read_text().replace("citation='Someone 2020, table 1', ", ""))
+    code, _, err = run("mine")
+    assert code == 2 and "mine.py: the claim has no citation; say where" in err and "TypeError" not in err
+
+
 def test_what_is_no_claim_is_refused(papers, run):
     papers("mine")
     (repro.PAPERS / "other.py").write_text("claim = 3")

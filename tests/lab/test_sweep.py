@@ -306,6 +306,22 @@ def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
     ):
         with pytest.raises(GptjaxError, match=message):
             sweep(arguments)
+    write_sweep(
+        Path("runs/mine"),
+        trials_of([TINY.override(name="tiny-ffn=gelu", model=dict(ffn="gelu"))], 1, Path("runs/mine")),
+    )
+    with pytest.raises(GptjaxError, match=r"holds another sweep .*train.steps: \d+ there, 70 now"):
+        sweep(["mine.py", "--list", "--set", "train.steps=70"])
+    Path("search.py").write_text(
+        Path("mine.py")
+        .read_text()
+        .replace(
+            "sweep = grid(base, {'model.ffn': ['gelu', 'relu']})",
+            "from gptjax.config import Search\nsearch = Search(base, {'model.ffn': ['gelu', 'relu']})",
+        )
+    )
+    with pytest.raises(GptjaxError, match=r"defines a `search` and no `sweep`.*--search"):
+        sweep(["search.py", "--list"])
 
 
 SEARCHER = LEARNER.replace(

@@ -8,6 +8,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax import sharding
 from gptjax.data.objectives import Batch
 from gptjax.model import attention
 from gptjax.model.chunks import by_chunks, count
@@ -115,3 +116,24 @@ def test_memory_grows_linearly_with_the_context(monkeypatch, layers):
 
     short, long = needed(512), needed(2048)
     assert long < 4.4 * short, f"{short} bytes for 512 tokens, {long} for 2,048"
+
+
+@pytest.mark.parametrize("layers", ["scan", "unrolled"])
+@pytest.mark.parametrize("ffn", ["gelu", "swiglu"])
+def test_a_layer_keeps_neither_its_scores_nor_what_is_active(layers, ffn):
+    """What one layer more adds to a step's memory: its streams, and not half of its scores on top of them."""
+    width, rows, length, heads = 32, 2, 128, 4
+
+    def needed(num_layers):
+        m = tiny_model(vocab_size=32, context_length=length, embed_dim=width, num_heads=heads, ffn=ffn, layers=layers,
+                       ffn_dim=4 * width, num_layers=num_layers)  # fmt: skip
+        params = jax.eval_shape(lambda: init_params(m, jax.random.key(0)))
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        gradient = jax.jit(jax.grad(lambda p, t: token_nats(p, Batch(t, t, t), GPT(m), {})[0].sum()))
+        options = sharding.compiler_options(sharding.one_device())  # else XLA would join what is made twice
+        return gradient.lower(params, tokens).compile(options).memory_analysis().temp_size_in_bytes
+
+    added = (needed(6) - needed(2)) / 4
+    kept = (9 + 4 * (1 + (ffn == "swiglu"))) * rows * length * width * 4  # streams, norms, queries ...; gate and up
+    scores = rows * heads * length**2 * 4
+    assert added < kept + scores / 2, f"{added} bytes a layer; {kept} are streams, {scores} scores"
