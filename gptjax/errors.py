@@ -29,8 +29,8 @@ class ConfigError(GptjaxError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} in the experiment:\n" + "\n".join(f"  - {p}" for p in problems))
+        several = f"{len(problems)} problems:\n" + "\n".join(f"  - {p}" for p in problems)
+        super().__init__(problems[0] if len(problems) == 1 else several)
 
 
 class DataError(GptjaxError):

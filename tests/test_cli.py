@@ -153,7 +153,7 @@ def broken(tmp_path_factory):
     (["train", "{0}/mine.py", "--resume"], "does not exist"),
     (["train", "{0}/mine.py", "--model.num-layer", "3"], "--model.num-layers"),
     (["train", "{0}/mine.py", "--model.num-layers", "three"], "num-layers"),
-    (["train", "{0}/mine.py", "--model.num-heads", "3", "--optim.learning-rate", "-1"], "2 problems in the experiment"),
+    (["train", "{0}/mine.py", "--model.num-heads", "3", "--optim.learning-rate", "-1"], "gptjax train: 2 problems:"),
     (["train", "{0}/mine.py", "--init", "{0}", "--data.source", "pydoc", "--run-dir", "{0}/run"], "holds neither"),
     (["sample", "{0}/nowhere", "hi"], "nowhere: does not exist"),
     (["sample", "{0}", "hi"], "holds neither experiment.json"),
@@ -237,7 +237,7 @@ def test_verify_prints_one_line_a_checkpoint_and_fails_where_one_is_damaged(fini
     path.write_bytes(path.read_bytes()[:-1])
     (copy / "checkpoints" / "00000099").mkdir()
     code, out, err = gptjax("verify", copy)
-    assert code == 2 and f"DAMAGED  {path}" in out and f"1 of {len(steps)} checkpoints are damaged" in err
+    assert code == 2 and f"DAMAGED  {path}" in out and f"of {len(steps)} checkpoints 1 cannot be used" in err
     assert "not a checkpoint" in out and "00000099" in out
     assert path.exists() and (copy / "checkpoints" / "00000099").exists(), "it only reads"
     metrics = copy / "metrics.jsonl"

@@ -68,7 +68,12 @@ def trials_of(variants: Sequence[Experiment], seeds: int, folder: Path) -> list[
     for i, a in enumerate(variants):
         for b in variants[:i]:
             if not diff(a, dataclasses.replace(b, name=a.name)):
-                problems.append(f"{b.name} and {a.name}: are the same experiment; leave one of them out")
+                both = (
+                    f"{a.name}: is there twice"
+                    if a.name == b.name
+                    else f"{b.name} and {a.name}: are the same experiment"
+                )
+                problems.append(f"{both}; leave one of them out")
             elif a.name == b.name:
                 fields = ", ".join(diff(a, b))
                 problems.append(f"{a.name}: is the name of two variants that differ in {fields}; name each by its own")

@@ -39,9 +39,10 @@ def verify(arguments: list[str]) -> None:
         )
     for path, why in checkpoint.unfinished(run.checkpoints):
         print(f"not a checkpoint: {path}: {why}")
-    if damaged or not found:
-        raise RunError(f"{run.folder}: {damaged} of {len(found)} checkpoints are damaged" if found else
-                       f"{run.folder}: has no checkpoint")  # fmt: skip
+    if not found:
+        raise RunError(f"{run.folder}: has no checkpoint")
+    if damaged:
+        raise RunError(f"{run.folder}: of {len(found)} checkpoints {damaged} cannot be used")
 
 
 @dataclass(frozen=True)
