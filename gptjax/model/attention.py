@@ -11,7 +11,7 @@ from jax import Array
 
 from gptjax import config
 from gptjax.model import ops
-from gptjax.model.chunks import by_chunks, count, fits
+from gptjax.model.chunks import by_chunks, count, fits, made_again
 from gptjax.model.weights import declare
 from gptjax.sharding import constrain, devices_of_a_batch, sharing
 
@@ -164,7 +164,7 @@ class Attention(nn.Module):
     ) -> Array:
         """Attention of queries, the first of which has that number in its text.
 
-        Scores are made again for the gradient, as else they take more memory than all the rest of a layer. At most
+        Scores are made again for the gradient, as many of them take more memory than all the rest of a layer. At most
         `SCORES` of them are made at once on a device: where there are more, those of some queries after the other
         (Rabe & Staats 2021). So memory grows linearly with the length of the text.
         """
@@ -187,7 +187,8 @@ class Attention(nn.Module):
         part = (query, number, jnp.atleast_2d(sight.query_places), sight.query_segments)
         if chunks > 1:  # places are tied to queries, as else a scan over layers keeps the masks of all parts for later
             part = jax.lax.optimization_barrier(part)
-        return by_chunks(jax.checkpoint(of), part, chunks, axis=1)
+        scores = rows / devices_of_a_batch() * num_heads * length * key.shape[1]
+        return by_chunks(made_again(of, scores), part, chunks, axis=1)
 
     def bias(self, sight: ops.Sight) -> Array | None:
         """What ALiBi adds to the scores: [B or 1, N, Q, K]."""

@@ -6,6 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+KEPT = 1 << 18  # float32: 1 MB, which is quicker kept than made again
+
+
+def made_again(function: Callable[..., Any], numbers: float) -> Callable[..., Any]:
+    """The function; where it makes so many numbers on a device that are not its result, again for the gradient."""
+    return jax.checkpoint(function) if numbers > KEPT else function
+
 
 def count(size: int, each: int, most: int) -> int:
     """The fewest parts of `size` things with `each` numbers such that a part has at most `most` numbers."""

@@ -1,13 +1,13 @@
 """The feed-forward half of a block: up, activation (gated or not), down."""
 
-import jax
 from flax import linen as nn
 from jax import Array
 
 from gptjax import config
 from gptjax.model import ops
+from gptjax.model.chunks import made_again
 from gptjax.model.weights import declare
-from gptjax.sharding import constrain
+from gptjax.sharding import constrain, devices_of_a_batch
 
 
 class FFN(nn.Module):
@@ -40,5 +40,5 @@ class FFN(nn.Module):
             active = active if gate is None else active * hidden
             return ops.project(constrain(active, "batch", "ffn"), self.down, self.down_bias)
 
-        y = jax.checkpoint(out)(hidden, gate)  # what is active is made again for the gradient, and not kept
+        y = made_again(out, hidden.size / devices_of_a_batch())(hidden, gate)
         return constrain(y.reshape(x.shape), "batch", "length", "features")

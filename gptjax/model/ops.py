@@ -205,8 +205,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activate(name: str, x: Array) -> Array:
-    """An activation, taken in float32 and back in x's dtype."""
-    return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
+    """An activation, taken in float32 and back in x's dtype; made again for its gradient, so that only x is kept."""
+    return jax.checkpoint(lambda x: ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype))(x)
 
 
 def softcap(x: Array, cap: float | None) -> Array:

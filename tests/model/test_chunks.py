@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptjax import sharding
 from gptjax.data.objectives import Batch
-from gptjax.model import attention
+from gptjax.model import attention, chunks
 from gptjax.model.chunks import by_chunks, count
 from gptjax.model.gpt import GPT, init_params
 from gptjax.training import step
@@ -120,8 +120,9 @@ def test_memory_grows_linearly_with_the_context(monkeypatch, layers):
 
 @pytest.mark.parametrize("layers", ["scan", "unrolled"])
 @pytest.mark.parametrize("ffn", ["gelu", "swiglu"])
-def test_a_layer_keeps_neither_its_scores_nor_what_is_active(layers, ffn):
+def test_a_layer_keeps_neither_its_scores_nor_what_is_active(monkeypatch, layers, ffn):
     """What one layer more adds to a step's memory: its streams, and not half of its scores on top of them."""
+    monkeypatch.setattr(chunks, "KEPT", 1 << 10)
     width, rows, length, heads = 32, 2, 128, 4
 
     def needed(num_layers):

@@ -229,7 +229,7 @@ def test_a_bias_and_its_gradient_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("name", ops.ACTIVATIONS)
-def test_an_activation_is_taken_in_float32(name):
+def test_an_activation_keeps_its_input_only_and_is_taken_in_float32(name):
     x = jnp.linspace(-6, 6, 97)
     (y, backward), (expected, reference) = (jax.vjp(f, x) for f in (partial(ops.activate, name), ops.ACTIVATIONS[name]))
     np.testing.assert_array_equal(y, expected)
@@ -238,6 +238,8 @@ def test_an_activation_is_taken_in_float32(name):
     np.testing.assert_array_equal(
         ops.activate(name, narrow), ops.ACTIVATIONS[name](narrow.astype(jnp.float32)).astype(jnp.bfloat16)
     )
+    kept = [x for x in jax.tree.leaves(jax.vjp(partial(ops.activate, name), narrow)[1]) if x.size > 1]
+    assert [(x.shape, x.dtype) for x in kept] == [((97,), jnp.bfloat16)]
 
 
 def test_a_gradient_made_apart_is_the_same_gradient():
