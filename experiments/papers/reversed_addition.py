@@ -4,7 +4,7 @@ Question   how many of a million sums must a small model read to answer the othe
            from as many where the order of the digits is the other?
 Command    gptjax repro reversed_addition
            gptjax train experiments/papers/reversed_addition.py (one run with reversed answers)
-Cost       5 minutes on 2 CPU cores, 5 more for every number of sums that is not enough
+Cost       about 6 minutes on 2 CPU cores, and 6 more for every number of sums that is not enough
 Expected   with the fewest sums from which 99% of reversed answers are right, 5 points fewer of plain ones are
 Source     Lee et al. 2023, "Teaching Arithmetic to Small Transformers", section 4, figure on sample efficiency
 
@@ -66,7 +66,7 @@ def right(folder: Path, order: str, seed: int) -> float:
 
 
 def shares(folder: Path, order: str, read: int) -> list[float]:
-    """What is right after reading so many sums, by seed: of the model, and of the sums that are read."""
+    """What is right after reading so many sums, for each seed, which is that of the model and of the sums."""
     found = []
     for seed in SEEDS:
         changes = {"data.source": f"{experiment.data.source}:{seed}", "data.answer": f"{{{order}}}"}
