@@ -16,8 +16,10 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike, DTypeLike
 
-from gptjax import config
+from gptjax import config, cpu
 from gptjax.sharding import row_numbers
+
+WIDENED = 32  # multiplications for each number of the factors: with fewer, widening them costs more than it saves
 
 
 class Int8(NamedTuple):
@@ -105,7 +107,18 @@ def _narrow_product(spec: str, dtype: jnp.dtype, a: Array, b: Array) -> Array:
 
     The derivative is written out, so that its two products have narrow factors as well, and lie as they are quickest.
     """
+    if _wider_is_quicker(spec, a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _wider_is_quicker(spec: str, a: Array, b: Array) -> bool:
+    """Whether the same product, each number of the factors written as float32, which is exact, takes less time."""
+    if jax.default_backend() != "cpu" or cpu.multiplies_bfloat16():
+        return False
+    left, right, _ = re.split(",|->", spec)
+    sizes = dict(zip(left + right, a.shape + b.shape, strict=True))
+    return math.prod(sizes.values()) > WIDENED * (a.size + b.size)
 
 
 def _narrow_forward(spec: str, dtype: jnp.dtype, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -130,7 +143,8 @@ def _laid_for_cpu(spec: str, a: Array, b: Array) -> Array:
     """
     left, right, out = re.split(",|->", spec)
     summed = "".join(axis for axis in left if axis not in out)
-    if jax.default_backend() != "cpu" or left.endswith(summed) or right.endswith(summed):
+    at_its_best = left.endswith(summed) or right.endswith(summed) or _wider_is_quicker(spec, a, b)
+    if jax.default_backend() != "cpu" or at_its_best:
         return _narrow_product(spec, a.dtype, a, b)
     if a.size > b.size:
         (left, a), (right, b) = (right, b), (left, a)
