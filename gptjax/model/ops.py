@@ -79,18 +79,18 @@ def project(x: Array, weight: Matrix, bias: Array | None = None, num_inputs: int
     if isinstance(weight, LowRank):
         learnt = project(project(x, weight.down, None, num_inputs), weight.up)
         return project(x, weight.weight, None, num_inputs) + weight.scale * learnt
-    if isinstance(weight, Array):
-        free, contracted, outputs = "abcd"[: x.ndim - num_inputs], "xy"[:num_inputs], "pqr"[: weight.ndim - num_inputs]
-        return product(f"{free}{contracted},{contracted}{outputs}->{free}{outputs}", x, weight)
     rows = x.reshape(-1, math.prod(x.shape[x.ndim - num_inputs :]))  # plain products of plain matrices, without copies
     if isinstance(weight, Int8):
         out = weight.scale.shape
         values, scale = _to_int8(rows.astype(jnp.float32))
         sums = jnp.einsum("rd,ed->re", values, weight.values, preferred_element_type=jnp.int32)
         y = (sums * scale[:, None] * weight.scale.reshape(-1)).astype(x.dtype)
-    else:
+    elif isinstance(weight, Turned):
         out = weight.values.shape[: weight.values.ndim - num_inputs]
         y = product("rd,ed->re", rows, weight.values.reshape(-1, rows.shape[1]))
+    else:
+        out = weight.shape[num_inputs:]
+        y = product("rd,de->re", rows, weight.reshape(rows.shape[1], -1))
     return y.reshape(*x.shape[: x.ndim - num_inputs], *out)
 
 
@@ -165,11 +165,12 @@ def apart(x: Array) -> Array:
     return x
 
 
-def _apart_backward(_: None, gradient: Array) -> tuple[Array]:
-    return (jax.lax.optimization_barrier(gradient) if jax.default_backend() == "cpu" else gradient,)
+apart.defvjp(lambda x: (x, None), lambda _, gradient: (_held(gradient),))
 
 
-apart.defvjp(lambda x: (x, None), _apart_backward)
+def _held(x: Array) -> Array:
+    """x itself, which on a CPU is made once, and not worked into all that it is needed for."""
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def look_up(table: Array | Int8 | LowRank, ids: Array) -> Array:
@@ -196,16 +197,57 @@ def logits(x: Array, table: Array | Int8 | LowRank, head: Array | Int8 | Turned 
 
 def layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
     """Zero mean and unit variance over the last axis, then scaled and shifted (Ba et al. 2016). Keeps x's dtype."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon) * scale
-    return (y if bias is None else y + bias).astype(x.dtype)
+    return _norm(epsilon, True, x, scale, bias)
 
 
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """Unit root mean square over the last axis, then scaled (Zhang & Sennrich 2019). Keeps x's dtype."""
+    return _norm(epsilon, False, x, scale, None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _norm(epsilon: float, centred: bool, x: Array, scale: Array, bias: Array | None) -> Array:
+    """Keeps two numbers a row beside x for the gradient: what is as large as x is made again where it is needed."""
+    return _norm_forward(epsilon, centred, x, scale, bias)[0]
+
+
+class _Norm(NamedTuple):
+    """What the gradient of a norm is made of."""
+
+    x: Array
+    mean: Array | None
+    rate: Array  # 1 / the root of the variance, or of the mean square
+    scale: Array
+    bias: Array | None
+
+    def normal(self) -> Array:
+        """x before it is scaled and shifted: float32."""
+        y = self.x.astype(jnp.float32)
+        return (y if self.mean is None else y - self.mean) * self.rate
+
+
+def _norm_forward(
+    epsilon: float, centred: bool, x: Array, scale: Array, bias: Array | None
+) -> tuple[Array, _Norm]:
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon) * scale).astype(x.dtype)
+    mean = _held(y.mean(-1, keepdims=True)) if centred else None
+    variance = jnp.square(y if mean is None else y - mean).mean(-1, keepdims=True)
+    kept = _Norm(x, mean, _held(jax.lax.rsqrt(variance + epsilon)), scale, bias)
+    y = kept.normal() * scale
+    return (y if bias is None else y + bias).astype(x.dtype), kept
+
+
+def _norm_backward(epsilon: float, centred: bool, kept: _Norm, dy: Array) -> tuple[Array, Array, Array | None]:
+    dy, normal, rows = dy.astype(jnp.float32), kept.normal(), tuple(range(dy.ndim - 1))
+    pull = dy * kept.scale
+    dx = pull - normal * _held((pull * normal).mean(-1, keepdims=True))
+    dx = kept.rate * (dx - _held(pull.mean(-1, keepdims=True)) if centred else dx)
+    d_scale = (dy * normal).sum(rows).astype(kept.scale.dtype)
+    d_bias = None if kept.bias is None else dy.sum(rows).astype(kept.bias.dtype)
+    return dx.astype(kept.x.dtype), d_scale, d_bias
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
