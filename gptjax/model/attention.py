@@ -1,6 +1,5 @@
 """Self-attention: MHA, GQA and MQA, every kind of position, window and mask; trained whole or decoded with a cache."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -173,12 +172,14 @@ class Attention(nn.Module):
         def of(part: tuple[Array, Array, Array, Array | None]) -> Array:
             query, number, places, segments = part
             sees = sight._replace(query_places=places, query_segments=segments)
-            dropout: Callable[[Array], Array] | None = None
+            factors = None
             if dropout_key is not None:
                 own = jax.random.fold_in(dropout_key, number[0, 0])
-                dropout = partial(ops.dropout, key=own, rate=m.dropout)
+                weights = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+                factors = ops.dropout(jnp.ones(weights), own, m.dropout)
             mask, bias = ops.visible(sees, m.causal, m.window), self.bias(sees)
-            return ops.attention(query, key, value, mask=mask, bias=bias, cap=m.attention_softcap, dropout=dropout)
+            given = dict(mask=mask, bias=bias, cap=m.attention_softcap, factors=factors)
+            return ops.attention(query, key, value, **given)
 
         rows, length, num_heads, _ = query.shape
         at_once = rows / devices_of_a_batch() if dropout_key is None else DROPPED_ROWS

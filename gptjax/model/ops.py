@@ -405,30 +405,95 @@ def attention(
     mask: Array | None,
     bias: Array | None = None,
     cap: float | None = None,
-    dropout: Callable[[Array], Array] | None = None,
+    factors: Array | None = None,
 ) -> Array:
     """Softmax attention; query [B, Q, N, H], key and value [B, K, M, H] -> [B, Q, N, H] in the query's dtype.
 
     M divides N: head n reads key/value head n // (N / M). `mask` is true where a key is seen, [B or 1, 1, Q, K]; a
-    query that sees no key gets the mean of the values. `bias` [B or 1, N, Q, K] is added to the scores, `dropout` acts
-    on the weights.
+    query that sees no key gets the mean of the values. `bias` [B or 1, N, Q, K] is added to the scores, and the weights
+    are multiplied by `factors` [B, N, Q, K] (dropout); neither has a gradient.
     """
-    batch, length, num_heads, head_dim = query.shape
-    num_kv_heads, group = key.shape[2], num_heads // key.shape[2]
-    # The queries that share a key head are rows of one matrix, so that every product is a plain batched one.
-    rows = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, group, head_dim)
-    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, group * length, head_dim)
-    scores = product("bmrh,bmkh->bmrk", rows, key.swapaxes(1, 2), jnp.float32)
-    scores = softcap(scores, cap).reshape(batch, num_heads, length, -1)
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, -1)
-    weights = (dropout(weights) if dropout else weights).astype(value.dtype)
-    weights = weights.reshape(batch, num_kv_heads, group * length, -1)
-    mixed = product("bmrk,bmkh->bmrh", weights, value.swapaxes(1, 2))
-    return mixed.reshape(batch, num_heads, length, head_dim).swapaxes(1, 2)
+    return _attend(cap, query, key, value, _Seen(mask, bias, factors))
+
+
+class _Seen(NamedTuple):
+    """What `attention` is told of the keys that a query sees."""
+
+    mask: Array | None
+    bias: Array | None
+    factors: Array | None
+
+    def shown(self, scores: Array) -> Array:
+        """Those that count among the scores [B, N, Q, K]."""
+        scores = scores if self.bias is None else scores + self.bias
+        return scores if self.mask is None else jnp.where(self.mask, scores, jnp.finfo(jnp.float32).min)
+
+    def weighed(self, weights: Array) -> Array:
+        """The weights [B, N, Q, K], or a gradient of theirs, with what dropout does to them."""
+        return weights if self.factors is None else weights * self.factors
+
+
+class _Attended(NamedTuple):
+    """What the gradient of attention is made of."""
+
+    query: Array
+    key: Array
+    value: Array
+    seen: _Seen
+    weights: Array  # e^(score - largest score of the row), [B, N, Q, K]
+    total: Array  # their sum, [B, N, Q, 1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(cap: float | None, query: Array, key: Array, value: Array, seen: _Seen) -> Array:
+    """The weights are divided by their sum after the product with the values, which has fewer numbers than they are.
+
+    So are their gradients, as in FlashAttention (Dao et al. 2022): half the passes over [B, N, Q, K].
+    """
+    return _attend_forward(cap, query, key, value, seen)[0]
+
+
+def _attend_forward(
+    cap: float | None, query: Array, key: Array, value: Array, seen: _Seen
+) -> tuple[Array, _Attended]:
+    scores = seen.shown(_scores(cap, query, key))
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    mixed = _mix(seen.weighed(weights).astype(value.dtype), value) / total
+    return mixed.astype(query.dtype).swapaxes(1, 2), _Attended(query, key, value, seen, weights, total)
+
+
+def _attend_backward(cap: float | None, kept: _Attended, d_mixed: Array) -> tuple[Array | None, ...]:
+    query, key, value, seen, weights, total = kept
+    _, to_weights = jax.vjp(_mix, seen.weighed(weights).astype(value.dtype), value)
+    d_weights, d_value = to_weights(d_mixed.swapaxes(1, 2).astype(jnp.float32) / total)
+    d_weights = seen.weighed(d_weights.astype(jnp.float32))
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True) / total)
+    if seen.mask is not None:
+        d_scores = jnp.where(seen.mask, d_scores, 0)
+    _, to_factors = jax.vjp(partial(_scores, cap), query, key)
+    return *to_factors(d_scores), d_value, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(cap: float | None, query: Array, key: Array) -> Array:
+    """[B, Q, N, H] with [B, K, M, H] -> float32 [B, N, Q, K].
+
+    The queries that share a key head are rows of one matrix, so that every product is a plain batched one.
+    """
+    query, key = (query * query.shape[-1] ** -0.5).swapaxes(1, 2), key.swapaxes(1, 2)
+    rows = query.reshape(*key.shape[:2], -1, query.shape[-1])
+    scores = product("bmrh,bmkh->bmrk", rows, key, jnp.float32)
+    return softcap(scores, cap).reshape(*query.shape[:3], -1)
+
+
+def _mix(weights: Array, value: Array) -> Array:
+    """[B, N, Q, K] with [B, K, M, H] -> float32 [B, N, Q, H]."""
+    value = value.swapaxes(1, 2)
+    rows = weights.reshape(*value.shape[:2], -1, weights.shape[-1])
+    return product("bmrk,bmkh->bmrh", rows, value, jnp.float32).reshape(*weights.shape[:3], -1)
 
 
 def cross_entropy(logits: Array, targets: ArrayLike) -> tuple[Array, Array]:
