@@ -29,7 +29,7 @@ def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
     o, learnt = experiment.optim, trained(experiment)
     axes = pick(weight_axes(experiment.model), learnt)
     clipped = o.noise_multiplier is not None  # already, window by window
-    parts = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm and not clipped else []
+    parts = [clip(o.clip_norm)] if o.clip_norm and not clipped else []
     wider = experiment.model.times_wider if experiment.model.mup_width else None
     parts.append(_update_rule(o, make_schedule(o, experiment.train.steps), axes, wider))
     if o.layer_decay != 1:
@@ -84,6 +84,19 @@ def only(inner: optax.GradientTransformation, learnt: Tree) -> optax.GradientTra
         return jax.tree.map(lambda u, m: jnp.zeros_like(u) if m is None else m, updates, moved), state
 
     return optax.GradientTransformation(lambda params: inner.init(pick(params, learnt)), update)
+
+
+def clip(norm: float) -> optax.GradientTransformation:
+    """Gradients with a global norm of at most `norm`, all times one factor (Pascanu et al. 2013).
+
+    optax divides every number by the norm, which makes XLA write a second copy of the gradients.
+    """
+
+    def scaled(updates: Tree) -> Tree:
+        factor = norm / jnp.maximum(optax.tree.norm(updates), norm)
+        return jax.tree.map(lambda x: x * factor, updates)
+
+    return optax.stateless(lambda updates, _: scaled(updates))
 
 
 def scale_layers(decay: float, axes: Tree, num_layers: int) -> optax.GradientTransformation:
