@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-COMPILED, LONG = "/jax/core/compile/backend_compile_duration", 0.5  # what JAX tells of a program; seconds
+COMPILED, LONG = "/jax/core/compile/backend_compile_duration", 0.1  # or loaded from the cache; seconds
 
 
 def use_cores() -> None:
@@ -26,7 +26,7 @@ def use_cores() -> None:
 
 @functools.cache
 def release_after_compiling() -> None:
-    """From now on the memory that compiling a large program took is released before the program runs.
+    """From now on the memory that making a large program took is released before the program runs.
 
     glibc would keep it: 200 to 250 MB for a training step. Other C libraries are left alone.
     """
