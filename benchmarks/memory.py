@@ -4,8 +4,8 @@
 
 Each trains in a process of its own. The peak is that of the whole process after three steps, libraries and compiler
 included; "above the import" is that less what the process had when everything was imported. Who compiles, gptjax and
-compiled PyTorch, trains twice: the first run fills an empty cache of compiled programs, and the second finds them in it,
-as every later run of an experiment does. A ratio above 1 means that gptjax takes less.
+compiled PyTorch, trains twice: the first run fills an empty cache of compiled programs, and the second finds them
+there, as every later run of an experiment does. A ratio above 1 means that gptjax takes less.
 """
 
 import argparse

@@ -31,6 +31,22 @@ def test_a_container_that_may_use_less_has_fewer_cores_and_less_memory(monkeypat
     assert (cpu.cores(), cpu.memory()) == (1, 1_000_000)
 
 
+@pytest.mark.parametrize(
+    "processor, quick",
+    [
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512_bf16\n", False),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512_bf16\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n", False),
+        ("Features\t: fp asimd bf16\n", True),
+        ("", True),
+    ],
+)
+def test_a_processor_tells_whether_it_multiplies_bfloat16(monkeypatch, processor, quick):
+    monkeypatch.setattr(cpu, "_processor", lambda: processor)
+    assert cpu.multiplies_bfloat16.__wrapped__() is quick
+
+
 def test_devices_that_are_no_cores_share_the_weights():
     assert jax.device_count() == sharding.num_devices() == 8
     assert sharding.make_mesh(Mesh(model=2), 8, 1000).shape == {"cores": 1, "data": 4, "model": 2}

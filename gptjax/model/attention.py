@@ -1,6 +1,5 @@
 """Self-attention: MHA, GQA and MQA, every kind of position, window and mask; trained whole or decoded with a cache."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -178,8 +177,8 @@ class Attention(nn.Module):
                 weights = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
                 factors = ops.dropout(jnp.ones(weights), own, m.dropout)
             mask, bias = ops.visible(sees, m.causal, m.window), self.bias(sees)
-            given = dict(mask=mask, bias=bias, cap=m.attention_softcap, factors=factors)
-            return ops.attention(query, key, value, **given)
+            cap = m.attention_softcap
+            return ops.attention(query, key, value, mask=mask, bias=bias, cap=cap, factors=factors)
 
         rows, length, num_heads, _ = query.shape
         at_once = rows / devices_of_a_batch() if dropout_key is None else DROPPED_ROWS

@@ -226,9 +226,7 @@ class _Norm(NamedTuple):
         return (y if self.mean is None else y - self.mean) * self.rate
 
 
-def _norm_forward(
-    epsilon: float, centred: bool, x: Array, scale: Array, bias: Array | None
-) -> tuple[Array, _Norm]:
+def _norm_forward(epsilon: float, centred: bool, x: Array, scale: Array, bias: Array | None) -> tuple[Array, _Norm]:
     y = x.astype(jnp.float32)
     mean = _held(y.mean(-1, keepdims=True)) if centred else None
     variance = jnp.square(y if mean is None else y - mean).mean(-1, keepdims=True)
@@ -453,9 +451,7 @@ def _attend(cap: float | None, query: Array, key: Array, value: Array, seen: _Se
     return _attend_forward(cap, query, key, value, seen)[0]
 
 
-def _attend_forward(
-    cap: float | None, query: Array, key: Array, value: Array, seen: _Seen
-) -> tuple[Array, _Attended]:
+def _attend_forward(cap: float | None, query: Array, key: Array, value: Array, seen: _Seen) -> tuple[Array, _Attended]:
     scores = seen.shown(_scores(cap, query, key))
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)

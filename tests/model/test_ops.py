@@ -3,6 +3,7 @@
 import math
 import re
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax import cpu
 from gptjax.model import ops
 
 
-def numpy_attention(query, key, value, causal, window, segments, slopes, cap):
+def numpy_attention(query, key, value, causal, window, segments, slopes, cap, factors):
     """Attention one query and one key at a time, in float64."""
     batch, length, heads, width = query.shape
     group = heads // key.shape[2]
@@ -34,8 +36,22 @@ def numpy_attention(query, key, value, causal, window, segments, slopes, cap):
                     hidden = hidden or (segments is not None and segments[b, i] != segments[b, j])
                     scores.append(-math.inf if hidden else score)
                 weights = np.exp(np.array(scores) - max(scores))
-                out[b, i, n] = (weights / weights.sum()) @ value[b, :, n // group]
+                out[b, i, n] = (weights / weights.sum() * factors[b, n, i]) @ value[b, :, n // group]
     return out
+
+
+def slope(function, inputs, directions, cotangent):
+    """How fast `(function(inputs) * cotangent).sum()` grows in float64 as the inputs move in these directions."""
+    step = 1e-6
+    ends = [function(*(x + s * d for x, d in zip(inputs, directions, strict=True))) for s in (step, -step)]
+    return ((ends[0] - ends[1]) * cotangent).sum() / (2 * step)
+
+
+def slope_by_gradient(function, inputs, directions, cotangent):
+    """The same from the gradients of `function` in float32."""
+    _, backward = jax.vjp(function, *(jnp.asarray(x, jnp.float32) for x in inputs))
+    gradients = backward(jnp.asarray(cotangent, jnp.float32))
+    return sum((np.asarray(g, np.float64) * d).sum() for g, d in zip(gradients, directions, strict=True))
 
 
 @settings(max_examples=20, deadline=None)
@@ -47,23 +63,43 @@ def numpy_attention(query, key, value, causal, window, segments, slopes, cap):
     documents=st.booleans(),
     alibi=st.booleans(),
     cap=st.none() | st.floats(0.5, 50),
+    dropout=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_attention_is_the_float64_loop(kv_heads, group, causal, window, documents, alibi, cap, seed):
+def test_attention_and_its_gradients_are_the_float64_loop(
+    kv_heads, group, causal, window, documents, alibi, cap, dropout, seed
+):
     rng = np.random.default_rng(seed)
     heads = kv_heads * group
     query = rng.normal(size=(2, 5, heads, 4))
     key, value = rng.normal(size=(2, 2, 5, kv_heads, 4))
     segments = np.sort(rng.integers(0, 3, (2, 5)), 1) if documents else None
     slopes = np.array(ops.alibi_slopes(heads), np.float64) if alibi else None
-    expected = numpy_attention(query, key, value, causal, window, segments, slopes, cap)
+    factors = rng.integers(0, 2, (2, heads, 5, 5)) * 2.0 if dropout else np.ones((2, heads, 5, 5))
+    rules = dict(causal=causal, window=window, segments=segments, slopes=slopes, cap=cap, factors=factors)
+    reference = partial(numpy_attention, **rules)
 
     places = jnp.arange(5)
     segments = None if segments is None else jnp.array(segments)
     mask = ops.visible(ops.Sight(places, places, segments, segments), causal, window)
     bias = None if slopes is None else -jnp.array(slopes)[:, None, None] * abs(places[:, None] - places)
-    out = ops.attention(*(jnp.array(x, jnp.float32) for x in (query, key, value)), mask=mask, bias=bias, cap=cap)
-    np.testing.assert_allclose(out, expected, atol=2e-6)
+    dropped = jnp.asarray(factors, jnp.float32) if dropout else None
+    ours = partial(ops.attention, mask=mask, bias=bias, cap=cap, factors=dropped)
+    inputs = (query, key, value)
+    np.testing.assert_allclose(ours(*(jnp.array(x, jnp.float32) for x in inputs)), reference(*inputs), atol=4e-6)
+    directions, cotangent = [rng.normal(size=x.shape) for x in inputs], rng.normal(size=query.shape)
+    expected = slope(reference, inputs, directions, cotangent)
+    assert slope_by_gradient(ours, inputs, directions, cotangent) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_query_that_sees_no_key_gets_the_mean_and_does_not_move_the_scores():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
+    mask = jnp.ones((1, 1, 4, 4), bool).at[0, 0, 2].set(False)
+    out, backward = jax.vjp(lambda *x: ops.attention(*x, mask=mask)[:, 2], query, key, value)
+    np.testing.assert_allclose(out, value.mean(1), atol=1e-6)
+    d_query, d_key, d_value = backward(jnp.ones_like(out))
+    assert not d_query.any() and not d_key.any()
+    np.testing.assert_allclose(d_value, jnp.full_like(value, 1 / 4), rtol=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
@@ -144,15 +180,33 @@ def test_alibi_slopes_are_the_papers():
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100))
-def test_norms_are_the_float64_formulas(seed, scale):
+def test_norms_and_their_gradients_are_the_float64_formulas(seed, scale):
+    def layer_norm(x, gain, shift):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gain + shift
+
+    def rms_norm(x, gain):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
+
     rng = np.random.default_rng(seed)
-    x, gain, shift = rng.normal(1, scale, (3, 7)), rng.normal(size=7), rng.normal(size=7)
-    centred = x - x.mean(-1, keepdims=True)
-    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gain + shift
-    args = [jnp.array(v, jnp.float32) for v in (x, gain, shift)]
-    np.testing.assert_allclose(ops.layer_norm(*args, 1e-5), expected, rtol=2e-4, atol=2e-4)
-    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
-    np.testing.assert_allclose(ops.rms_norm(args[0], args[1], 1e-5), expected, rtol=1e-5, atol=1e-5)
+    inputs = rng.normal(1, scale, (3, 7)), rng.normal(size=7), rng.normal(size=7)
+    directions, cotangent = (scale * rng.normal(size=(3, 7)), *rng.normal(size=(2, 7))), rng.normal(size=(3, 7))
+    for ours, reference, count, atol in [
+        (partial(ops.layer_norm, epsilon=1e-5), layer_norm, 3, 2e-4),
+        (partial(ops.rms_norm, epsilon=1e-5), rms_norm, 2, 1e-5),
+    ]:
+        x, along = inputs[:count], directions[:count]
+        y = ours(*(jnp.asarray(v, jnp.float32) for v in x))
+        np.testing.assert_allclose(y, reference(*x), rtol=2e-4, atol=atol)
+        expected = slope(reference, x, along, cotangent)
+        assert slope_by_gradient(ours, x, along, cotangent) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_norm_keeps_its_input_and_two_numbers_a_row():
+    x, scale = jnp.ones((5, 64), jnp.bfloat16), jnp.ones(64)
+    _, backward = jax.vjp(lambda x: ops.layer_norm(x, scale, None, 1e-5), x)
+    kept = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(backward) if x.ndim > 1)
+    assert kept == [((5, 1), "float32"), ((5, 1), "float32"), ((5, 64), "bfloat16")]
 
 
 def test_activations_are_their_formulas():
@@ -200,14 +254,17 @@ def test_softcap_bounds_and_leaves_small_values():
     ),
     sizes=st.dictionaries(st.sampled_from("abxypqmrkh"), st.integers(1, 7), min_size=10),
     wide=st.booleans(),
+    quick=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_a_narrow_product_and_its_gradients_are_those_in_float64(spec, sizes, wide, seed):
+@mock.patch.object(ops, "WIDENED", 0)
+def test_a_narrow_product_and_its_gradients_are_those_in_float64(spec, sizes, wide, quick, seed):
     rng, (left, right, out) = np.random.default_rng(seed), re.split(",|->", spec)
     draw = lambda axes: jnp.asarray(rng.normal(size=[sizes[axis] for axis in axes]), jnp.bfloat16)  # noqa: E731
     a, b, dy = draw(left), draw(right), draw(out)
-    y, backward = jax.vjp(lambda a, b: ops.product(spec, a, b, jnp.float32 if wide else None), a, b)
-    da, db = backward(dy.astype(y.dtype))
+    with mock.patch.object(cpu, "multiplies_bfloat16", lambda: quick):  # else in float32, which changes no product
+        y, backward = jax.vjp(lambda a, b: ops.product(spec, a, b, jnp.float32 if wide else None), a, b)
+        da, db = backward(dy.astype(y.dtype))
     assert y.dtype == (jnp.float32 if wide else jnp.bfloat16) and da.dtype == db.dtype == jnp.bfloat16
     a, b, dy = (np.asarray(x, np.float64) for x in (a, b, dy))
     for got, rule, one, other in [
