@@ -122,13 +122,14 @@ def test_a_diagnosis_names_the_module_and_the_layer(tmp_path, where):
 
 
 def test_a_gradient_alone_that_is_not_finite_is_named(tmp_path):
-    """The RMS norm of queries that are exactly 0 is 0, which is finite; with a tiny epsilon its gradient is inf x 0."""
+    """Queries that are exactly 0 stay so in their norm, however they are scaled, but their gradient is too large."""
     e = tiny_run(tmp_path, **{"model.qk_norm": True, "model.norm_epsilon": 1e-36})
     shop = prepare(e, one_device())
     with jax.set_mesh(shop.mesh):
         state = create_state(shop.experiment, shop.tx, shop.abstract)
         blocks = state.params["blocks"]
-        attention = blocks["attention"] | {"query": blocks["attention"]["query"].at[1].set(0.0)}
+        query, scale = blocks["attention"]["query"].at[1].set(0.0), blocks["attention"]["query_scale"].at[1].set(1e30)
+        attention = blocks["attention"] | {"query": query, "query_scale": scale}
         state = state._replace(params=state.params | {"blocks": blocks | {"attention": attention}})
         found = diagnose(shop, state, 0)
     assert np.isfinite(found.loss) and found.forward is None and not found.samples
