@@ -92,11 +92,11 @@ def clip(norm: float) -> optax.GradientTransformation:
     optax divides every number by the norm, which makes XLA write a second copy of the gradients.
     """
 
-    def scaled(updates: Tree) -> Tree:
+    def scaled(updates: Tree, _: Tree) -> Tree:
         factor = norm / jnp.maximum(optax.tree.norm(updates), norm)
         return jax.tree.map(lambda x: x * factor, updates)
 
-    return optax.stateless(lambda updates, _: scaled(updates))
+    return optax.stateless(scaled)
 
 
 def scale_layers(decay: float, axes: Tree, num_layers: int) -> optax.GradientTransformation:
