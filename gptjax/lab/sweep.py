@@ -75,6 +75,7 @@ def train_missing(plan: Plan, runner: Runner, show: Show) -> dict[str, State]:
     tried: set[str] = set()
     states: dict[str, State] = {}
     by_name: dict[str, Trial] = {}
+    told = 0  # of the requests to stop, those that the jobs know of
     with _stop_requests() as asked:
         jobs |= runner.adopt(plan.trials(states))
         while True:
@@ -82,8 +83,8 @@ def train_missing(plan: Plan, runner: Runner, show: Show) -> dict[str, State]:
                 del jobs[name]
             if asked and not jobs:
                 still = [name for name, s in states.items() if not s.over and not state_of(by_name[name]).over]
-                told = f"; trained by other processes still: {', '.join(still)}" if still else ""
-                raise Interrupted(f"{asked[0]}: every trial of this command is saved; the same command goes on{told}")
+                others = f"; trained by other processes still: {', '.join(still)}" if still else ""
+                raise Interrupted(f"{asked[0]}: every trial of this command is saved; the same command goes on{others}")
             before, trials = states, plan.trials(states)
             by_name = {trial.name: trial for trial in trials}
             states = {trial.name: _look(trial, before.get(trial.name), trial.name in jobs) for trial in trials}
@@ -101,7 +102,7 @@ def train_missing(plan: Plan, runner: Runner, show: Show) -> dict[str, State]:
             over = (s.done or name in given_up or (s.over and name in tried) for name, s in states.items())
             if not jobs and not asked and all(over) and len(plan.trials(states)) == len(trials):
                 return states
-            _wait(asked, jobs)
+            told = _wait(asked, told, jobs)
 
 
 def _look(trial: Trial, before: State | None, ours: bool) -> State:
@@ -112,15 +113,18 @@ def _status(state: State | None) -> str | None:
     return state.status if state else None
 
 
-def _wait(asked: list[str], jobs: Mapping[str, Job]) -> None:
-    """Passes some time; of a request to stop that comes meanwhile all jobs are told."""
-    told = len(asked)
+def _wait(asked: list[str], told: int, jobs: Mapping[str, Job]) -> int:
+    """Passes some time, and passes requests to stop on to all jobs; returns how many of them the jobs know of now.
+
+    A request may have come before this waits: while a cluster was asked for its queue, say.
+    """
     until = time.monotonic() + LOOK_SECONDS
     while time.monotonic() < until and len(asked) == told:
         time.sleep(0.05)
-    if len(asked) > told:
+    if (now := len(asked)) > told:
         for job in jobs.values():
-            job.stop() if len(asked) == 1 else job.kill()
+            job.stop() if now == 1 else job.kill()
+    return now
 
 
 @contextlib.contextmanager

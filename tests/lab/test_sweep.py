@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from processes import QUICK, ROOT
 
 from gptjax.config import Between, Experiment, Search, grid, zip_
-from gptjax.errors import ConfigError, GptjaxError, RunError
+from gptjax.errors import ConfigError, GptjaxError, Interrupted, RunError
 from gptjax.lab import local
 from gptjax.lab.comparison import compare
 from gptjax.lab.live import Progress
@@ -202,6 +202,20 @@ def test_ctrl_c_saves_every_trial_and_the_same_command_goes_on(tmp_path, learner
     for trial in trials:
         steps = [json.loads(line)["step"] for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 401)), "nothing is made twice"
+
+
+def test_a_request_to_stop_is_passed_on_whenever_it_comes(tmp_path, learner):
+    trials, asked = made(tmp_path / "s", seeds=1, steps=4000), []
+
+    def show(trials, states, changed) -> None:
+        if not asked and all(s.step > 3 for s in states.values()):
+            asked.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # while the table is drawn, not in the pause between two looks
+
+    with pytest.raises(Interrupted, match="every trial of this command is saved"):
+        train_missing(Fixed(trials), Local(2), show)
+    assert all(3 < state_of(t).step < 4000 for t in trials)
+    assert not any(holder(t.folder) for t in trials)
 
 
 def test_after_kill_9_the_same_command_waits_for_what_still_runs_and_runs_nothing_twice(tmp_path, learner):
