@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from gptjax.config import Experiment
@@ -34,6 +35,7 @@ class State:
     step: int = 0  # the last that it told of
     loss: float | None = None  # of training, there
     val_loss: float | None = None  # the last
+    tokens_per_second: float | None = None  # the last, of a trial under way
     why: str = ""  # it failed, or who runs it
     seconds: float | None = None  # that it took, once it is done
     memory_bytes: int | None = None  # most that it used
@@ -71,33 +73,34 @@ def state_of(trial: Trial, ours: bool = False) -> State:
     if result.exists() and not ours:
         r = read_json(result)
         whole = max(r.get("seconds") or 0.0, noted(trial).get("seconds") or 0.0)  # with the start of the process
-        return State("done", r["steps"], None, r.get("val_loss"), "", whole, r.get("memory_bytes"))
-    step, loss, val_loss = _told(trial.folder)
+        return State("done", r["steps"], val_loss=r.get("val_loss"), seconds=whole, memory_bytes=r.get("memory_bytes"))
+    told = _told(trial.folder)
     who, last = lock.holder(trial.folder), noted(trial)
     if ours or who:
         queued = last.get("event") == "submitted" and not who
-        return State("waiting" if queued else "running", step, loss, val_loss, "" if ours or not who else who)
+        return State("waiting" if queued else "running", why="" if ours or not who else who, **told)
     if last.get("event") == "cancelled":
-        return State("cancelled", step, loss, val_loss, last["why"])
+        return State("cancelled", why=last["why"], **told)
     if last.get("event") == "ended" and last["code"] > 0 and last["code"] != EXIT_INTERRUPTED:
-        return State("failed", step, loss, val_loss, last.get("why") or f"exit code {last['code']}")
-    return State("stopped" if trial.folder.exists() else "new", step, loss, val_loss)
+        return State("failed", why=last.get("why") or f"exit code {last['code']}", **told)
+    return State("stopped" if trial.folder.exists() else "new", **told)
 
 
-def _told(folder: Path) -> tuple[int, float | None, float | None]:
-    """The last step in a run's metrics.jsonl, the last training loss and the last validation loss."""
-    step, loss, val_loss = 0, None, None
+def _told(folder: Path) -> dict[str, Any]:
+    """What a run's metrics.jsonl says last of its step, its training and validation loss and its speed."""
+    told: dict[str, Any] = {}
     try:
         with (folder / METRICS).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - LOOKED_AT))
             lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
-        return step, loss, val_loss
+        return told
     for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # cut off, or being written
             values = json.loads(line)
-            step, loss, val_loss = values["step"], values.get("loss", loss), values.get("val_loss", val_loss)
-    return step, loss, val_loss
+            told |= {"step": values["step"]}
+            told |= {name: values[name] for name in ("loss", "val_loss", "tokens_per_second") if name in values}
+    return told
 
 
 def last_lines(trial: Trial) -> list[str]:
@@ -138,14 +141,20 @@ def memory_needed(e: Experiment, cores: int = 1) -> float:
 
 
 def seconds_needed(trials: Sequence[Trial], states: Mapping[str, State], peak: float | None) -> dict[str, float]:
-    """What each trial still takes, from those that are done, by FLOPs; else from the machine's peak in FLOP/s.
+    """What each trial still takes: at its own speed where it is under way, else by FLOPs, at the speed of others.
 
-    Empty where neither is known.
+    Of those that are done; where none is, of those under way; else at a share of the machine's peak in FLOP/s. Empty
+    where nothing of this is known.
     """
     costs = {t.name: flops(t.experiment) for t in trials}
     done = [(costs[t.name], s.seconds) for t in trials if (s := states[t.name]).done and s.seconds]
-    if not done and peak is None:
+    speeds = {t.name: costs[t.name] / tokens(t.experiment) * s.tokens_per_second
+              for t in trials if (s := states[t.name]).tokens_per_second}  # fmt: skip
+    if not done and not speeds and peak is None:
         return {}
-    rate = sum(cost for cost, _ in done) / sum(seconds for _, seconds in done) if done else SHARE * (peak or 0)
-    left = {t.name: 1 - states[t.name].step / t.experiment.train.steps for t in trials}
-    return {t.name: 0.0 if states[t.name].done else costs[t.name] * left[t.name] / rate for t in trials}
+    if done:
+        usual = sum(cost for cost, _ in done) / sum(seconds for _, seconds in done)
+    else:
+        usual = fmean(speeds.values()) if speeds else SHARE * (peak or 0)
+    left = {t.name: 0.0 if (s := states[t.name]).done else 1 - s.step / t.experiment.train.steps for t in trials}
+    return {name: costs[name] * share / speeds.get(name, usual) for name, share in left.items()}

@@ -291,12 +291,21 @@ def test_what_is_left_is_told_from_what_was_needed(tmp_path):
     assert seconds_needed(trials, states, None) == {}
     left = seconds_needed(trials, states, 1e9)
     assert left["deep-seed0"] > left["small-seed0"] > 0
+    size = trials[1].experiment.train.batch_size * trials[1].experiment.model.context_length
+    trials[1].folder.mkdir()
+    told = {"step": 4, "loss": 2.0, "tokens_per_second": 3 * size}
+    (trials[1].folder / "metrics.jsonl").write_text(json.dumps(told) + "\n")
+    states = {t.name: state_of(t) for t in trials}
+    left = seconds_needed(trials, states, 1e9)
+    assert left["deep-seed0"] == pytest.approx(2), "6 steps at 3 a second, as it says itself"
+    assert left["deep-seed1"] == pytest.approx(10 / 3) and left["small-seed0"] < left["deep-seed1"]
     trials[0].folder.mkdir()
     result = {"steps": 10, "val_loss": 1.0, "seconds": 40.0, "memory_bytes": 5}
     (trials[0].folder / "result.json").write_text(json.dumps(result))
     states = {t.name: state_of(t) for t in trials}
     left = seconds_needed(trials, states, None)
     assert left["small-seed0"] == 0 and left["small-seed1"] == pytest.approx(40) and left["deep-seed1"] > 40
+    assert left["deep-seed0"] == pytest.approx(2)
 
 
 def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
