@@ -13,19 +13,19 @@ import jax
 from jax import Array
 
 from gptjax import config
-from gptjax.model import ops
+from gptjax.model import products
 from gptjax.model.gpt import weight_axes
 from gptjax.model.weights import num_inputs
 
 
 def to_int8(model: config.Model, params: Any) -> Any:
     """The weights with an `Int8` in the place of every matrix; the token table by rows, so that it can be looked up."""
-    return _convert(model, params, ops.quantise, lambda table: ops.quantise(table.T, 1))
+    return _convert(model, params, products.quantise, lambda table: products.quantise(table.T, 1))
 
 
 def turned(model: config.Model, params: Any) -> Any:
     """The weights with a `Turned` in the place of every matrix; the token table lies that way already."""
-    return _convert(model, params, ops.turn, lambda table: table)
+    return _convert(model, params, products.turn, lambda table: table)
 
 
 def _convert(

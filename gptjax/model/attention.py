@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 
 from gptjax import config
-from gptjax.model import ops
+from gptjax.model import ops, products
 from gptjax.model.chunks import by_chunks, count, fits, made_again
 from gptjax.model.weights import declare
 from gptjax.sharding import constrain, devices_of_a_batch, sharing
@@ -107,14 +107,14 @@ class Attention(nn.Module):
                 key, value = (x.swapaxes(1, 2) for x in grown)
                 query = query.astype(key.dtype)
         mixed = self.attend(query, key, value, sight, cache)
-        y = ops.project(mixed.astype(m.dtype), self.out, self.out_bias, 2)
+        y = products.project(mixed.astype(m.dtype), self.out, self.out_bias, 2)
         return constrain(y, "batch", "length", "features"), grown
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries [B, Q, N, H], keys and values [B, Q, M, H], before any position is worked in."""
         m = self.config
-        query, key = ops.project(x, self.query, self.query_bias), ops.project(x, self.key, self.key_bias)
-        value = ops.project(x, self.value, self.value_bias)
+        query, key = products.project(x, self.query, self.query_bias), products.project(x, self.key, self.key_bias)
+        value = products.project(x, self.value, self.value_bias)
         if m.qk_norm:
             query = ops.rms_norm(query, self.query_scale, m.norm_epsilon)
             key = ops.rms_norm(key, self.key_scale, m.norm_epsilon)

@@ -4,7 +4,7 @@ from flax import linen as nn
 from jax import Array
 
 from gptjax import config
-from gptjax.model import ops
+from gptjax.model import ops, products
 from gptjax.model.attention import Attention, Cached, KVCache
 from gptjax.model.ffn import FFN
 from gptjax.model.weights import declare
@@ -59,10 +59,10 @@ class Block(nn.Module):
         pre = self.config.norm_placement == "pre"
         mixed, grown = self.attention(self.attention_norm(x) if pre else x, rope, sight, cache)
         if self.config.parallel_residual:
-            return ops.apart(x + self.dropout(mixed) + self.dropout(self.ffn(self.ffn_norm(x)))), grown
-        x = ops.apart(x + self.dropout(mixed))
+            return products.apart(x + self.dropout(mixed) + self.dropout(self.ffn(self.ffn_norm(x)))), grown
+        x = products.apart(x + self.dropout(mixed))
         x = x if pre else self.attention_norm(x)
         if self.config.ffn == "none":
             return x, grown
-        x = ops.apart(x + self.dropout(self.ffn(self.ffn_norm(x) if pre else x)))
+        x = products.apart(x + self.dropout(self.ffn(self.ffn_norm(x) if pre else x)))
         return (x if pre else self.ffn_norm(x)), grown

@@ -16,7 +16,7 @@ from flax.core import meta
 from jax import Array
 
 from gptjax import config
-from gptjax.model import ops
+from gptjax.model import ops, products
 from gptjax.model.attention import Cached, KVCache
 from gptjax.model.block import Block, Dropout, Norm
 from gptjax.model.weights import TABLE, Axes, Declared, declare
@@ -56,7 +56,7 @@ class Embedding(nn.Module):
     def encode(self, tokens: Array, positions: Array) -> Array:
         """int32 tokens [B, Q] and positions [Q] or [B, Q] -> [B, Q, embed]."""
         m = self.config
-        x = ops.look_up(self.tokens, tokens).astype(m.dtype)
+        x = products.look_up(self.tokens, tokens).astype(m.dtype)
         x = x + self.positions[positions] if m.positions == "learned" else x
         return self.norm(x) if m.embedding_norm else x
 
@@ -64,9 +64,9 @@ class Embedding(nn.Module):
         """[B, Q, embed] -> float32 logits [B, Q, vocab]."""
         m = self.config
         if m.head == "mlm":
-            x = self.transform_norm(ops.activate(m.ffn, ops.project(x, self.transform, self.transform_bias)))
+            x = self.transform_norm(ops.activate(m.ffn, products.project(x, self.transform, self.transform_bias)))
         x = x / m.times_wider if m.mup_width else x
-        logits = ops.logits(x, self.tokens, self.head if not m.tie_embeddings else None)
+        logits = products.logits(x, self.tokens, self.head if not m.tie_embeddings else None)
         return logits + self.head_bias.astype(jnp.float32) if m.head == "mlm" else logits
 
 
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 logits [B, Q, classes]."""
-        return ops.project(x.astype(jnp.float32) / self.config.times_wider, self.weight, self.bias)
+        return products.project(x.astype(jnp.float32) / self.config.times_wider, self.weight, self.bias)
 
 
 class GPT(nn.Module):

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from gptjax import config
-from gptjax.model.ops import Int8, LowRank, Turned
+from gptjax.model.products import Int8, LowRank, Turned
 
 Axes = tuple[str, ...]
 TABLE = "tokens"  # the matrix that is looked up: a target of LoRA like the others
