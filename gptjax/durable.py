@@ -1,9 +1,12 @@
 """Files that last: written so that a crash leaves the old content or the new, read so that a bad one does no harm."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,36 @@ from gptjax.errors import RunError
 LARGEST_TEXT = 1 << 28  # bytes: no file of JSON in a run folder comes near it
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Replaces a file so that, whatever happens, either the old or the new content is there."""
+def write_durably(path: Path, content: str | bytes, new: bool = False) -> None:
+    """Replaces a file so that, whatever happens, either the old or the new content is there.
+
+    With `new` nothing is replaced: raises `FileExistsError` where there is such a file, as another process made one.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with scratch.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
-    scratch.replace(path)
+    if new:
+        try:
+            os.link(scratch, path)
+        finally:
+            scratch.unlink()
+    else:
+        scratch.replace(path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this machine is in here with the same folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network file system that cannot lock a folder
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptjax.errors import EXIT_INTERRUPTED
 from gptjax.lab.progress import memory_needed, note, note_end
 from gptjax.lab.trials import Trial
 
@@ -65,6 +66,7 @@ class Process:
         self.trial, self.place, self.reserved = trial, place, reserved
         self._began = time.monotonic()
         self._code: int | None = None
+        self._asked = False  # to stop
         note(trial, "started")  # what stands there from an earlier start is over
         with trial.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -82,16 +84,18 @@ class Process:
     def poll(self) -> int | None:
         """The exit code of the trial; None while it runs."""
         if self._code is None and (code := self._process.poll()) is not None:
-            self._code = code
-            note_end(self.trial, code, seconds=round(time.monotonic() - self._began, 1))
+            self._code = EXIT_INTERRUPTED if code < 0 and self._asked else code
+            note_end(self.trial, self._code, seconds=round(time.monotonic() - self._began, 1))
         return self._code
 
     def stop(self) -> None:
         """Asks it to save and stop."""
+        self._asked = True
         self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Stops it at once: its last checkpoint stays."""
+        self._asked = True
         self._process.kill()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ LOOKED_AT = 1 << 16  # bytes at the end of metrics.jsonl
 LAST_LINES = 8  # of what a trial printed, where it failed
 PROCESS_BYTES = 600e6  # of Python, JAX and the compiler, before the first weight
 SHARE = 0.3  # of the machine's peak that small models reach, where no trial has shown what it takes
+STOPPED = (0, EXIT_INTERRUPTED, -signal.SIGTERM, -signal.SIGINT)  # exit codes of a trial that may go on where it was
 Status = Literal["done", "running", "waiting", "stopped", "failed", "cancelled", "new"]
 
 
@@ -81,9 +83,17 @@ def state_of(trial: Trial, ours: bool = False) -> State:
         return State("waiting" if queued else "running", why="" if ours or not who else who, **told)
     if last.get("event") == "cancelled":
         return State("cancelled", why=last["why"], **told)
-    if last.get("event") == "ended" and last["code"] > 0 and last["code"] != EXIT_INTERRUPTED:
-        return State("failed", why=last.get("why") or f"exit code {last['code']}", **told)
+    if last.get("event") == "ended" and last["code"] not in STOPPED:
+        return State("failed", why=last.get("why") or _ending(last["code"]), **told)
     return State("stopped" if trial.folder.exists() else "new", **told)
+
+
+def _ending(code: int) -> str:
+    """How a process that failed ended."""
+    if code > 0:
+        return f"exit code {code}"
+    told = f"ended by signal {-code} ({signal.strsignal(-code)})"
+    return f"{told}, perhaps for want of memory" if code == -signal.SIGKILL else told
 
 
 def _told(folder: Path) -> dict[str, Any]:

@@ -80,7 +80,10 @@ def _state(run: Run, step: int, who: str | None, imported: bool) -> dict[str, An
         return {"state": "running", "why": f"at step {step:,} of {steps:,}"}
     if (result := run.result()) is not None and not imported:
         found = dict(numbers(result))
-        diverged = frozenset(name for name in ("val_loss", "val_bits_per_byte") if name in result and name not in found)
+        diverged = frozenset(
+            name for name, value in result.items()
+            if name.startswith("val_") and name not in found and not isinstance(value, dict)
+        )  # fmt: skip
         return {"state": "finished", "figures": found, "diverged": diverged, "step": int(found.get("steps", step))}
     if imported:
         return {"state": "imported", "why": "weights of another library", "figures": dict(numbers(result or {}))}

@@ -61,6 +61,7 @@ class Point:
     parameters: int  # N: weights in matrix products
     tokens: int  # D: read in training
     loss: float  # of the whole validation text at the end; nats a token
+    data: str  # fingerprint of text, tokenizer and split
 
 
 def study_of(family: Sequence[Experiment], large: Experiment, seeds: int, folder: Path) -> Study:
@@ -91,7 +92,7 @@ def point(trial: Trial) -> Point:
     expected = trial.experiment.resolved(run.experiment.model.vocab_size or 0, run.experiment.data.labels)
     if changes := diff(expected, run.experiment):
         raise RunError(f"{trial.folder}: is not the run of the study: it differs in {', '.join(changes)}")
-    return Point(trial.name, *_size(run.experiment), state.val_loss)
+    return Point(trial.name, *_size(run.experiment), state.val_loss, run.provenance().get("data", ""))
 
 
 def _size(e: Experiment) -> tuple[float, int, int]:
@@ -121,7 +122,7 @@ def registered(study: Study) -> dict[str, Any] | None:
     if not problems:
         points = {run["name"]: run for run in kept["runs"]}
         problems += [f"{t.name} is no longer the run that it was" for t in study.trials
-                     if state_of(t).done and asdict(point(t)) != points[t.name]]  # fmt: skip
+                     if state_of(t).done and not points[t.name].items() <= asdict(point(t)).items()]  # fmt: skip
     if problems:
         raise RunError(f"{path}: is the prediction of another study ({'; '.join(problems)}); what is registered is "
                        "never changed: go back to what it was, or choose another --run-dir")  # fmt: skip
@@ -139,6 +140,7 @@ def register(study: Study) -> dict[str, Any]:
         raise RunError(f"{study.large.folder}: the large run is {status} already, and nothing was predicted before it; "
                        "choose another --run-dir")  # fmt: skip
     points = [point(trial) for trial in study.trials]
+    _check_data(points)
     vocab_size = open_run(study.trials[0].folder).experiment.model.vocab_size or 0
     e = study.large.experiment.resolved(vocab_size, open_run(study.trials[0].folder).experiment.data.labels)
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -151,8 +153,18 @@ def register(study: Study) -> dict[str, Any]:
         "runs": [asdict(p) for p in points],
         "versions": {"python": platform.python_version()} | {x: metadata.version(x) for x in ("gptjax", "numpy")},
     }  # fmt: skip
-    write_durably(study.prediction, _json(content | {"sha256": _seal(content)}))
+    try:
+        write_durably(study.prediction, _json(content | {"sha256": _seal(content)}), new=True)
+    except FileExistsError:  # another command was quicker: what it has shown stands
+        return registered(study) or {}
     return read_json(study.prediction)
+
+
+def _check_data(points: Sequence[Point]) -> None:
+    """Raises `RunError` where runs saw different data: their losses are of different texts."""
+    if other := [p.name for p in points if p.data != points[0].data]:
+        raise RunError(f"{', '.join(other)}: trained on other data than {points[0].name} (text, tokenizer or split has "
+                       "changed since), so that their losses cannot be compared; begin another study")  # fmt: skip
 
 
 def predict(points: Sequence[Point], flops: float, parameters: int, tokens: int) -> dict[str, Any]:
@@ -191,6 +203,7 @@ def score(study: Study) -> dict[str, Any]:
     if prediction is None:
         raise RunError(f"{study.prediction}: does not exist; a run is scored by what was registered before it")
     large = point(study.large)
+    _check_data([*(Point(**({"data": large.data} | run)) for run in prediction["runs"]), large])
     began = open_run(study.large.folder).provenance()["started"]
     if datetime.fromisoformat(began) < datetime.fromisoformat(prediction["registered"]):
         raise RunError(f"{study.large.folder}: began at {began}, before its loss was predicted "

@@ -27,7 +27,7 @@ class Searched:
 
     tpe: Bergstra et al. 2011. halving: random values, and at every look at the validation text the worse ones are given
     up, by asynchronous successive halving (Li et al. 2020). Raises `ConfigError` where the space or the base of the
-    search is impossible.
+    search is impossible, and `RunError` where the folder holds another search.
     """
 
     def __init__(self, search: Search, method: Method, count: int, workers: int, folder: Path):
@@ -46,13 +46,13 @@ class Searched:
         halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, e.train.eval_every), reduction_factor=3)
         self._study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
-            study_name=e.name,
+            study_name=f"{e.name}: {'least' if search.lower_is_better else 'most'} {search.metric}",
             load_if_exists=True,
             pruner=halving if method == "halving" else optuna.pruners.NopPruner(),
             direction="minimize" if search.lower_is_better else "maximize",
         )
         self._study.sampler = sampler(seed=e.seed + len(self._study.trials))  # one that goes on does not draw the same
-        self._states = optuna.trial.TrialState
+        self._states, self._finished = optuna.trial.TrialState, optuna.exceptions.UpdateFinishedTrialError
         self._running: dict[str, Any] = {}  # name -> the trial of Optuna, not told of yet
         self._known: dict[str, Trial] = {}
         self._given_up: set[str] = set()
@@ -63,6 +63,8 @@ class Searched:
                 self._running[self._name(frozen.number)] = optuna.trial.Trial(self._study, frozen._trial_id)
             elif frozen.state != self._states.COMPLETE:
                 self._given_up.add(self._name(frozen.number))
+        if self._known:  # a kill may have come between asking for a trial and writing it
+            write_sweep(folder, list(self._known.values()))
 
     def trials(self, states: States) -> Sequence[Trial]:
         for name in list(self._running):
@@ -94,22 +96,23 @@ class Searched:
         return self._known[name]
 
     def _tell(self, name: str, states: States) -> None:
-        asked, state, trial = self._running[name], states[name], self._known[name]
+        """Tells Optuna of a trial that is over or given up; another command may have done so before."""
+        state, trial = states[name], self._known[name]
+        value, how = None, self._states.FAIL
         if state.done:
-            value = read_json(trial.folder / RESULT).get(self._search.metric)
-            if value is None:
+            result = read_json(trial.folder / RESULT)
+            if self._search.metric not in result:
                 raise GptjaxError(f"{trial.folder / RESULT}: has no {self._search.metric}; name another metric")
-            self._study.tell(asked, value)
-        elif state.status == "failed":
-            self._study.tell(asked, state=self._states.FAIL)
-            self._given_up.add(name)
-        elif self._is_worse(name):
-            self._study.tell(asked, state=self._states.PRUNED)
-            self._given_up.add(name)
+            value = result[self._search.metric]  # None: it was not finite
+            how = self._states.FAIL if value is None else self._states.COMPLETE
+        elif state.status != "failed":
+            if not self._is_worse(name):
+                return
+            how = self._states.PRUNED
             note(trial, "cancelled", why=f"given up at step {self._reported[name]:,}")
-        else:
-            return
-        del self._running[name]
+        if how != self._states.COMPLETE:
+            self._given_up.add(name)
+        self._study.tell(self._running.pop(name), value, how, skip_if_finished=True)
 
     def _is_worse(self, name: str) -> bool:
         """Whether a trial that runs is to be given up, by its validation losses so far."""
@@ -119,7 +122,8 @@ class Searched:
                 values = json.loads(line)
                 if "val_loss" in values and values["step"] > self._reported.get(name, 0):
                     self._reported[name] = values["step"]
-                    self._running[name].report(values["val_loss"], values["step"])
+                    with contextlib.suppress(self._finished):  # by another command
+                        self._running[name].report(values["val_loss"], values["step"])
                     if self._running[name].should_prune():
                         return True
         return False

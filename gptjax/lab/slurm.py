@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,7 +18,11 @@ from gptjax.lab.trials import Trial
 
 ASK_SECONDS = 2.0  # between two questions to the cluster
 SAVE_SECONDS = 120  # from the warning that a job's time is over to its end
-ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUE", "RESIZING", "STOPPED")
+ANSWER_SECONDS = 30  # after which a cluster that was asked something is taken not to answer
+SEEN_SECONDS = 60  # until what a node wrote last is seen by others: network file systems remember what was there before
+UNKNOWN = "UNKNOWN"  # of a job that the cluster has forgotten
+CUT_OFF = ("CANCELLED", "TIMEOUT", "PREEMPTED", UNKNOWN)  # states of a job whose trial may go on where it was
+OVER = ("COMPLETED", "FAILED", "BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "REVOKED", *CUT_OFF)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,16 @@ class Resources:
     cpus: int | None = None  # cores
     memory_gb: int | None = None  # of its node
     parallel: int = 256  # jobs of the sweep that may run at once
+
+    def check(self) -> None:
+        """Raises `GptjaxError` for what no job can have."""
+        if self.minutes <= (save := SAVE_SECONDS // 60):
+            raise GptjaxError(
+                f"--slurm.minutes {self.minutes}: a job saves {save} minutes before its end; it needs more"
+            )
+        given = {"gpus": self.gpus, "cpus": self.cpus, "memory-gb": self.memory_gb, "parallel": self.parallel}
+        if low := [f"--slurm.{name}" for name, value in given.items() if value is not None and value < 1]:
+            raise GptjaxError(f"{', '.join(low)}: must be 1 or more")
 
     def parameters(self) -> dict[str, Any]:
         """In submitit's words."""
@@ -76,36 +91,44 @@ class SlurmJob:
 
     def __init__(self, trial: Trial, job: str, cluster: "Slurm"):
         self.trial, self.job, self._cluster = trial, job, cluster
+        self._told: bool | None = None  # whether the cluster knows that it is to end; None: it is not to
+        self._completed: float | None = None  # when that was first heard of
 
     def poll(self) -> int | None:
         """The exit code; None while the job is alive. Notes what the cluster knows and the trial could not tell."""
         state = self._cluster.state(self.job)
-        if state.startswith(ALIVE):
+        if not state.startswith(OVER):
+            if self._told is False:
+                self.kill()
             return None
         last = noted(self.trial)
-        if last.get("event") == "cancelled":
-            return EXIT_INTERRUPTED
-        if state.startswith("CANCELLED"):
+        if last.get("job") != self.job:
+            return EXIT_INTERRUPTED  # another command has begun anew with the trial
+        if state.startswith("CANCELLED") and self._told is None:
             note(self.trial, "cancelled", job=self.job, why="cancelled on the cluster (scancel)")
             return EXIT_INTERRUPTED
-        if last.get("event") == "ended":
+        if last["event"] == "cancelled":
+            return EXIT_INTERRUPTED
+        if last["event"] == "ended":
             return int(last["code"])
         if state.startswith("COMPLETED"):
-            return 0
-        if state.startswith(("TIMEOUT", "PREEMPTED", "UNKNOWN")):
+            self._completed = self._completed or time.monotonic()
+            return None if time.monotonic() - self._completed < SEEN_SECONDS else 0
+        if state.startswith(CUT_OFF):
             code, why = EXIT_INTERRUPTED, ""
         else:
-            code, why = EXIT_FAILED, f"job {self.job}: {state}"
+            code, why = EXIT_FAILED, f"job {self.job}: {state}; see {self._cluster.logs}/{self.job}_0_log.out"
         note_end(self.trial, code, job=self.job, why=why)
         return code
 
     def stop(self) -> None:
-        """Tells the job to save and stop, and takes it out of the queue."""
+        """Tells the job to save and stop, and takes it out of the queue; again at every `poll` until that is heard."""
         self.kill()
 
     def kill(self) -> None:
         """As `stop`: the cluster ends what does not end by itself."""
-        subprocess.run(["scancel", self.job], check=False)
+        told = _ask("scancel", self.job)
+        self._told = told is not None and told.returncode == 0
 
 
 class Slurm:
@@ -118,16 +141,13 @@ class Slurm:
             raise GptjaxError(
                 "--on slurm: needs submitit, which is not installed; pip install 'gptjax[slurm]'"
             ) from None
-        try:
-            _ask("sinfo", "--version")
-        except FileNotFoundError:
-            raise GptjaxError(
-                "--on slurm: there is no Slurm here (no sinfo); run it on a cluster's login node"
-            ) from None
-        self._executor = submitit.AutoExecutor(folder=str(folder.absolute() / "slurm"), cluster="slurm")
+        if shutil.which("sinfo") is None:
+            raise GptjaxError("--on slurm: there is no Slurm here (no sinfo); run it on a cluster's login node")
+        self.logs = folder.absolute() / "slurm"  # what jobs print before and beside their trials
+        self._executor = submitit.AutoExecutor(folder=str(self.logs), cluster="slurm")
         self._executor.update_parameters(name=folder.absolute().name, **resources.parameters())
         self._states: dict[str, str] = {}
-        self._asked = -ASK_SECONDS
+        self._asked, self._answers = -ASK_SECONDS, False
 
     def adopt(self, trials: Sequence[Trial]) -> dict[str, SlurmJob]:
         """The jobs that are in the queue or running."""
@@ -141,32 +161,52 @@ class Slurm:
         if not trials:
             return {}
         try:
-            jobs = self._executor.map_array(train_here, list(trials))
+            with _ctrl_c_later():
+                jobs = self._executor.map_array(train_here, list(trials))
         except Exception as e:  # submitit passes on whatever sbatch says
             raise GptjaxError(f"--on slurm: sbatch refused the trials: {e}") from None
         for trial, job in zip(trials, jobs, strict=True):
-            note(trial, "submitted", job=job.job_id)
+            if noted(trial).get("job") != job.job_id:  # else it has begun already
+                note(trial, "submitted", job=job.job_id)
         return {trial.name: SlurmJob(trial, job.job_id, self) for trial, job in zip(trials, jobs, strict=True)}
 
     def state(self, job: str) -> str:
-        """What the cluster says of a job: RUNNING, COMPLETED, CANCELLED, …; UNKNOWN where it has forgotten it."""
+        """What the cluster says of a job: RUNNING, COMPLETED, CANCELLED, …; UNKNOWN where it has forgotten it.
+
+        While it does not answer, what is not known to be over is taken to be alive.
+        """
         if time.monotonic() - self._asked >= ASK_SECONDS:
-            queue, self._asked = _ask("squeue", "--noheader", "--array", "--me", "--format=%i %T"), time.monotonic()
-            if queue is None:  # the cluster does not answer just now: what was alive is taken to be so still
-                return self._states.setdefault(job, "PENDING")
-            self._states = dict(line.split(maxsplit=1) for line in queue.splitlines() if " " in line)
-        return self._states.get(job) or self._state_of_the_past(job)
+            told = _ask("squeue", "--noheader", "--array", "--me", "--format=%i %T")
+            self._asked, self._answers = time.monotonic(), told is not None and told.returncode == 0
+            if told and self._answers:
+                self._states = dict(line.split(maxsplit=1) for line in told.stdout.splitlines() if " " in line)
+        known = self._states.get(job)
+        return known or (self._state_of_the_past(job) if self._answers else "PENDING")
 
     def _state_of_the_past(self, job: str) -> str:
-        for command in (("scontrol", "show", "job", job, "--oneliner"), ("sacct", "-nXPo", "State", "-j", job)):
-            with contextlib.suppress(FileNotFoundError):
-                for word in (_ask(*command) or "").split():
-                    if command[0] == "sacct" or word.startswith("JobState="):
-                        return word.removeprefix("JobState=")
-        return "UNKNOWN"
+        told = _ask("scontrol", "show", "job", job, "--oneliner")
+        if told and told.returncode == 0:
+            return next(
+                (w.removeprefix("JobState=") for w in told.stdout.split() if w.startswith("JobState=")), UNKNOWN
+            )
+        if told is None or not any(words in told.stdout + told.stderr for words in ("Invalid job id", "not found")):
+            return "PENDING"
+        kept = _ask("sacct", "-nXPo", "State", "-j", job)
+        return next(iter(kept.stdout.split()), UNKNOWN) if kept and kept.returncode == 0 else UNKNOWN
 
 
-def _ask(*command: str) -> str | None:
-    """What a command of Slurm prints; None where it fails."""
-    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    return None if told.returncode else told.stdout
+def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
+    """How a command of Slurm ended, and what it printed; None where it is not there or does not answer."""
+    with contextlib.suppress(FileNotFoundError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
+    return None
+
+
+@contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """A terminal tells Ctrl-C to every program it runs; one that is started in here does not hear it, and we later."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

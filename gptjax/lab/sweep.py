@@ -78,6 +78,7 @@ def train_missing(plan: Plan, runner: Runner, show: Show) -> dict[str, State]:
     told = 0  # of the requests to stop, those that the jobs know of
     with _stop_requests() as asked:
         jobs |= runner.adopt(plan.trials(states))
+        tried |= jobs.keys()
         while True:
             for name in [name for name, job in jobs.items() if job.poll() is not None]:
                 del jobs[name]

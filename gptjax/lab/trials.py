@@ -17,7 +17,7 @@ from typing import Any
 
 from gptjax.checks import check
 from gptjax.config import Experiment, diff
-from gptjax.durable import read_json, write_durably
+from gptjax.durable import alone_in, read_json, write_durably
 from gptjax.errors import ConfigError, RunError
 from gptjax.loading import load_experiment
 
@@ -92,6 +92,12 @@ def trials_of(variants: Sequence[Experiment], seeds: int, folder: Path) -> list[
         for e in variants:
             name = f"{e.name}-seed{e.seed + i}"
             made.append(Trial(e.name, e.seed + i, e.override(name=name, seed=e.seed + i), folder / name))
+    by_content: dict[str, list[str]] = {}
+    for trial in made:
+        by_content.setdefault(trial.experiment.override(name="").to_json(), []).append(trial.name)
+    if twice := [" and ".join(names) for names in by_content.values() if len(names) > 1]:
+        told = "are the same experiment: variants whose own seeds lie closer than the number of seeds"
+        raise ConfigError([f"{names}: {told}; take fewer seeds, or vary something else" for names in twice])
     return made
 
 
@@ -114,13 +120,14 @@ def write_sweep(folder: Path, trials: Sequence[Trial], **more: Any) -> None:
 
     Raises `RunError` as `trials_there` does.
     """
-    before = trials_there(folder, trials)
     folder.mkdir(parents=True, exist_ok=True)
-    for trial in trials:
-        write_durably(trial.file, trial.experiment.to_json())
-    merged = before | {trial.name: trial for trial in trials}
-    listed = [{"name": t.name, "variant": t.variant, "seed": t.seed} for t in merged.values()]
-    write_durably(folder / SWEEP, json.dumps({"format": FORMAT_VERSION} | more | {"trials": listed}, indent=2) + "\n")
+    with alone_in(folder):
+        merged = trials_there(folder, trials) | {trial.name: trial for trial in trials}
+        for trial in trials:
+            write_durably(trial.file, trial.experiment.to_json())
+        listed = [{"name": t.name, "variant": t.variant, "seed": t.seed} for t in merged.values()]
+        content = {"format": FORMAT_VERSION} | more | {"trials": listed}
+        write_durably(folder / SWEEP, json.dumps(content, indent=2) + "\n")
 
 
 def read_sweep(folder: Path) -> list[Trial]:

@@ -42,18 +42,20 @@ def seed_of(record: Record) -> int:
 def variants_of(folders: Iterable[Path]) -> tuple[list[Variant], list[str]]:
     """The variants in runs and sweeps, in their order, and what had to be left out of them.
 
-    Those of a sweep are as it says; of other runs, those whose experiments differ only in name and seed are one. Raises
-    `RunError` for a folder that is neither, and where nothing is left.
+    Those of a sweep are as it says; of other runs, and of several sweeps, those whose experiments differ only in name
+    and seed are one. Raises `RunError` for a folder that is neither, and where nothing is left.
     """
     groups: list[tuple[str, list[Record]]] = []
     left_out: list[str] = []
     for folder in dict.fromkeys(path.resolve() for path in folders):
+        own: dict[str, list[Record]] = {}  # of this sweep
         for label, record in _records(folder, left_out):
-            own = next((records for name, records in groups if label and name == label), None)
-            same = own or next((records for _, records in groups if _are_alike(record, records)), None)
+            same = own.get(label) or next((records for _, records in groups if _are_alike(record, records)), None)
             if same is None:
                 groups.append((label or _without_seed(record.experiment.name if record.experiment else record.name),
                                same := []))  # fmt: skip
+            if label:
+                own[label] = same
             if any(seed_of(r) == seed_of(record) for r in same):
                 left_out.append(f"{record.name}: its seed {seed_of(record)} is there twice; the first run counts")
             else:
@@ -98,12 +100,11 @@ def _without_seed(name: str) -> str:
 
 
 def _named(groups: Sequence[tuple[str, list[Record]]]) -> list[Variant]:
-    """With names that differ: the same one is followed by the folder of its first run."""
+    """With names that differ: the same one is followed by the folder of its first run, as far up as it takes."""
     names = [name for name, _ in groups]
-    return [
-        Variant(
-            name if names.count(name) == 1 else f"{name} ({records[0].name})",
-            tuple(sorted(records, key=seed_of)),
-        )
-        for name, records in groups
-    ]
+    places = [(name, records[0].folder.parts) for name, records in groups]
+    for up in range(1, max(len(parts) for _, parts in places) + 1):
+        longer = [f"{name} ({'/'.join(parts[-up:])})" for name, parts in places]
+        names = [name if names.count(name) == 1 else other for name, other in zip(names, longer, strict=True)]
+    return [Variant(name, tuple(sorted(records, key=seed_of)))
+            for name, (_, records) in zip(names, groups, strict=True)]  # fmt: skip

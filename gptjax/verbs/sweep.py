@@ -85,6 +85,7 @@ def _check(options: Options) -> None:
     """Raises `GptjaxError` for options that are out of range or have no place."""
     if min(options.seeds, options.trials, 1 if options.workers is None else options.workers) < 1:
         raise GptjaxError("--seeds, --trials and --workers: must be 1 or more")
+    options.slurm.check()
     idle: dict[str, list[str]] = {}
     if options.on == "local":
         idle["no effect without --on slurm"] = [f.name for f in dataclasses.fields(Resources)]
@@ -107,7 +108,8 @@ def _list(trials: "Sequence[Trial]", folder: Path, workers: int) -> None:
     states = {trial.name: state_of(trial) for trial in trials}
     left = seconds_needed(trials, states, None if gpus() else peak_flops()[0])
     console().print(table(trials, states, left))
-    to_go = f"about {duration(sum(left.values()) / workers)} to go" if left else "time unknown until one is done"
+    seconds = max(max(left.values(), default=0), sum(left.values()) / workers)
+    to_go = f"about {duration(seconds)} to go" if left else "time unknown until one is done"
     cost = sum(flops(trial.experiment) for trial in trials)
     print(f"{folder}: {len(trials)} trials ({counts(states)}) of {cost:.2g} FLOPs in all; {to_go}")
 

@@ -14,7 +14,7 @@ from made_runs import BASE, make_run, make_sweep
 from gptjax.errors import GptjaxError
 from gptjax.lab.comparison import compare, judge
 from gptjax.lab.progress import note
-from gptjax.lab.trials import read_sweep
+from gptjax.lab.trials import read_sweep, trials_of, write_sweep
 from gptjax.lab.variants import variants_of
 from gptjax.lab.words import as_json, as_text
 from gptjax.tuning.intervals import over_runs
@@ -102,6 +102,38 @@ def test_a_run_that_diverged_is_no_reason_to_call_the_others_better(tmp_path):
     c = compared(make_sweep(tmp_path / "s", {"a": [3.0, 3.1, 3.2], "b": [2.5, 2.6, None]}))
     assert c.rows[1].verdict.word == "cannot tell" and c.rows[1].verdict.why == "not finite with seed 2"
     assert "b-seed2: its val_loss was not finite at the end, and is in no mean" in c.warnings
+
+
+def test_nor_by_any_other_figure_of_that_evaluation(tmp_path):
+    folders = []
+    for rate, name in enumerate("ab", 1):
+        for seed in range(3):
+            e, lost = (
+                BASE.override({"name": name, "optim.learning_rate": 0.1 * rate, "seed": seed}),
+                name == "b" and seed == 2,
+            )
+            figures = (None, {"val_accuracy": None}) if lost else (3.0, {"val_accuracy": 0.2 * rate + 0.1 * seed})
+            folders.append(make_run(tmp_path / f"{name}{seed}", e, figures[0], **figures[1]))
+    c = compared(*folders, metric="val_accuracy")
+    assert c.rows[1].verdict.word == "cannot tell" and c.rows[1].verdict.why == "not finite with seed 2"
+
+
+def test_two_sweeps_of_one_file_are_not_one_when_they_differ(tmp_path):
+    """The same names of variants, but other steps: neither pooled nor left out."""
+    folders = []
+    for name, changes in (("short", {}), ("long", {"train.steps": 9}), ("more", {"seed": 2})):
+        variants = [BASE.override({"name": v, "optim.learning_rate": r} | changes) for v, r in (("a", 0.1), ("b", 0.2))]
+        write_sweep(tmp_path / name, trials := trials_of(variants, 2, tmp_path / name))
+        for t in trials:
+            make_run(t.folder, t.experiment, 3.0 + 0.1 * t.seed)
+        folders.append(tmp_path / name)
+    variants, left_out = variants_of(folders)
+    assert left_out == []
+    steps = [sorted((r.experiment.train.steps, r.experiment.seed) for r in v.records) for v in variants]
+    here = BASE.train.steps
+    four, two = [(here, 0), (here, 1), (here, 2), (here, 3)], [(9, 0), (9, 1)]
+    assert steps == [four, four, two, two]
+    assert [v.name for v in variants] == [f"{v} ({s}/{v}-seed0)" for s in ("short", "long") for v in "ab"]
 
 
 DATA = {"data": "other"}

@@ -192,6 +192,31 @@ def test_a_registered_prediction_is_not_changed_by_another_family(study, tmp_pat
     assert json.loads(study.prediction.read_text()) == kept
 
 
+def test_losses_of_other_data_are_neither_fitted_nor_scored(study):
+    place = study.trials[2].folder / "provenance.json"
+    kept = place.read_text()
+    place.write_text(kept.replace('"x"', '"y"'))
+    with pytest.raises(RunError, match=r"^small-steps=40-seed0: trained on other data than small-steps=10-seed0"):
+        scaling.register(study)
+    place.write_text(kept)
+    scaling.register(study)
+    finish(study.large, 1.3, LATER)
+    place = study.large.folder / "provenance.json"
+    place.write_text(place.read_text().replace('"x"', '"y"'))
+    with pytest.raises(RunError, match=r"^large: trained on other data"):
+        scaling.score(study)
+
+
+def test_of_two_commands_that_predict_at_once_the_first_one_stands(study, monkeypatch):
+    first = scaling.register(study)
+    looks = iter([None, first])  # the second command looked before the first one wrote
+    monkeypatch.setattr(scaling, "registered", lambda study: next(looks))
+    monkeypatch.setattr(scaling, "predict", lambda *_: {"loss": 0.0})
+    text = study.prediction.read_text()
+    assert scaling.register(study) == first and study.prediction.read_text() == text
+    assert [path.name for path in study.folder.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_family_must_tell_something_about_its_large_run(tmp_path):
     other = TINY.override(name="other", data=dict(source="elsewhere.txt"), train=dict(steps=7))
     with pytest.raises(ConfigError) as caught:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import TINY, write_corpus
@@ -103,6 +104,9 @@ def test_all_that_is_wrong_with_a_sweep_is_said_at_once(tmp_path):
         trials_of([TINY, TINY.override(name="twin"), bad, TINY.override(name="c", seed=4)], 1, tmp_path)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["tiny and twin", "c", "c"]
     assert "are the same experiment" in caught.value.problems[0] and "does not divide" in caught.value.problems[1]
+    close = [TINY.override(name="x", seed=1), TINY.override(name="y", seed=2)]
+    with pytest.raises(ConfigError, match=r"^y-seed2 and x-seed2: are the same experiment.*take fewer seeds"):
+        trials_of(close, 2, tmp_path)
     with pytest.raises(ConfigError, match="a name of 300 letters is too long"):
         trials_of([TINY.override(name="n" * 300)], 1, tmp_path)
     with pytest.raises(ConfigError, match=r"model.num_layer.*num_layers"):
@@ -162,6 +166,22 @@ def test_a_failing_trial_does_not_stop_the_others_and_is_tried_again(tmp_path, l
     states = train_missing(Fixed(trials), Local(1), silent)
     assert all(s.done for s in states.values())
     assert {t.name for t in trials if noted(t) != notes[t.name]} == {"bad-seed0", "bad-seed1"}, "only what was missing"
+
+
+def test_a_trial_that_is_killed_has_failed_unless_we_killed_it(tmp_path, learner):
+    learner.write_text(
+        LEARNER.replace("sys.exit(2)", "os.kill(os.getpid(), signal.SIGKILL)").replace("json,", "json, os,")
+    )
+    trials = made(tmp_path / "s", ("bad", "good"), seeds=1)
+    states = train_missing(Fixed(trials), Local(1), silent)
+    assert states["bad-seed0"].status == "failed" and "for want of memory" in states["bad-seed0"].why
+    assert states["good-seed0"].done
+    trial = made(tmp_path / "t", ("slow",), seeds=1, steps=4000)[0]
+    job = Local(1).start([trial], {})[trial.name]
+    wait(lambda: state_of(trial).step > 1)
+    job.kill()
+    wait(lambda: job.poll() is not None)
+    assert job.poll() == 75 and state_of(trial).status == "stopped"
 
 
 def test_no_more_than_fit_run_at_once(tmp_path, learner, monkeypatch):
@@ -272,6 +292,11 @@ def test_where_a_trial_is(tmp_path):
     assert state_of(trial, ours=True).status == "waiting" and state_of(trial).status == "new"
     note(trial, "ended", code=3)
     assert (state_of(trial).status, state_of(trial).why) == ("failed", "exit code 3")
+    note(trial, "ended", code=-9)
+    assert (state_of(trial).status, "signal 9" in state_of(trial).why) == ("failed", True)
+    for code in (0, 75, -15):  # the last: asked to stop before it could save
+        note(trial, "ended", code=code)
+        assert state_of(trial).status == "new"
     note(trial, "cancelled", why="by hand")
     assert (state_of(trial).status, state_of(trial).why) == ("cancelled", "by hand")
     note(trial, "ended", code=75)
@@ -323,6 +348,8 @@ def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
         (["mine.py", "--set", "steps"], "needs section.field=VALUE"),
         (["mine.py", "--seeds", "0"], "must be 1 or more"),
         (["mine.py", "--workers", "0"], "must be 1 or more"),
+        (["mine.py", "--on", "slurm", "--slurm.minutes", "2"], "saves 2 minutes before its end"),
+        (["mine.py", "--on", "slurm", "--slurm.parallel", "0"], "--slurm.parallel: must be 1 or more"),
         (["mine.py", "--slurm.partition", "gpu"], "--partition.*no effect without --on slurm"),
         (["mine.py", "--on", "slurm", "--workers", "2"], "--workers.*no effect with --on slurm"),
         (["mine.py", "--set", "model.num_heads=7"], "does not divide"),
@@ -387,6 +414,47 @@ def test_successive_halving_gives_up_what_is_worse(tmp_path, learner, monkeypatc
     again = {t.name: noted(t) for t in trials.values()}
     train_missing(searched(tmp_path / "s", "halving", 8), Local(2), silent)
     assert {t.name: noted(t) for t in trials.values()} == again, "nor is it tried again"
+
+
+def test_a_search_goes_on_past_trials_that_are_killed_or_diverge(tmp_path, learner):
+    pytest.importorskip("optuna")
+    rate = 'experiment["optim"]["learning_rate"]'
+    learner.write_text(
+        SEARCHER.replace("time.sleep(0.02)", f"{rate} < 0.5 or os.kill(os.getpid(), signal.SIGKILL)")
+        .replace("json,", "json, os,")
+        .replace(f'"steps": step, "val_loss": ({rate} - 0.3) ** 2', '"steps": step, "val_loss": None')
+    )
+    plan = searched(tmp_path / "s", "random", 6, workers=1)
+    states = train_missing(plan, Local(1), silent)
+    rates = {t.name: t.experiment.optim.learning_rate for t in read_sweep(tmp_path / "s")}
+    assert {name: s.status for name, s in states.items()} == {
+        n: "done" if r < 0.5 else "failed" for n, r in rates.items()
+    }
+    assert {s.status for s in states.values()} == {"done", "failed"} and len(states) == 6
+    assert plan.best() is None, "none of them has a loss"
+
+
+def test_a_search_goes_on_in_its_own_folder_only(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("gptjax.lab.search.write_sweep", mock.Mock(side_effect=KeyboardInterrupt))
+        searched(tmp_path / "s", "random", 2).trials({})
+    searched(tmp_path / "s", "random", 2)
+    (trial,) = read_sweep(tmp_path / "s")
+    assert trial.file.exists(), "what was asked for before the kill is written after it"
+    e = TINY.override(name="s", train=dict(steps=31, eval_every=5, checkpoint_every=5))
+    with pytest.raises(RunError, match="holds another sweep"):
+        Searched(Search(e, {"optim.learning_rate": Between(0.01, 1.0)}), "random", 2, 1, tmp_path / "s")
+
+
+def test_two_commands_may_make_the_same_search(tmp_path, learner):
+    pytest.importorskip("optuna")
+    learner.write_text(SEARCHER.replace("time.sleep(0.02)", "pass"))
+    one, other = searched(tmp_path / "s", "random", 2), None
+    one.trials({})
+    other = searched(tmp_path / "s", "random", 2)
+    states = train_missing(one, Local(2), silent)
+    assert {t.name for t in other.trials(states)} == set(states) and other.best() == one.best()
 
 
 def test_a_search_says_what_is_wrong_with_it(tmp_path):
