@@ -4,6 +4,7 @@ import difflib
 import importlib
 import os
 import sys
+import time
 import traceback
 
 from gptjax import __version__
@@ -26,6 +27,7 @@ VERBS = {  # verb -> the module and function that do it
     "diff": ("gptjax.verbs.compare", "diff"),
     "repro": ("gptjax.verbs.repro", "repro"),
 }
+LAST_SECONDS = 2.0  # of a process that ends a job, in which the others come to say why: jax aborts them when it is gone
 HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them
 
   gptjax train FILE [--run-dir DIR] [--section.field VALUE ...]    train, or go on with, an experiment
@@ -87,6 +89,8 @@ def _stop(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
     if code == EXIT_FAILED or (_is_one_of_several() and code != EXIT_INTERRUPTED):
         sys.stdout.flush()
+        if code != EXIT_FAILED and _is_one_of_several():
+            time.sleep(LAST_SECONDS)
         os._exit(code)  # at once: on the usual way out jax waits for the other processes, which may be gone
     sys.exit(code)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from gptjax.config import Experiment
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 600  # seconds until what has not happened is taken to hang, on a machine that others use as well
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 
 
@@ -56,7 +57,7 @@ def steps_logged(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
-def wait_for(done: Callable[[], object], what: str, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(done: Callable[[], object], what: str, process: subprocess.Popen, seconds: float = PATIENCE) -> None:
     """Returns when `done` says so; raises if the process ends or the time is over."""
     deadline = time.monotonic() + seconds
     while not done():
@@ -68,6 +69,6 @@ def wait_for(done: Callable[[], object], what: str, process: subprocess.Popen, s
         time.sleep(0.02)
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = PATIENCE) -> None:
     """Returns when a run has logged this step."""
     wait_for(lambda: max(steps_logged(run), default=0) >= step, f"step {step}", process, seconds)

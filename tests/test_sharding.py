@@ -6,7 +6,7 @@ import signal
 import jax
 import pytest
 from conftest import assert_same, restored, tiny_run
-from processes import start, wait_for_step, write_experiment
+from processes import PATIENCE, start, wait_for_step, write_experiment
 
 from gptjax import cpu, sharding
 from gptjax.config import Mesh
@@ -61,7 +61,7 @@ def test_three_cores_train_as_one_does_and_go_on_bit_for_bit(tmp_path):
     file, said = write_experiment(tmp_path, e), {}
     for cores in ("1", "3"):
         process = start(file, tmp_path / cores, JAX_NUM_CPU_DEVICES=cores)
-        said[cores] = process.communicate(timeout=240)[1]
+        said[cores] = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 0, said[cores]
     assert "(3 cores, each" in said["3"] and "cores, each" not in said["1"]
     one, three = (json.loads((tmp_path / cores / "result.json").read_text()) for cores in ("1", "3"))
@@ -70,8 +70,8 @@ def test_three_cores_train_as_one_does_and_go_on_bit_for_bit(tmp_path):
     broken = start(file, tmp_path / "broken", JAX_NUM_CPU_DEVICES="3")
     wait_for_step(tmp_path / "broken", 10, broken)
     broken.send_signal(signal.SIGTERM)
-    broken.communicate(timeout=240)
+    broken.communicate(timeout=PATIENCE)
     assert broken.returncode == 75
     again = start(file, tmp_path / "broken", JAX_NUM_CPU_DEVICES="3")
-    assert again.communicate(timeout=240) and again.returncode == 0
+    assert again.communicate(timeout=PATIENCE) and again.returncode == 0
     assert_same(restored(tmp_path / "broken"), restored(tmp_path / "3"))

@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import QUICK, ROOT
+from processes import PATIENCE, QUICK, ROOT
 
 from gptjax.config import Between, Experiment, Search, grid, zip_
 from gptjax.errors import ConfigError, GptjaxError, Interrupted, RunError
@@ -187,6 +187,7 @@ def test_a_trial_that_is_killed_has_failed_unless_we_killed_it(tmp_path, learner
 def test_no_more_than_fit_run_at_once(tmp_path, learner, monkeypatch):
     trials = made(tmp_path / "s", steps=8)
     needed = memory_needed(trials[1].experiment)
+    learner.write_text(LEARNER.replace('"memory_bytes": 1000', f'"memory_bytes": {int(needed)}'))
     monkeypatch.setattr(local, "memory_available", lambda: 2.5 * needed)
     seen = []
     train_missing(
@@ -213,7 +214,7 @@ def test_ctrl_c_saves_every_trial_and_the_same_command_goes_on(tmp_path, learner
     process = conductor(tmp_path, learner)
     wait(lambda: all(state_of(t).step > 3 for t in trials))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and "every trial of this command is saved" in err
     assert [state_of(t).status for t in trials] == ["stopped", "stopped"]
     assert not any(holder(t.folder) for t in trials)
@@ -239,7 +240,7 @@ def test_a_request_to_stop_is_passed_on_whenever_it_comes(tmp_path, learner):
 
 
 def test_after_kill_9_the_same_command_waits_for_what_still_runs_and_runs_nothing_twice(tmp_path, learner):
-    trials = made(tmp_path / "s", seeds=2, steps=150)
+    trials = made(tmp_path / "s", seeds=2, steps=400)
     process = conductor(tmp_path, learner)
     wait(lambda: all(state_of(t).step > 3 for t in trials[:2]))
     process.kill()
@@ -250,7 +251,7 @@ def test_after_kill_9_the_same_command_waits_for_what_still_runs_and_runs_nothin
     assert all(s.done for s in states.values())
     for trial in trials:
         steps = [json.loads(line)["step"] for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, 151)), trial.name
+        assert steps == list(range(1, 401)), trial.name
 
 
 def conductor(tmp_path: Path, learner: Path) -> subprocess.Popen:
@@ -278,7 +279,7 @@ except GptjaxError as e:
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def wait(what, seconds: float = 60) -> None:
+def wait(what, seconds: float = PATIENCE) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "waited in vain"
@@ -491,7 +492,7 @@ def test_a_real_sweep_shares_its_data_and_goes_on_after_kill_9_of_everything(tmp
     for pid in map(int, children):
         os.kill(pid, signal.SIGKILL)
     process.wait()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "4 trials (4 done)" in done.stderr, done.stderr
     assert len(list((tmp_path / "cache/stores").glob("*/store.json"))) == 1, "tokenised once"
     for trial in read_sweep(tmp_path / "s"):
@@ -502,7 +503,7 @@ def test_a_real_sweep_shares_its_data_and_goes_on_after_kill_9_of_everything(tmp
     whole = Experiment.from_json((tmp_path / "s/tiny-ffn=relu-seed0/experiment.json").read_text())
     assert whole.model.ffn == "relu"
     undisturbed = [*sweep, "--run-dir", str(tmp_path / "t")]
-    subprocess.run(undisturbed, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(undisturbed, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=PATIENCE)
     rows, others = (compare(variants_of([tmp_path / name])[0]).rows for name in ("s", "t"))
     told = [[(r.variant.name, r.value, r.bits, r.difference, r.verdict) for r in them] for them in (rows, others)]
     assert told[0] == told[1] and all(row.pairs == 2 for row in rows), "the report is that of an undisturbed sweep"

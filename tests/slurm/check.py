@@ -1,9 +1,11 @@
 """Sweeps on the Slurm that `run` has started: done, cancelled and made up for, killed and found again, out of time."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from gptjax.training.lock import holder
@@ -19,6 +21,7 @@ base = Experiment(
 )
 sweep = grid(base, {"model.ffn": ["gelu", "relu"]})
 """
+PATIENCE = 600  # seconds until what has not happened is taken to hang
 scratch = Path(sys.argv[1])
 (scratch / "sweep.py").write_text(FILE)
 
@@ -29,7 +32,7 @@ def command(folder: str, *more: str) -> list[str]:
 
 
 def sweep(folder: str, *more: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=PATIENCE)
     print(done.stdout + done.stderr, flush=True)
     return done
 
@@ -43,7 +46,18 @@ def notes(folder: str) -> dict[str, dict]:
     return {path.name.split(".")[0]: json.loads(path.read_text()) for path in (scratch / folder).glob("*.note.json")}
 
 
-def wait_for(what, seconds: float = 120) -> None:
+@contextlib.contextmanager
+def begun(folder: str, *more: str) -> Iterator[subprocess.Popen]:
+    """A sweep that is under way, and over when this is left."""
+    process = subprocess.Popen(command(folder, *more), stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(what, seconds: float = PATIENCE) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "waited in vain"
@@ -60,40 +74,38 @@ def all_trials_are_done() -> None:
     assert sweep("plain", "--seeds", "2").returncode == 0 and notes("plain") == before, "nothing is run twice"
 
 
-LONG = ("--set", "train.steps=100000", "train.checkpoint_every=200")
+LONG = ("--set", "train.steps=100000", "train.checkpoint_every=200", "train.log_every=1")
 
 
 def one_is_cancelled_and_run_again() -> None:
-    process = subprocess.Popen(command("cancelled", *LONG), stderr=subprocess.PIPE, text=True)
-    name = "trial-ffn=gelu-seed0"
-    wait_for(lambda: (scratch / "cancelled" / name / "metrics.jsonl").exists())
-    both = notes("cancelled")
-    subprocess.run(["scancel", both[name]["job"]], check=True)
-    wait_for(lambda: notes("cancelled")[name]["event"] == "cancelled")
-    assert states("cancelled", *LONG)[name] == "cancelled"
-    process.kill()  # the other job does not notice
-    process.wait()
-    other = "trial-ffn=relu-seed0"
-    again = subprocess.Popen(command("cancelled", *LONG), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: notes("cancelled")[name]["event"] == "started" and notes("cancelled")[name] != both[name])
-    assert notes("cancelled")[other]["job"] == both[other]["job"], "what was in the queue is found again, not doubled"
-    again.terminate()
-    assert again.wait(timeout=120) == 75, "interrupted"
-    print(again.stderr.read(), flush=True)
+    name, other = "trial-ffn=gelu-seed0", "trial-ffn=relu-seed0"
+    with begun("cancelled", *LONG):  # and killed in the end, which the other job does not notice
+        wait_for(lambda: (scratch / "cancelled" / name / "metrics.jsonl").exists())
+        both = notes("cancelled")
+        subprocess.run(["scancel", both[name]["job"]], check=True)
+        wait_for(lambda: notes("cancelled")[name]["event"] == "cancelled")
+        assert states("cancelled", *LONG)[name] == "cancelled"
+    with begun("cancelled", *LONG) as again:
+        wait_for(lambda: notes("cancelled")[name]["event"] == "started" and notes("cancelled")[name] != both[name])
+        assert notes("cancelled")[other]["job"] == both[other]["job"], "found again in the queue, not doubled"
+        again.terminate()
+        assert again.wait(timeout=PATIENCE) == 75, "interrupted"
+        print(again.stderr.read(), flush=True)
     assert [holder(scratch / "cancelled" / trial) for trial in (name, other)] == [None, None], "and nobody trains on"
+    assert set(states("cancelled", *LONG).values()) == {"stopped"}, "by this command, not by scancel"
     assert verify(scratch / "cancelled" / other).returncode == 0, "what was trained is saved"
 
 
 def a_job_without_time_saves_and_the_same_command_goes_on() -> None:
-    """Slurm warns of the end two minutes before it, so that of three minutes there is one to train in."""
-    name, three = "trial-ffn=gelu-seed0", (*LONG, "--slurm.minutes", "3")
-    assert sweep("short", *three).returncode == 3 and states("short", *LONG)[name] == "stopped"
+    """Slurm warns of the end two to three minutes before it, so that of four minutes one or two are left to train."""
+    name, four = "trial-ffn=gelu-seed0", (*LONG, "--slurm.minutes", "4")
+    assert sweep("short", *four).returncode == 3 and states("short", *LONG)[name] == "stopped"
     assert notes("short")[name]["code"] == 75
     before = steps(name)
-    process = subprocess.Popen(command("short", *LONG), stderr=subprocess.DEVNULL)
-    wait_for(lambda: steps(name) > before)
-    process.terminate()
-    assert process.wait(timeout=120) == 75
+    with begun("short", *LONG) as process:
+        wait_for(lambda: steps(name) > before)
+        process.terminate()
+        assert process.wait(timeout=PATIENCE) == 75
 
 
 def steps(name: str) -> int:

