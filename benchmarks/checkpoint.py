@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from gptjax import cpu
 from gptjax.config import Experiment
 from gptjax.training import checkpoint
 from gptjax.training.metrics import num_params
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that the script works")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
+    cpu.use_cores()
     enable_compilation_cache()
     shop = prepare(LARGE.override(model=dict(num_layers=1, embed_dim=32)) if options.tiny else LARGE)
     with tempfile.TemporaryDirectory() as name, jax.set_mesh(shop.mesh):

@@ -19,7 +19,7 @@ STATUS = Path("/proc/self/status")
 
 
 class Worker:
-    """One contestant, ready to work; its threads do not spin while another is timed in a process of its own."""
+    """One contestant, ready to work in a process of its own."""
 
     def __init__(self, *arguments: str):
         command = [sys.executable, sys.argv[0], "--serve", *arguments]

@@ -78,8 +78,12 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     return one, {"step": step.memory_analysis().temp_size_in_bytes, "flops": flops_per_token(m)}
 
 
-def torch_step(shape: Shape, dtype: str, compiled: bool, device: str = "cpu") -> tuple[Step, dict[str, float]]:
-    """An update in eager or compiled PyTorch, with SDPA attention, and autocast for bfloat16."""
+def torch_step(shape: Shape, dtype: str, kind: str, device: str = "cpu") -> tuple[Step, dict[str, float]]:
+    """An update in eager or compiled PyTorch, with SDPA attention, and autocast for bfloat16.
+
+    "eager" and "compile" have AdamW as PyTorch chooses it, which on a CPU is a loop over the weights (so has nanoGPT);
+    "eager-fused" and "compile-fused" its quickest one. Compiled are the model and its loss, together.
+    """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -88,17 +92,20 @@ def torch_step(shape: Shape, dtype: str, compiled: bool, device: str = "cpu") ->
     no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     config = GPT2Config(**sizes, **no_dropout, n_head=shape.heads, attn_implementation="sdpa", use_cache=False)
     model = GPT2LMHeadModel(config).to(device)
-    run = torch.compile(model) if compiled else model
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True if device == "cuda" else None
-    )
+    fused = True if device == "cuda" or kind.endswith("-fused") else None
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=fused)
     tokens = torch.randint(0, shape.vocab, (shape.batch, shape.context + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
+    def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = model(inputs).logits
+        return torch.nn.functional.cross_entropy(logits.float().view(-1, shape.vocab), targets.view(-1))
+
+    run = torch.compile(loss_of) if kind.startswith("compile") else loss_of
+
     def one() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = run(inputs).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().view(-1, shape.vocab), targets.view(-1))
+            loss = run(inputs, targets)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -110,11 +117,11 @@ def torch_step(shape: Shape, dtype: str, compiled: bool, device: str = "cpu") ->
 
 
 def make(kind: str, shape: Shape, dtype: str, device: str = "cpu") -> tuple[Step, dict[str, float]]:
-    """The step of a contestant, "gptjax", "eager" or "compile", made three times."""
+    """The step of a contestant, "gptjax" or a kind of PyTorch's, made three times."""
     if kind == "gptjax":
         made, figures = gptjax_step(shape, dtype)
     else:
-        made, figures = torch_step(shape, dtype, kind == "compile", device)
+        made, figures = torch_step(shape, dtype, kind, device)
     for _ in range(3):
         made()
     return made, figures

@@ -95,6 +95,7 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
     _objective_rules(e, need)
     _class_rules(e, need)
     _model_rules(e.model, need, _knows_shape(e))
+    _kernel_rules(e, need)
     _data_rules(e.data, need)
     _training_rules(e.optim, e.train, need)
     _privacy_rules(e, need)
@@ -108,8 +109,7 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
 
 
 def _objective_rules(e: Experiment, need: Need) -> None:
-    o, m, d = e.objective, e.model, e.data
-    with_answers = d.prompt is not None or "task:" in str(d.source)
+    o, m, d, with_answers = e.objective, e.model, e.data, e.with_answers
     need(
         m.causal or o.name == "masked" or d.answers == "classes",
         f"model.causal = False: with objective.name = {o.name!r} every answer would be visible; "
@@ -311,9 +311,29 @@ def _model_rules(m: Model, need: Need, knows_shape: bool) -> None:
         m.rope_scaling != "none" or m.rope_factor == 1,
         f"model.rope_factor = {m.rope_factor}: has no effect; set model.rope_scaling to linear, ntk, yarn or llama3",
     )
+
+
+def _kernel_rules(e: Experiment, need: Need) -> None:
+    """What cuDNN can do on any GPU; `choose_kernel` knows what it can do on the one that is there."""
+    m = e.model
+    if m.attention_kernel != "cudnn":
+        return
     need(
-        m.attention_kernel != "cudnn" or (m.attention_softcap is None and m.dropout == 0 and m.dtype == "bfloat16"),
+        m.attention_softcap is None and m.dropout == 0 and m.dtype == "bfloat16",
         "model.attention_kernel = 'cudnn': needs dtype = 'bfloat16', no attention_softcap and no dropout; use 'auto'",
+    )
+    if not _knows_shape(e):
+        return
+    head_dim = m.head_dim or m.embed_dim // m.num_heads
+    need(
+        head_dim % 8 == 0 and head_dim <= 256,
+        f"model.attention_kernel = 'cudnn': needs head_dim to be a multiple of 8 and at most 256, and it is {head_dim}"
+        "; use 'auto'",
+    )
+    need(
+        m.context_length % 2 == 0 or not (e.masks_tokens or m.window is not None or m.positions == "alibi"),
+        f"model.attention_kernel = 'cudnn': needs an even context_length to learn under a mask or with ALiBi, and it "
+        f"is {m.context_length}; use 'auto'",
     )
 
 

@@ -204,6 +204,16 @@ class Experiment:
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
 
+    @property
+    def with_answers(self) -> bool:
+        """Whether the text is examples, whose answers are asked for."""
+        return self.data.prompt is not None or "task:" in str(self.data.source)
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether batches say who sees whom, besides the rules of the model: documents are kept apart, or a prefix."""
+        return self.data.document_mask or self.with_answers or self.objective.name in ("masked", "prefix")
+
     def override(self, changes: Mapping[str, Any] | None = None, /, **sections: Any) -> "Experiment":
         """A copy with other values: `override({"model.num_layers": 8})` or `override(model=dict(num_layers=8))`.
 

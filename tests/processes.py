@@ -25,6 +25,32 @@ def write_experiment(folder: Path, experiment: Experiment) -> Path:
     return path
 
 
+SLOW = """
+import time
+from gptjax.data.batches import Batches
+
+whole = Batches.on_devices
+
+
+def on_devices(*arguments, **more):
+    time.sleep(0.1)
+    return whole(*arguments, **more)
+
+
+Batches.on_devices = on_devices
+from gptjax.cli import main
+
+main()
+"""
+
+
+def slowly(experiment: Path, run: Path) -> list[str]:
+    """The command for `start` that trains a tenth of a second a step, so that there is time to disturb it."""
+    script = experiment.with_name("slow.py")
+    script.write_text(SLOW)
+    return [sys.executable, str(script), "train", str(experiment), "--run-dir", str(run)]
+
+
 def start(
     experiment: Path, run: Path, *options: str, command: list[str] | None = None, **environment: str
 ) -> subprocess.Popen:

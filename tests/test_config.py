@@ -88,6 +88,8 @@ CLASSES = {
     "train.sample_tokens": 0,
 }
 
+CUDNN = {"model.attention_kernel": "cudnn", "model.dtype": "bfloat16"}
+
 # One entry for each rule: (what makes the experiment impossible, what the message must name)
 IMPOSSIBLE = [
     ({"train.steps": "100"}, "train.steps = '100'"),
@@ -111,6 +113,12 @@ IMPOSSIBLE = [
     ({"data.source": "function:a.b:c"}, "data.source = 'function:a.b:c'"),
     ({"data.val_source": "function:a.b:c"}, "max_documents"),
     ({"model.attention_kernel": "cudnn"}, "model.attention_kernel = 'cudnn'"),
+    (CUDNN | {"model.head_dim": 264}, "a multiple of 8 and at most 256, and it is 264"),
+    (CUDNN | {"model.head_dim": 12}, "a multiple of 8 and at most 256, and it is 12"),
+    (CUDNN | {"model.context_length": 33, "model.window": 8}, "with ALiBi, and it is 33"),
+    (CUDNN | {"model.context_length": 35, "model.positions": "alibi"}, "with ALiBi, and it is 35"),
+    (CUDNN | {"model.context_length": 37, "data.document_mask": True}, "under a mask or with ALiBi, and it is 37"),
+    (CUDNN | {"model.context_length": 39, "objective.name": "prefix"}, "under a mask or with ALiBi, and it is 39"),
     ({"model.causal": False}, "model.causal = False"),
     ({"objective.name": "masked"}, "model.causal = True"),
     ({"objective.name": "masked", "model.causal": False}, "train.sample_tokens = 200"),
@@ -182,6 +190,11 @@ def test_everything_that_is_wrong_is_reported_at_once():
 def test_the_default_experiment_is_possible_on_any_fitting_number_of_devices():
     for devices in (None, 1, 2, 8, 32):
         assert check(BASE, devices) == BASE
+
+
+def test_cudnn_may_be_asked_for_where_some_gpu_can_do_it():
+    check(BASE.override(CUDNN | {"model.context_length": 33, "model.head_dim": 256}))
+    check(BASE.override(CUDNN | {"model.context_length": 34, "model.window": 8, "data.document_mask": True}))
 
 
 def test_a_model_that_looks_ahead_may_tell_classes():

@@ -35,7 +35,7 @@ class Engine:
     @property
     def narrow(self) -> bool:
         """Whether its products are of bfloat16 or of 8-bit numbers."""
-        matrix = self.params["blocks"][0]["ffn"]["up"]
+        matrix = self.params["blocks"][0]["attention"]["query"]
         return jax.tree.leaves(matrix)[0].dtype != jnp.float32
 
     @property

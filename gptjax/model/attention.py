@@ -1,5 +1,6 @@
 """Self-attention: MHA, GQA and MQA, every kind of position, window and mask; trained whole or decoded with a cache."""
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -47,19 +48,30 @@ def write(cache: Array, new: Array, slots: Array) -> Array:
     return jax.lax.fori_loop(0, cache.shape[0], write_row, cache)  # in place; a scatter of bfloat16 copies the cache
 
 
-def choose_kernel(model: config.Model, backend: str, decoding: bool = False) -> tuple[str, str]:
-    """The attention kernel that will run, "xla" or "cudnn", and why."""
+def choose_kernel(
+    model: config.Model, backend: str, length: int = 0, masked: bool = False, decoding: bool = False
+) -> tuple[str, str]:
+    """The attention kernel that will run, "xla" or "cudnn", and why.
+
+    `length`: of a text from which may be learnt; `masked`: more than the model's own rules says who sees whom in it.
+    """
     if model.attention_kernel == "xla":
         return "xla", "asked for"
     if backend != "gpu":
         return "xla", f"on {backend}"
+    head_dim, capability = model.resolved().head_dim or 0, _capability()
+    widest = 256 if capability >= (9, 0) else 128
+    masked = masked or model.window is not None or model.positions == "alibi"
     obstacles = [
         reason
         for obstacle, reason in [
             (model.dtype != "bfloat16", "cuDNN needs model.dtype = 'bfloat16'"),
             (model.attention_softcap is not None, "cuDNN has no soft-cap"),
             (model.dropout > 0, "attention dropout is drawn outside cuDNN"),
-            ((model.resolved().head_dim or 0) % 8 != 0, "cuDNN needs head_dim to be a multiple of 8"),
+            (capability < (8, 0), "cuDNN needs an NVIDIA GPU of compute capability 8.0 or later"),
+            (head_dim % 8 != 0, "cuDNN needs head_dim to be a multiple of 8"),
+            (head_dim > widest, f"cuDNN needs head_dim to be at most {widest} on this GPU"),
+            (masked and length % 2 != 0, "cuDNN needs an even context_length to learn under a mask or with ALiBi"),
             (decoding, "decoding with a cache"),
         ]
         if obstacle
@@ -67,6 +79,12 @@ def choose_kernel(model: config.Model, backend: str, decoding: bool = False) -> 
     if obstacles:
         return "xla", ", ".join(obstacles)
     return "cudnn", "asked for" if model.attention_kernel == "cudnn" else "fused, on gpu"
+
+
+def _capability() -> tuple[int, ...]:
+    """CUDA's compute capability of the GPUs here, (9, 0) for instance; () where they are not NVIDIA's."""
+    told = getattr(jax.local_devices()[0], "compute_capability", "")
+    return tuple(map(int, told.split("."))) if re.fullmatch(r"\d+\.\d+", told) else ()
 
 
 class Attention(nn.Module):
@@ -129,8 +147,10 @@ class Attention(nn.Module):
         beyond what any query of it may see.
         """
         m, length = self.config, query.shape[1]
-        if choose_kernel(m, jax.default_backend(), decoding=cache is not None and not cache.empty)[0] == "cudnn":
-            plain = m.window is None and sight.query_segments is None and sight.key_prefix is None
+        masked = sight.query_segments is not None or sight.key_prefix is not None
+        learnt, decoding = length if cache is None else 0, cache is not None and not cache.empty
+        if choose_kernel(m, jax.default_backend(), learnt, masked, decoding)[0] == "cudnn":
+            plain = m.window is None and not masked
             bias = self.bias(sight)
             return jax.nn.dot_product_attention(
                 query,

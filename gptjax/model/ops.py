@@ -233,7 +233,7 @@ def attention(
 
     M divides N: head n reads key/value head n // (N / M). `mask` is true where a key is seen, [B or 1, 1, Q, K]; a
     query that sees no key gets the mean of the values. `bias` [B or 1, N, Q, K] is added to the scores, and the weights
-    are multiplied by `factors` [B, N, Q, K] (dropout); neither has a gradient.
+    are multiplied by `factors` [B, N, Q, K] (dropout), which have no gradient.
     """
     return _attend(cap, query, key, value, _Seen(mask, bias, factors))
 
@@ -283,7 +283,7 @@ def _attend_forward(cap: float | None, query: Array, key: Array, value: Array, s
     return mixed.astype(query.dtype).swapaxes(1, 2), _Attended(query, key, value, seen, weights, total)
 
 
-def _attend_backward(cap: float | None, kept: _Attended, d_mixed: Array) -> tuple[Array | None, ...]:
+def _attend_backward(cap: float | None, kept: _Attended, d_mixed: Array) -> tuple[Array | _Seen, ...]:
     query, key, value, seen, weights, total = kept
     _, to_weights = jax.vjp(_mix, seen.weighed(weights).astype(value.dtype), value)
     d_weights, d_value = to_weights(d_mixed.swapaxes(1, 2).astype(jnp.float32) / total)
@@ -292,7 +292,11 @@ def _attend_backward(cap: float | None, kept: _Attended, d_mixed: Array) -> tupl
     if seen.mask is not None:
         d_scores = jnp.where(seen.mask, d_scores, 0)
     _, to_factors = jax.vjp(partial(_scores, cap), query, key)
-    return *to_factors(d_scores), d_value, None
+    d_bias = None
+    if seen.bias is not None:
+        _, to_bias = jax.vjp(lambda bias: jnp.broadcast_to(bias.astype(jnp.float32), d_scores.shape), seen.bias)
+        (d_bias,) = to_bias(d_scores)
+    return *to_factors(d_scores), d_value, _Seen(None, d_bias, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

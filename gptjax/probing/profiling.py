@@ -32,6 +32,7 @@ MODULES = {  # a part of the path behind an operation -> whose it is
     "psum:reduce_sum": "sum over cores",
 }
 REST = "loss and the rest"
+AROUND = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = [^"\n]*? (?:while|conditional|call)\(', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def profile(shop: Workshop, state: TrainState, folder: Path, steps: int) -> Prof
     first = int(state.step)
     with jax.set_mesh(shop.mesh):
         batches = [shop.batch(state, first + i)[0] for i in range(WARM_UP)]
-        purposes = _purposes(shop.lower(state, batches[0]).compile().as_text() or "")
+        program = shop.lower(state, batches[0]).compile().as_text() or ""
         for batch in batches:
             state, metrics = shop.train_step(state, batch)
         jax.block_until_ready(metrics)
@@ -84,10 +85,12 @@ def profile(shop: Workshop, state: TrainState, folder: Path, steps: int) -> Prof
     spent, calls = _events(folder)
     if not spent:
         raise GptjaxError(f"{folder}: the trace names no operation of the step on {jax.default_backend()}")
-    share = 1 / (steps * shop.mesh.size)
+    purposes, around = _purposes(program), set(AROUND.findall(program))
+    share = 1 / (steps * len(shop.mesh.local_devices))  # a trace is of this process's devices
     operations = [
         Operation(name, *purposes.get(name, (REST, "update")), spent[name] * share, calls[name] * share)
         for name in sorted(spent, key=lambda name: -spent[name])
+        if name not in around  # its time is that of the operations inside, which are there too
     ]
     return Profile(seconds, tuple(operations))
 

@@ -21,7 +21,7 @@ from gptjax.training import checkpoint
 from gptjax.training.diagnosis import diagnose
 from gptjax.training.evaluation import Figures, evaluate
 from gptjax.training.metrics import MetricsLog, Progress, flops_per_token, memory_bytes, num_params, peak_flops
-from gptjax.training.optim import make_schedule, num_trained
+from gptjax.training.optim import make_schedule, num_trained, updates_taken
 from gptjax.training.run import Run
 from gptjax.training.state import TrainState
 from gptjax.training.step import Metrics
@@ -71,10 +71,12 @@ def stop_requests() -> Iterator[Callable[[int], str | None]]:
 
 
 class Stopwatch:
-    """Seconds spent in steps: not in evaluation, saving or compiling."""
+    """Seconds spent in steps, and the tokens of these steps: not in evaluation, saving or compiling."""
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds  # over the whole run, earlier processes included
+    def __init__(self, tokens_per_step: int, seconds: float, tokens: int):
+        self.tokens_per_step = tokens_per_step
+        self.seconds, self.tokens = seconds, tokens  # over the whole run, earlier processes included
+        self.earlier = seconds  # those of the earlier processes
         self.mark: float | None = None  # when the steps since the last pause began
         self.rate = math.nan  # steps a second between the last two pauses
         self.steps = 0
@@ -86,8 +88,14 @@ class Stopwatch:
         if self.mark is not None:
             passed = time.perf_counter() - self.mark
             self.seconds += passed
+            self.tokens += (step - self.steps) * self.tokens_per_step
             self.rate = (step - self.steps) / passed
         self.mark = None
+
+    def share(self, seconds: float) -> float:
+        """What part some seconds of this process are of those that it spent in steps; 0 where it has timed none."""
+        own = self.seconds - self.earlier
+        return seconds / own if own else 0.0
 
 
 class Fit:
@@ -102,7 +110,7 @@ class Fit:
         comparable = [line for line in earlier if "val_loss" in line and line["step"] > run.last_change_of_text()]
         self.best = min((line["val_loss"] for line in comparable), default=math.inf)
         self.evaluated = max((line["step"] for line in comparable), default=None)  # the last step with a loss
-        self.clock = Stopwatch(self.latest.get("seconds", 0.0))
+        self.clock = self._stopwatch()
         self.progress = Progress(t.steps, first)
         self.rate = make_schedule(shop.experiment.optim, t.steps)
         self.peak, self.peak_source = peak_flops()
@@ -110,6 +118,12 @@ class Fit:
         self.skipped = 0  # updates not taken, over the whole run
         self.unread: deque[tuple[int, Metrics]] = deque()  # of the last steps, which the devices may not have made yet
         self.writer = checkpoint.Writer(run.checkpoints, t.keep_last, t.keep_best)
+
+    def _stopwatch(self) -> Stopwatch:
+        """It goes on from the last logged line, whose tokens belong to its seconds: a checkpoint may be later."""
+        batches, seconds = self.shop.batches, self.latest.get("seconds", 0.0)
+        before = batches.place(self.first).tokens - batches.tokens_per_step  # by runs that did not log `timed_tokens`
+        return Stopwatch(batches.tokens_per_step, seconds, self.latest.get("timed_tokens", before) if seconds else 0)
 
     def run(self, state: TrainState) -> Figures:
         """From a state to the finished run and its figures."""
@@ -165,7 +179,7 @@ class Fit:
                 jax.block_until_ready(metrics)
                 self.clock.pause(step)
                 self._examine(state)
-                self._report(step, metrics, written, logs, shows=not evaluates)
+                self._report(step, state, metrics, written, logs, shows=not evaluates)
                 val_loss = self._evaluate(step, state) if evaluates else None
                 if saves or stopping or (val_loss is not None and val_loss == self.best and t.keep_best):
                     self._save(step, state, val_loss)
@@ -206,19 +220,22 @@ class Fit:
         self.log.sync()
         self.writer.save(state, self.shop.batches.place(step), val_loss)
 
-    def _report(self, step: int, metrics: Metrics, written: Figures, logs: bool, shows: bool) -> None:
+    def _report(
+        self, step: int, state: TrainState, metrics: Metrics, written: Figures, logs: bool, shows: bool
+    ) -> None:
         shown = {name: float(x) for name, x in metrics.items() if name not in HEALTH} | written
         if step == self.first + 1:
             say(f"  first step done {time.perf_counter() - self.began:.1f} s after the start; peak of the machine "
                 f"{self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})")  # fmt: skip
         if not math.isfinite(shown["loss"] + shown["grad_norm"]):
             return  # skipped: `_examine` has told of it
-        per_step = self.shop.batches.tokens_per_step
-        speed = self.clock.rate * per_step
-        figures = shown | {"learning_rate": float(self.rate(step - 1))}
+        speed = self.clock.rate * self.clock.tokens_per_step
+        last = max(int(updates_taken(state.opt_state)) - 1, 0)  # of the updates that were taken
+        figures = shown | {"learning_rate": float(self.rate(last))}
         if not math.isnan(speed):
             mfu = speed * flops_per_token(self.shop.experiment.model) / self.peak
-            figures |= {"tokens_per_second": speed, "mfu": mfu, "seconds": self.clock.seconds}
+            timed = {"seconds": self.clock.seconds, "timed_tokens": self.clock.tokens}
+            figures |= {"tokens_per_second": speed, "mfu": mfu} | timed
         if logs:
             self.log.write(step, **figures)
         self.latest |= figures
@@ -246,10 +263,9 @@ class Fit:
         return figures["val_loss"]
 
     def _result(self) -> Figures:
-        e, latest = self.shop.experiment, self.latest
-        seconds, place = self.clock.seconds, self.shop.batches.place(e.train.steps)
-        timed = place.tokens - self.shop.batches.tokens_per_step  # the first step compiles: it is not timed
-        speed = timed / seconds if seconds else 0.0
+        e, latest, clock = self.shop.experiment, self.latest, self.clock
+        place = self.shop.batches.place(e.train.steps)
+        speed = clock.tokens / clock.seconds if clock.seconds else 0.0
         return {
             **{name: value for name, value in latest.items() if name.startswith("val_")},
             "best_val_loss": self.best if math.isfinite(self.best) else None,
@@ -258,14 +274,14 @@ class Fit:
             "skipped": self.skipped,
             "samples": place.samples,
             "tokens": place.tokens,
-            "seconds": seconds,
+            "seconds": clock.seconds,
             "tokens_per_second": speed,
             "mfu": speed * flops_per_token(e.model) / self.peak,
             "peak_flops": self.peak,
             "num_params": num_params(e.model)["total"],
             "num_trained": num_trained(e),
-            "data_wait_share": self.waited / max(seconds, 1e-9),
-            "data_work_share": self.shop.batches.seconds / max(seconds, 1e-9),
+            "data_wait_share": clock.share(self.waited),
+            "data_work_share": clock.share(self.shop.batches.seconds),
             "memory_bytes": memory_bytes(),
             **privacy(self.shop),
         }

@@ -23,19 +23,26 @@ from gptjax.model.gpt import init_params
 from gptjax.model.weights import TABLE
 from gptjax.sharding import one_device
 
-# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets.
+# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets. The first that is a part of what JAX calls
+# a device is taken, so a name stands before those that it contains.
 PEAKS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "4090": 165e12,
     "V100": 125e12,
     "TPU v6": 918e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 197e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
     "TPU v4": 275e12,
 }
 
@@ -66,7 +73,10 @@ def flops_per_token(model: Model) -> float:
 
 
 def peak_flops() -> tuple[float, str]:
-    """FLOP/s that all devices could do, and where the figure is from: a data sheet, or on a CPU a float32 product."""
+    """FLOP/s that all devices could do, and where the figure is from: a data sheet, or a float32 product on one.
+
+    A CPU counts once: all of its cores help the first, whether the others are devices of their own or not.
+    """
     device = jax.devices()[0]
     for kind, peak in PEAKS.items():
         if kind.lower() in device.device_kind.lower():
@@ -82,7 +92,8 @@ def peak_flops() -> tuple[float, str]:
             began = time.perf_counter()
             multiply(a).block_until_ready()
             seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds), "measured on a 1024 x 1024 float32 product"
+    devices = 1 if device.platform == "cpu" else jax.device_count()
+    return devices * 2 * size**3 / min(seconds), "measured on a 1024 x 1024 float32 product"
 
 
 def memory_bytes() -> int:

@@ -130,8 +130,9 @@ def scale_hidden(wider: float, axes: Tree) -> optax.GradientTransformation:
 
 
 def make_schedule(o: Optim, steps: int) -> optax.Schedule:
-    """Learning rate of the update from step s to s + 1: a linear warm-up to the peak, then the chosen decline.
+    """Learning rate of the update after s others: a linear warm-up to the peak, then the chosen decline.
 
+    It counts updates that were taken: one that was skipped leaves the next its rate.
     The first update already moves (rate peak / (warmup + 1)) and the last one is made at the final rate. WSD falls like
     1 - sqrt over the last `cooldown_fraction` of the run (Haegele et al. 2024).
     """
@@ -152,6 +153,13 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
         return jnp.where(step < o.warmup_steps, peak * warm, final + (peak - final) * left)
 
     return rate
+
+
+def updates_taken(opt_state: Tree) -> Array:
+    """How far the schedule is: int32. A step that was skipped left its counter, as all of the state, as it was."""
+    kind = optax.ScaleByScheduleState
+    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return next(s.count for s in states if isinstance(s, kind))
 
 
 def _update_rule(

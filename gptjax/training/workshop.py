@@ -325,7 +325,7 @@ def summary(shop: Workshop, step: int) -> str:
     share = "" if learnt == size else f" ({learnt:,} of them learnt, {learnt / size:.2%})"
     tokens = e.train.steps * shop.batches.tokens_per_step
     corpus = sum(len(s.ids) for s in store.train)
-    kernel, why = choose_kernel(m, jax.default_backend())
+    kernel, why = choose_kernel(m, jax.default_backend(), m.context_length, e.masks_tokens)
     device = jax.devices()[0]
     cut = sum(s.shortened for s in shop.batches.train_streams if isinstance(s, PackedStream))
     return "\n".join(

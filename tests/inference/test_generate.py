@@ -68,6 +68,11 @@ def test_greedy_is_the_likeliest_token_of_the_whole_model(changes):
     assert all(alike) if model.dtype == "float32" else any(alike), "bfloat16 may break a tie differently"
 
 
+def test_a_model_of_attention_alone_writes():
+    made = generate(make_engine(pretrained_of(tiny_model(vocab_size=257, ffn="none"))), [ask([1, 2, 3], 4)])
+    assert len(list(made)) == 4
+
+
 def test_beyond_its_context_a_text_sees_the_last_tokens_only():
     """A model without a table of positions goes on for ever: as one whose window is the context."""
     model = tiny_model(vocab_size=257, context_length=16, positions="rope")

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from conftest import tiny_model
 
 from gptjax.inference.cache import cache_bytes, empty_cache
-from gptjax.model import ops
+from gptjax.model import attention, ops
 from gptjax.model.attention import choose_kernel
 from gptjax.model.gpt import GPT, decode, init_params, layers_apart, read_out, weight_axes
 from gptjax.training.metrics import flops_per_token, num_params
@@ -274,13 +275,60 @@ def test_dropout_is_drawn_only_with_a_key_and_keeps_the_mean():
     np.testing.assert_array_equal(logits_of(model, params, tokens), logits_of(still, params, tokens))
 
 
-def test_the_kernel_is_chosen_in_the_open():
+def on_gpu(monkeypatch, capability: str) -> None:
+    """What JAX says of the device; "" stands for one that is not NVIDIA's."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+
+
+def test_the_kernel_is_chosen_in_the_open(monkeypatch):
+    on_gpu(monkeypatch, "9.0")
     fused = tiny_model(dtype="bfloat16")
     assert choose_kernel(fused, "gpu")[0] == "cudnn"
     assert choose_kernel(fused, "cpu") == ("xla", "on cpu")
     assert choose_kernel(tiny_model(dtype="bfloat16", attention_kernel="xla"), "gpu") == ("xla", "asked for")
     kernel, why = choose_kernel(tiny_model(dtype="bfloat16", attention_softcap=30.0, dropout=0.1), "gpu")
     assert kernel == "xla" and "soft-cap" in why and "dropout" in why
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, obstacle",
+    [
+        ("7.5", 64, "compute capability 8.0"),
+        ("gfx942", 64, "NVIDIA"),
+        ("8.0", 128, None),
+        ("8.0", 136, "at most 128"),
+        ("9.0", 136, None),
+        ("10.0", 256, None),
+        ("12.0", 264, "at most 256"),
+    ],
+)
+def test_a_gpu_is_not_asked_for_heads_that_its_cudnn_cannot_do(monkeypatch, capability, head_dim, obstacle):
+    on_gpu(monkeypatch, capability)
+    for asked in ("auto", "cudnn"):
+        kernel, why = choose_kernel(tiny_model(dtype="bfloat16", head_dim=head_dim, attention_kernel=asked), "gpu")
+        assert kernel == ("cudnn" if obstacle is None else "xla") and (obstacle or "") in why
+
+
+def test_under_a_mask_an_odd_length_is_learnt_from_by_xla(monkeypatch):
+    """cuDNN has no gradient for it. Attention says of every text how long it is and whether there is a mask."""
+    on_gpu(monkeypatch, "9.0")
+    chosen = []
+
+    def note(model, backend, *text, **more):
+        chosen.append(choose_kernel(model, "gpu", *text, **more))
+        return "xla", "on cpu"
+
+    monkeypatch.setattr(attention, "choose_kernel", note)
+
+    def kernel(length: int, *, segments: bool = False, **changes) -> tuple[str, str]:
+        model = tiny_model(dtype="bfloat16", **changes)
+        given = (None, jnp.ones((1, length), jnp.int32)) if segments else ()
+        GPT(model).apply({"params": random_params(model)}, random_tokens(model)[:1, :length], *given)
+        return chosen[-1]
+
+    assert kernel(9)[0] == kernel(10, window=4)[0] == kernel(10, segments=True)[0] == "cudnn"
+    for masked in (kernel(9, window=4), kernel(9, positions="alibi"), kernel(9, segments=True)):
+        assert masked[0] == "xla" and "even context_length" in masked[1]
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])

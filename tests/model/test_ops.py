@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gptjax.model import ops
 
 
-def numpy_attention(query, key, value, causal, window, segments, slopes, cap, factors):
+def numpy_attention(query, key, value, bias, causal, window, segments, cap, factors):
     """Attention one query and one key at a time, in float64."""
     batch, length, heads, width = query.shape
     group = heads // key.shape[2]
@@ -27,8 +27,7 @@ def numpy_attention(query, key, value, causal, window, segments, slopes, cap, fa
                     score = query[b, i, n] @ key[b, j, n // group] / math.sqrt(width)
                     if cap is not None:
                         score = cap * math.tanh(score / cap)
-                    if slopes is not None:
-                        score -= slopes[n] * abs(i - j)
+                    score += bias[b % len(bias), n, i, j]
                     hidden = (causal and j > i) or (window is not None and abs(i - j) >= window)
                     hidden = hidden or (segments is not None and segments[b, i] != segments[b, j])
                     scores.append(-math.inf if hidden else score)
@@ -58,33 +57,38 @@ def slope_by_gradient(function, inputs, directions, cotangent):
     causal=st.booleans(),
     window=st.none() | st.integers(1, 6),
     documents=st.booleans(),
-    alibi=st.booleans(),
+    biases=st.sampled_from([0, 1, 2]),
     cap=st.none() | st.floats(0.5, 50),
     dropout=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_attention_and_its_gradients_are_the_float64_loop(
-    kv_heads, group, causal, window, documents, alibi, cap, dropout, seed
+    kv_heads, group, causal, window, documents, biases, cap, dropout, seed
 ):
     rng = np.random.default_rng(seed)
     heads = kv_heads * group
     query = rng.normal(size=(2, 5, heads, 4))
     key, value = rng.normal(size=(2, 2, 5, kv_heads, 4))
     segments = np.sort(rng.integers(0, 3, (2, 5)), 1) if documents else None
-    slopes = np.array(ops.alibi_slopes(heads), np.float64) if alibi else None
     factors = rng.integers(0, 2, (2, heads, 5, 5)) * 2.0 if dropout else np.ones((2, heads, 5, 5))
-    rules = dict(causal=causal, window=window, segments=segments, slopes=slopes, cap=cap, factors=factors)
+    rules = dict(causal=causal, window=window, segments=segments, cap=cap, factors=factors)
     reference = partial(numpy_attention, **rules)
 
     places = jnp.arange(5)
     segments = None if segments is None else jnp.array(segments)
     mask = ops.visible(ops.Sight(places, places, segments, segments), causal, window)
-    bias = None if slopes is None else -jnp.array(slopes)[:, None, None] * abs(places[:, None] - places)
     dropped = jnp.asarray(factors, jnp.float32) if dropout else None
-    ours = partial(ops.attention, mask=mask, bias=bias, cap=cap, factors=dropped)
-    inputs = (query, key, value)
+
+    def ours(query, key, value, bias):
+        """No bias, one for all texts, or one for each."""
+        bias = bias if biases else None
+        return ops.attention(query, key, value, mask=mask, bias=bias, cap=cap, factors=dropped)
+
+    bias = rng.normal(size=(biases, heads, 5, 5)) if biases else np.zeros((1, heads, 5, 5))
+    inputs = (query, key, value, bias)
     np.testing.assert_allclose(ours(*(jnp.array(x, jnp.float32) for x in inputs)), reference(*inputs), atol=4e-6)
     directions, cotangent = [rng.normal(size=x.shape) for x in inputs], rng.normal(size=query.shape)
+    directions[3] *= biases > 0
     expected = slope(reference, inputs, directions, cotangent)
     assert slope_by_gradient(ours, inputs, directions, cotangent) == pytest.approx(expected, abs=1e-4)
 

@@ -12,6 +12,7 @@ from gptjax.errors import RunError, TrainingFailed
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint, train
 from gptjax.training.diagnosis import diagnose, replay
+from gptjax.training.optim import make_schedule
 from gptjax.training.run import open_run
 from gptjax.training.state import RECENT
 from gptjax.training.step import usual_loss
@@ -71,6 +72,13 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_found_again(tmp_path, 
     assert "first module without a finite output is blocks.attention_norm of layer 0" in text
     assert f"examples without a finite loss: {guilty}" in text and "~" in text
     assert "from the loss down, the first without a finite gradient is" in text
+    rate = make_schedule(e.optim, bad + 3)
+    used = {s: float(rate(s - 1 - (s > bad))) for s in range(1, bad + 4) if s != bad}  # no rate is left out for it
+    for _ in range(2):
+        told = {line["step"]: line["learning_rate"] for line in run.metrics() if "learning_rate" in line}
+        assert told == pytest.approx(used)
+        train.train(e, run.folder, from_step=bad + 1)  # and it is the same after a resume
+
     healthy = "\n".join(replay(run, bad + 2))
     assert "every module's output and gradient are finite" in healthy and "the same" in healthy
     with pytest.raises(RunError, match=f"the run has steps 1 to {bad + 3}"):

@@ -11,7 +11,15 @@ from conftest import TINY
 from optax import contrib
 
 from gptjax.config import Optim
-from gptjax.training.optim import decayed, evaluation_params, make_optimizer, make_schedule, per_layer, weight_axes
+from gptjax.training.optim import (
+    decayed,
+    evaluation_params,
+    make_optimizer,
+    make_schedule,
+    per_layer,
+    updates_taken,
+    weight_axes,
+)
 
 STEPS = 20
 
@@ -180,3 +188,11 @@ def test_with_no_gradient_only_what_decays_moves(name):
     moved, _ = run(make_optimizer(e), params, [jax.tree.map(jnp.zeros_like, like)])
     masks = decayed(weight_axes(e.model))
     jax.tree.map(lambda p, q, m: np.testing.assert_allclose(q, p * (0.95 if m else 1), rtol=1e-5), params, moved, masks)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon", "schedule_free"])
+def test_every_rule_counts_the_updates_that_its_schedule_has_seen(name):
+    e = experiment(name=name, schedule="constant", ema_decay=None if name == "schedule_free" else 0.9)
+    params, *gradients = trees(e, 4)
+    assert updates_taken(make_optimizer(e).init(params)) == 0
+    assert updates_taken(run(make_optimizer(e), params, gradients)[1]) == 3

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from conftest import assert_same, fine_tuning, restored, tiny_run, use_one_device, write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import start, start_job, wait_for_step, write_experiment
+from processes import PATIENCE, slowly, start, start_job, wait_for_step, write_experiment
 
 from gptjax.config import Experiment
 from gptjax.errors import Interrupted, RunError
@@ -151,6 +152,49 @@ def test_a_run_stopped_exactly_at_an_epochs_end_is_the_unbroken_run_bit_for_bit(
     check_in_pieces(changes | {"train.log_every": 1}, [(end, "signal"), (end + 1, "signal")])
 
 
+def test_the_speed_of_a_run_in_pieces_is_that_of_its_steps(tmp_path, monkeypatch):
+    """By a clock on which a step takes 1.25 s, 0.25 of it for the batch, and the first of a process 100 s more.
+
+    It goes on from steps 3 and 4; what was logged last then are the seconds up to step 2.
+    """
+    now = 0.0
+
+    def tick(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def slowly(make, steps, depth):
+        for step in steps:
+            batch = make(step)
+            make.func.__self__.seconds = 0.25 * (step - steps[0])
+            tick(0.25)
+            yield batch
+
+    recorder = Recorder(monkeypatch)
+
+    def prepare(experiment, **how):
+        shop = recorder.prepare(experiment, **how)
+        compiling = [100.0]
+
+        def step(state, batch):
+            tick(1 + (compiling.pop() if compiling else 0))
+            return shop.train_step(state, batch)
+
+        return dataclasses.replace(shop, train_step=step)
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(loop, "prefetch", slowly)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+    changes = {"train.steps": 9, "train.log_every": 2, "train.checkpoint_every": 4, "train.eval_every": 0}
+    e = tiny_run(tmp_path, **changes)
+    for name, stops, timed in (("whole", [], 8), ("parts", [(3, "signal"), (5, "crash")], 1 + 4)):
+        figures = recorder.run(e, tmp_path / name, stops)
+        assert figures["seconds"] == pytest.approx(1.25 * timed)
+        assert figures["tokens_per_second"] == pytest.approx(8 * 16 / 1.25)
+        assert figures["mfu"] == pytest.approx(open_run(tmp_path / name).metrics()[-2]["mfu"])
+        assert figures["data_wait_share"] == figures["data_work_share"] == pytest.approx(0.2)
+
+
 def test_a_finished_run_or_one_killed_before_its_result_is_only_reported(tmp_path, capfd):
     e = tiny_run(tmp_path)
     figures = train.train(e, tmp_path / "run")
@@ -275,7 +319,7 @@ def test_another_tokenizer_is_refused_even_with_permission(tmp_path):
 
 def unbroken(mine: Path, folder: Path) -> dict:
     process = start(mine, folder)
-    assert process.wait(300) == 0, process.communicate()[1]
+    assert process.wait(PATIENCE) == 0, process.communicate()[1]
     return restored(folder)
 
 
@@ -285,10 +329,10 @@ def test_a_real_signal_saves_and_the_same_command_finishes_bit_for_bit(tmp_path,
     e = tiny_run(tmp_path, **{"train.steps": 60, "train.checkpoint_every": 1000, "train.eval_every": 0})
     mine = write_experiment(tmp_path, e.override({"train.sample_tokens": 0}))
     whole = unbroken(mine, tmp_path / "whole")
-    process = start(mine, tmp_path / "run")
+    process = start(mine, tmp_path / "run", command=slowly(mine, tmp_path / "run"))
     wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, errors
     assert "is saved; the same command goes on from there" in errors and "Traceback" not in errors
     assert 0 < checkpoint.choose(tmp_path / "run" / "checkpoints").step < 60
@@ -306,13 +350,13 @@ def test_a_second_ctrl_c_stops_at_once_and_corrupts_nothing(tmp_path):
         before = max((c.step for c in checkpoint.listing(tmp_path / "run" / "checkpoints")), default=0)
         wait_for_step(tmp_path / "run", before + 20, process)
         process.send_signal(signal.SIGINT)
-        process.stderr.readline()
+        assert any("stopping after this step" in line for line in process.stderr), "the first one is heard"
         wait = draw.uniform(0, 0.02)
         try:
             process.wait(wait)
         except Exception:
             process.send_signal(signal.SIGINT)
-        codes.append(process.wait(20))
+        codes.append(process.wait(PATIENCE))
         found = checkpoint.listing(tmp_path / "run" / "checkpoints")
         assert found and all(checkpoint.problem(c) is None for c in found)
         assert found[-1].step >= before + 10
@@ -349,11 +393,12 @@ def test_two_processes_train_as_one_stop_as_one_and_hand_over_to_one_and_back(tm
     run = tmp_path / "run"
     stopped = [0]
     for count in (2, 1, 2):
-        job = start_job(count, mine, run) if count > 1 else [start(mine, run)]
+        command = slowly(mine, run)
+        job = start_job(count, mine, run, command=command) if count > 1 else [start(mine, run, command=command)]
         wait_for_step(run, stopped[-1] + 3, job[0])
         job[-1].send_signal(signal.SIGTERM)
         for process in job:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=PATIENCE)
             assert process.returncode == 75, errors
             step = checkpoint.choose(run / "checkpoints").step
             assert f"step {step} is saved" in errors
@@ -365,11 +410,11 @@ def test_two_processes_train_as_one_stop_as_one_and_hand_over_to_one_and_back(tm
     script.write_text(MOVE)
     command = [sys.executable, str(script), str(run), str(tmp_path / "moved")]
     for process in start_job(2, mine, run, command=command):
-        assert process.wait(120) == 0, process.communicate()[1]
+        assert process.wait(PATIENCE) == 0, process.communicate()[1]
     moved = restored(run), restored(run, folder_of_checkpoints=tmp_path / "moved")
     assert_same(*moved)
     for process in start_job(2, mine, run):
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     losses = [{x["step"]: x["loss"] for x in open_run(p).metrics() if "loss" in x} for p in (run, tmp_path / "one")]
     assert losses[0].keys() == losses[1].keys()

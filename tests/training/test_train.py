@@ -1,7 +1,9 @@
 """A whole run: what it leaves, that it can be stopped anywhere and goes on bit for bit, and what it refuses."""
 
 import dataclasses
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,9 +11,9 @@ import pytest
 from conftest import tiny_run
 
 from gptjax.errors import ConfigError, DataError, RunError
-from gptjax.training import checkpoint, train
+from gptjax.training import checkpoint, metrics, train
 from gptjax.training.evaluation import evaluate_run
-from gptjax.training.metrics import flops_per_token, num_params
+from gptjax.training.metrics import flops_per_token, num_params, peak_flops
 from gptjax.training.run import open_run
 from gptjax.training.workshop import load_params
 
@@ -129,3 +131,42 @@ def test_flops_are_those_of_the_formula():
     vectors = 2 * (16 * 4 + 64 + 16 + 4 * 16) + 2 * 16
     assert flops_per_token(m) == 6 * (matrices + vectors) + 12 * 2 * 16 * 16
     assert num_params(m)["total"] == matrices + vectors + 16 * 16
+
+
+def four_devices(monkeypatch, kind: str, platform: str) -> None:
+    """Only what JAX says of them; what is computed is computed here."""
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind, platform=platform)] * 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+
+
+@pytest.mark.parametrize(
+    "kind, teraflops",
+    [
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("TPU v6 lite", 918),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+    ],
+)
+def test_the_peak_is_that_of_the_very_device_times_their_number(monkeypatch, kind, teraflops):
+    four_devices(monkeypatch, kind, "gpu")
+    assert peak_flops()[0] == 4 * teraflops * 1e12
+
+
+@pytest.mark.parametrize("platform, counted", [("gpu", 4), ("cpu", 1)])
+def test_a_device_without_a_data_sheet_is_measured_and_all_but_cores_are_counted(monkeypatch, platform, counted):
+    four_devices(monkeypatch, "Wonder 1", platform)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a product a second
+    found, source = peak_flops()
+    assert found == counted * 2 * 1024**3 and source.startswith("measured")
