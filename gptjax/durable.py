@@ -28,8 +28,14 @@ def write_durably(path: Path, content: str | bytes, new: bool = False) -> None:
     if new:
         try:
             os.link(scratch, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links: the best that is left
+            if path.exists():
+                raise FileExistsError(path) from None
+            scratch.replace(path)
         finally:
-            scratch.unlink()
+            scratch.unlink(missing_ok=True)
     else:
         scratch.replace(path)
     sync_folder(path.parent)

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from gptjax.config import Experiment, Model
 from gptjax.sharding import one_device
@@ -27,9 +27,9 @@ from gptjax.training.run import open_run
 from gptjax.training.state import leaf_name
 from gptjax.training.workshop import enable_compilation_cache, prepare, restore_state
 
-settings.load_profile(
-    "ci"
-)  # the same examples every time, without deadlines; --hypothesis-profile default looks further
+# the same examples every time; `--hypothesis-profile default` looks further
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 enable_compilation_cache()  # in the temporary folder: what one test compiled, the next one finds
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

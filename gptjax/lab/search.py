@@ -12,7 +12,7 @@ from typing import Any, Literal
 from gptjax.checks import check
 from gptjax.config import Between, Search
 from gptjax.durable import read_json
-from gptjax.errors import ConfigError, GptjaxError
+from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.lab.progress import note
 from gptjax.lab.sweep import States
 from gptjax.lab.trials import Trial, write_sweep
@@ -46,11 +46,15 @@ class Searched:
         halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, e.train.eval_every), reduction_factor=3)
         self._study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
-            study_name=f"{e.name}: {'least' if search.lower_is_better else 'most'} {search.metric}",
+            study_name=e.name,
             load_if_exists=True,
             pruner=halving if method == "halving" else optuna.pruners.NopPruner(),
             direction="minimize" if search.lower_is_better else "maximize",
         )
+        wanted = f"{'least' if search.lower_is_better else 'most'} {search.metric}"
+        if (kept := self._study.user_attrs.get("wanted", wanted)) != wanted:
+            raise RunError(f"{folder}: holds a search for the {kept}, not for the {wanted}; choose another --run-dir")
+        self._study.set_user_attr("wanted", wanted)
         self._study.sampler = sampler(seed=e.seed + len(self._study.trials))  # one that goes on does not draw the same
         self._states, self._finished = optuna.trial.TrialState, optuna.exceptions.UpdateFinishedTrialError
         self._running: dict[str, Any] = {}  # name -> the trial of Optuna, not told of yet
@@ -58,6 +62,8 @@ class Searched:
         self._given_up: set[str] = set()
         self._reported: dict[str, int] = {}
         for frozen in self._study.trials:
+            if frozen.params.keys() != self._space.keys():
+                continue  # a kill came before all of its values were known, or the space was another
             self._add(frozen.number, frozen.params)
             if frozen.state == self._states.RUNNING:
                 self._running[self._name(frozen.number)] = optuna.trial.Trial(self._study, frozen._trial_id)
@@ -98,6 +104,11 @@ class Searched:
     def _tell(self, name: str, states: States) -> None:
         """Tells Optuna of a trial that is over or given up; another command may have done so before."""
         state, trial = states[name], self._known[name]
+        number = self._running[name].number
+        if not state.done and self._study.get_trials(deepcopy=False)[number].state.is_finished():
+            self._given_up.add(name)
+            del self._running[name]
+            return
         value, how = None, self._states.FAIL
         if state.done:
             result = read_json(trial.folder / RESULT)

@@ -113,8 +113,10 @@ class SlurmJob:
             return int(last["code"])
         if state.startswith("COMPLETED"):
             self._completed = self._completed or time.monotonic()
-            return None if time.monotonic() - self._completed < SEEN_SECONDS else 0
-        if state.startswith(CUT_OFF):
+            if time.monotonic() - self._completed < SEEN_SECONDS:
+                return None
+            code, why = 0, ""
+        elif state.startswith(CUT_OFF):
             code, why = EXIT_INTERRUPTED, ""
         else:
             code, why = EXIT_FAILED, f"job {self.job}: {state}; see {self._cluster.logs}/{self.job}_0_log.out"
@@ -127,8 +129,7 @@ class SlurmJob:
 
     def kill(self) -> None:
         """As `stop`: the cluster ends what does not end by itself."""
-        told = _ask("scancel", self.job)
-        self._told = told is not None and told.returncode == 0
+        self._told = self._cluster.cancel(self.job)
 
 
 class Slurm:
@@ -182,6 +183,14 @@ class Slurm:
                 self._states = dict(line.split(maxsplit=1) for line in told.stdout.splitlines() if " " in line)
         known = self._states.get(job)
         return known or (self._state_of_the_past(job) if self._answers else "PENDING")
+
+    def cancel(self, job: str) -> bool:
+        """Whether the cluster has heard that a job is to end. One that does not answer is not asked for every job."""
+        if not self._answers:
+            return False
+        told = _ask("scancel", job)
+        self._answers = told is not None
+        return told is not None and told.returncode == 0
 
     def _state_of_the_past(self, job: str) -> str:
         told = _ask("scontrol", "show", "job", job, "--oneliner")

@@ -92,7 +92,16 @@ def _of_trial(record: Record, seed: int) -> Record:
 
 def _are_alike(record: Record, records: Sequence[Record]) -> bool:
     a, b = record.experiment, records[0].experiment
-    return a is not None and b is not None and a == replace(b, name=a.name, seed=a.seed)
+    if a is None or b is None:
+        return False
+    a, b = _as_begun(a, b), _as_begun(b, a)
+    return a == replace(b, name=a.name, seed=a.seed)
+
+
+def _as_begun(e: Experiment, other: Experiment) -> Experiment:
+    """An experiment that has not begun with the tokens that another has found."""
+    found = other.model.vocab_size
+    return e if found is None or e.model.vocab_size is not None else e.resolved(found, other.data.labels)
 
 
 def _without_seed(name: str) -> str:

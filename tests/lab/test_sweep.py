@@ -444,8 +444,11 @@ def test_a_search_goes_on_in_its_own_folder_only(tmp_path, monkeypatch):
     (trial,) = read_sweep(tmp_path / "s")
     assert trial.file.exists(), "what was asked for before the kill is written after it"
     e = TINY.override(name="s", train=dict(steps=31, eval_every=5, checkpoint_every=5))
+    space = {"optim.learning_rate": Between(0.01, 1.0)}
     with pytest.raises(RunError, match="holds another sweep"):
-        Searched(Search(e, {"optim.learning_rate": Between(0.01, 1.0)}), "random", 2, 1, tmp_path / "s")
+        Searched(Search(e, space), "random", 2, 1, tmp_path / "s")
+    with pytest.raises(RunError, match="holds a search for the least val_loss, not for the most val_accuracy"):
+        Searched(Search(e, space, "val_accuracy", lower_is_better=False), "random", 2, 1, tmp_path / "s")
 
 
 def test_two_commands_may_make_the_same_search(tmp_path, learner):
@@ -456,6 +459,21 @@ def test_two_commands_may_make_the_same_search(tmp_path, learner):
     other = searched(tmp_path / "s", "random", 2)
     states = train_missing(one, Local(2), silent)
     assert {t.name for t in other.trials(states)} == set(states) and other.best() == one.best()
+
+
+def test_what_another_command_has_given_up_is_not_begun_again(tmp_path):
+    pytest.importorskip("optuna")
+    one = searched(tmp_path / "s", "halving", 2)
+    trials = one.trials({})
+    other = searched(tmp_path / "s", "halving", 2)
+    for trial, loss in zip(trials, (0.1, 0.9), strict=True):
+        trial.folder.mkdir()
+        (trial.folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "val_loss": loss}) + "\n")
+        note(trial, "started")
+        one.trials({t.name: state_of(t, ours=True) for t in trials})
+    (worse,) = one.given_up({})
+    other.trials({t.name: state_of(t) for t in trials})
+    assert worse == trials[1].name and list(other.given_up({})) == [worse]
 
 
 def test_a_search_says_what_is_wrong_with_it(tmp_path):
