@@ -89,7 +89,7 @@ def _stop(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
     if code == EXIT_FAILED or (_is_one_of_several() and code != EXIT_INTERRUPTED):
         sys.stdout.flush()
-        if code != EXIT_FAILED and _is_one_of_several():
+        if code != EXIT_FAILED:  # which has waited for the others already
             time.sleep(LAST_SECONDS)
         os._exit(code)  # at once: on the usual way out jax waits for the other processes, which may be gone
     sys.exit(code)

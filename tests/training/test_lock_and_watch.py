@@ -113,9 +113,7 @@ def test_when_one_of_two_is_killed_or_frozen_the_other_ends_and_says_so(job, har
     pair[harmed].send_signal(harm)
     began = time.monotonic()
     _, errors = other.communicate(timeout=PATIENCE)
-    assert time.monotonic() - began < GONE_SECONDS + 30, (
-        "not by train.stuck_seconds; the README's 45 s are a quiet machine's"
-    )
+    assert time.monotonic() - began < GONE_SECONDS + 15, "the bound that the README promises"
     if harm == signal.SIGKILL and harmed == 0:  # jax itself ends a process whose coordinator is gone, by SIGABRT
         assert other.returncode != 0 and "leader task was preempted/died/restarted" in errors
     else:
@@ -146,9 +144,7 @@ def test_when_one_of_two_fails_the_other_names_its_error(tmp_path):
     pair[1].wait(PATIENCE)
     failed = time.monotonic()
     errors = [process.communicate(timeout=PATIENCE)[1] for process in pair]
-    assert time.monotonic() - failed < GONE_SECONDS, (
-        "told, not found out by silence; the README's 10 s are a quiet machine's"
-    )
+    assert time.monotonic() - failed < 10, "the bound that the README promises"
     assert pair[1].returncode == 1 and "OSError: the disk with the text is gone" in errors[1]
     assert pair[0].returncode == 3, errors[0]
     assert "process 1 (" in errors[0] and "failed in" in errors[0] and "the disk with the text is gone" in errors[0]
