@@ -13,7 +13,7 @@ from pathlib import Path
 from gptjax.data.store import open_store
 from gptjax.training.evaluation import evaluate_run
 from gptjax.training.run import open_run
-from gptjax.training.workshop import enable_compilation_cache
+from gptjax.training.train_setup import enable_compilation_cache
 
 
 def main() -> None:

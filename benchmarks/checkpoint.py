@@ -20,7 +20,7 @@ from gptjax import cpu
 from gptjax.config import Experiment
 from gptjax.training import checkpoint
 from gptjax.training.metrics import num_params
-from gptjax.training.workshop import create_state, enable_compilation_cache, prepare
+from gptjax.training.train_setup import build_train_setup, create_state, enable_compilation_cache
 
 LARGE = Experiment(name="ten-million").override(
     model=dict(context_length=64, num_layers=12, embed_dim=264, num_heads=4, positions="rope", layers="unrolled"),
@@ -37,10 +37,10 @@ def main() -> None:
     options = parser.parse_args()
     cpu.use_cores()
     enable_compilation_cache()
-    shop = prepare(LARGE.override(model=dict(num_layers=1, embed_dim=32)) if options.tiny else LARGE)
-    with tempfile.TemporaryDirectory() as name, jax.set_mesh(shop.mesh):
-        figures = measure(shop, Path(name), options.seconds, options.saves)
-    size = num_params(shop.experiment.model)["total"]
+    setup = build_train_setup(LARGE.override(model=dict(num_layers=1, embed_dim=32)) if options.tiny else LARGE)
+    with tempfile.TemporaryDirectory() as name, jax.set_mesh(setup.mesh):
+        figures = measure(setup, Path(name), options.seconds, options.saves)
+    size = num_params(setup.experiment.model)["total"]
     print(f"{size:,} parameters, {figures['checkpoint_bytes'] / 1e6:.0f} MB a checkpoint, a save every "
           f"{options.seconds:.0f} s, {options.saves} of them")  # fmt: skip
     for name in ("stall_seconds", "slowdown_seconds", "checksum_seconds"):
@@ -53,9 +53,9 @@ def main() -> None:
         print(json.dumps(figures | {"num_params": size, "stall_share": share, "all_share": both}))
 
 
-def measure(shop, folder: Path, seconds: float, saves: int) -> dict:
-    state = create_state(shop.experiment, shop.tx, shop.abstract)
-    writer = checkpoint.Writer(folder.absolute() / "checkpoints", 2, 1)
+def measure(setup, folder: Path, seconds: float, saves: int) -> dict:
+    state = create_state(setup.experiment, setup.tx, setup.abstract)
+    writer = checkpoint.CheckpointWriter(folder.absolute() / "checkpoints", 2, 1)
     step, found = 0, {"stall_seconds": [], "slowdown_seconds": [], "checksum_seconds": []}
 
     def run(for_seconds: float) -> tuple[float, int]:
@@ -63,19 +63,19 @@ def measure(shop, folder: Path, seconds: float, saves: int) -> dict:
         nonlocal state, step
         began, first = time.perf_counter(), step
         while time.perf_counter() - began < for_seconds:
-            state, metrics = shop.train_step(state, shop.batches.on_devices(step, shop.mesh))
+            state, metrics = setup.train_step(state, setup.batches.on_devices(step, setup.mesh))
             metrics["loss"].block_until_ready()
             step += 1
         return time.perf_counter() - began, step - first
 
     run(seconds / 5)
-    writer.save(state, shop.batches.place(step))  # the first one opens files and starts threads
+    writer.save(state, setup.batches.place(step))  # the first one opens files and starts threads
     writer.wait()
     for _ in range(saves):
         alone, steps_alone = run(seconds)
         before = writer.checksum_seconds
         began = time.perf_counter()
-        writer.save(state, shop.batches.place(step))
+        writer.save(state, setup.batches.place(step))
         stall = time.perf_counter() - began
         beside, steps_beside = run(seconds - stall)
         writer.wait()
@@ -83,7 +83,7 @@ def measure(shop, folder: Path, seconds: float, saves: int) -> dict:
         found["slowdown_seconds"].append(beside - steps_beside * alone / steps_alone)
         found["checksum_seconds"].append(writer.checksum_seconds - before)
     writer.close()
-    found["checkpoint_bytes"] = checkpoint.state_bytes(shop.abstract)
+    found["checkpoint_bytes"] = checkpoint.state_bytes(setup.abstract)
     return found
 
 

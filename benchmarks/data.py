@@ -15,12 +15,12 @@ from pathlib import Path
 
 from gptjax import cpu
 from gptjax.data import corpus
-from gptjax.data.batches import Batches
+from gptjax.data.batches import DataLoader
 from gptjax.data.store import CHUNK, chunks
 from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from gptjax.loading import load_experiment
 from gptjax.training import train
-from gptjax.training.workshop import enable_compilation_cache, prepare
+from gptjax.training.train_setup import build_train_setup, enable_compilation_cache
 
 MEGABYTES = 8.0  # to tokenise
 
@@ -47,24 +47,24 @@ def main() -> None:
     cpu.use_cores()
     quickstart = load_experiment(str(Path(__file__).parent.parent / "experiments" / "quickstart.py"))
     e = quickstart.override(train=dict(steps=steps, eval_every=0, checkpoint_every=0), optim=dict(warmup_steps=1))
-    shop = prepare(e)
+    setup = build_train_setup(e)
     whole = "\n".join(corpus.read("pydoc", e.data))
     text = whole * round(MEGABYTES * 1e6 / len(whole.encode()) + 0.5)
-    kinds = [ByteTokenizer(), CharTokenizer("".join(sorted(set(whole))), False), shop.store.tokenizer]
+    kinds = [ByteTokenizer(), CharTokenizer("".join(sorted(set(whole))), False), setup.store.tokenizer]
     kinds += [BPETokenizer.from_path(options.bpe)] if options.bpe else []
     found = {tokenizer.kind: speed(tokenizer, text) for tokenizer in kinds}
     for kind, rate in found.items():
         print(f"{kind}: {rate / 1e6:.1f} MB/s")
-    alone = Batches(shop.store, shop.experiment)
+    alone = DataLoader(setup.store, setup.experiment)
     began = time.perf_counter()
     for step in range(300):
-        alone.on_devices(step, shop.mesh)
+        alone.on_devices(step, setup.mesh)
     each = (time.perf_counter() - began) / 300
     with tempfile.TemporaryDirectory() as folder:
         figures = train.train(e, Path(folder) / "run")
     step_seconds = figures["seconds"] / (steps - 1)
-    print(f"a batch, made alone: {each * 1e3:.2f} ms, {shop.batches.tokens_per_step / each:,.0f} tokens/s")
-    loader = shop.batches.tokens_per_step / each / (shop.batches.tokens_per_step / step_seconds)
+    print(f"a batch, made alone: {each * 1e3:.2f} ms, {setup.batches.tokens_per_step / each:,.0f} tokens/s")
+    loader = setup.batches.tokens_per_step / each / (setup.batches.tokens_per_step / step_seconds)
     print(f"a step: {step_seconds * 1e3:.1f} ms; making its batch alone is {each / step_seconds:.2%} of it")
     print(f"in the run: batches took {figures['data_work_share']:.2%} of the step time in their thread, "
           f"steps waited {figures['data_wait_share']:.2%} of it for them")  # fmt: skip

@@ -18,19 +18,19 @@ def gptjax_maker(shape: dict[str, int], dtype: str, batch: int) -> tuple[Callabl
     import numpy as np
 
     from gptjax import cpu
-    from gptjax.config import Model
+    from gptjax.config import ModelConfig
     from gptjax.data.tokenizer import CharTokenizer
     from gptjax.inference.cache import cache_bytes, slots_for
     from gptjax.inference.engine import make_engine
     from gptjax.inference.generate import Request, generate
     from gptjax.inference.pretrained import Pretrained
-    from gptjax.inference.rules import Sampling
+    from gptjax.inference.sampling import SamplingParams
     from gptjax.model.gpt import init_params
-    from gptjax.training.workshop import enable_compilation_cache
+    from gptjax.training.train_setup import enable_compilation_cache
 
     cpu.use_cores()
     enable_compilation_cache()
-    model = Model(
+    model = ModelConfig(
         vocab_size=shape["vocab"], num_layers=shape["layers"], num_heads=shape["heads"], embed_dim=shape["width"],
         context_length=shape["context"],
     ).resolved()  # fmt: skip
@@ -40,7 +40,7 @@ def gptjax_maker(shape: dict[str, int], dtype: str, batch: int) -> tuple[Callabl
     del params
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, shape["vocab"], (batch, PROMPT)).astype(np.int32)
-    requests = [Request(p, NEW, Sampling(temperature=0)) for p in prompts]
+    requests = [Request(p, NEW, SamplingParams(temperature=0)) for p in prompts]
 
     def first() -> float:
         began = time.perf_counter()

@@ -31,7 +31,7 @@ from gptjax.config import Experiment
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
-from gptjax.training.workshop import prepare, restore_state
+from gptjax.training.train_setup import build_train_setup, restore_state
 
 MOMENTS = ["random", "start", "save", "delete"]
 
@@ -68,13 +68,13 @@ class Campaign:
     counts: Counter = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)  # restoring is done by one thread at a time
 
-    def prepare(self) -> None:
+    def build_train_setup(self) -> None:
         """The unbroken run, which keeps every checkpoint; the others keep two."""
         e = experiment(self.folder, self.steps)
         if self.fine_tuning:
             self.finish("first", e.override({"train.steps": 10}))
             e = tuned(self.folder, e)
-        self.shop = prepare(e, one_device())
+        self.setup = build_train_setup(e, one_device())
         self.write("killed", e)
         self.finish("unbroken", e.override({"train.keep_last": self.steps}))
         self.expected = self.ending(self.folder / "unbroken")
@@ -98,7 +98,7 @@ class Campaign:
     def state(self, run: Path, found: checkpoint.Checkpoint) -> str:
         """A hash of every bit of the state in a checkpoint."""
         with self.lock:
-            state = restore_state(found, self.shop.abstract, self.shop.experiment)
+            state = restore_state(found, self.setup.abstract, self.setup.experiment)
             return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))).hexdigest()
 
     def ending(self, run: Path) -> tuple:
@@ -203,7 +203,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         campaign = Campaign(Path(name), options.steps, random.Random(options.seed), options.fine_tuning)
-        campaign.prepare()
+        campaign.build_train_setup()
         print(f"the unbroken run took {time.monotonic() - began:.0f} s", flush=True)
         shares = [options.kills // options.runs + (i < options.kills % options.runs) for i in range(options.runs)]
         with ThreadPoolExecutor(options.workers) as pool:

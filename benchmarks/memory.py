@@ -30,7 +30,7 @@ def imported(kind: str) -> int:
         import jax.numpy
 
         from gptjax import cpu
-        from gptjax.training.workshop import enable_compilation_cache
+        from gptjax.training.train_setup import enable_compilation_cache
 
         cpu.use_cores()
         enable_compilation_cache()

@@ -51,18 +51,18 @@ def compiling() -> float:
 
     from gptjax import cpu
     from gptjax.loading import load_experiment
-    from gptjax.training.workshop import first_state, prepare
+    from gptjax.training.train_setup import build_train_setup, first_state
 
     cpu.use_cores()
     e = load_experiment(str(QUICKSTART)).override(
         model=dict(num_layers=12, num_heads=12, embed_dim=768, context_length=1024, layers="scan"),
         train=dict(batch_size=2),
     )
-    shop = prepare(e)
-    with jax.set_mesh(shop.mesh):
-        state, batch = first_state(shop, None), shop.batches.on_devices(0, shop.mesh)
+    setup = build_train_setup(e)
+    with jax.set_mesh(setup.mesh):
+        state, batch = first_state(setup, None), setup.batches.on_devices(0, setup.mesh)
         began = time.perf_counter()
-        shop.lower(state, batch).compile()
+        setup.lower(state, batch).compile()
     return time.perf_counter() - began
 
 

@@ -6,11 +6,11 @@ Cost       under 3 minutes on 2 CPU cores, no download
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="quickstart",
-    model=Model(
+    model=ModelConfig(
         context_length=128,
         num_layers=4,
         embed_dim=128,
@@ -21,7 +21,9 @@ experiment = Experiment(
         bias=False,
         layers="unrolled",
     ),
-    data=Data(source="pydoc", tokenizer="sentencepiece", tokenizer_vocab_size=1024),
-    optim=Optim(name="adamw", learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=50, beta2=0.95),
-    train=Train(steps=1000, batch_size=8, eval_every=250, checkpoint_every=500, sample_prompt='The "for" statement'),
+    data=DataConfig(source="pydoc", tokenizer="sentencepiece", tokenizer_vocab_size=1024),
+    optim=OptimConfig(name="adamw", learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=50, beta2=0.95),
+    train=TrainConfig(
+        steps=1000, batch_size=8, eval_every=250, checkpoint_every=500, sample_prompt='The "for" statement'
+    ),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from string import Formatter
 
-from gptjax.config import Data, Experiment, Mesh, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, MeshConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from gptjax.errors import ConfigError
 from gptjax.schema import replace_at, type_problems, value_at
 
@@ -20,18 +20,18 @@ NOT_NEGATIVE = """seed model.init_std model.lora_rank model.num_classes objectiv
     optim.warmup_steps optim.weight_decay train.eval_every train.checkpoint_every train.keep_best
     train.sample_tokens""".split()
 SHARES = "model.dropout optim.beta1 optim.beta2 data.val_fraction optim.cooldown_fraction".split()
-WRITING = ("risk", "grpo")  # objectives for which the model writes answers of its own
+ON_POLICY = ("risk", "grpo")  # objectives for which the model writes answers of its own
 OWNERS = {  # fields of Objective that mean something to some objectives only
     "mask_rate": ("masked",),
     "whole_words": ("masked",),
     "next_sentence": ("masked",),
     "fill_in_rate": ("fill_in",),
-    "reference": ("dpo", "distill", *WRITING),
-    "beta": ("dpo", *WRITING),
+    "reference": ("dpo", "distill", *ON_POLICY),
+    "beta": ("dpo", *ON_POLICY),
     "divergence": ("distill",),
-    "score": WRITING,
-    "samples": WRITING,
-    "new_tokens": WRITING,
+    "score": ON_POLICY,
+    "samples": ON_POLICY,
+    "new_tokens": ON_POLICY,
 }
 Need = Callable[[bool, str], None]
 
@@ -131,7 +131,7 @@ def _objective_rules(e: Experiment, need: Need) -> None:
     for name, owners in OWNERS.items():
         value = getattr(o, name)
         need(
-            o.name in owners or value == getattr(Objective(), name),
+            o.name in owners or value == getattr(ObjectiveConfig(), name),
             f"objective.{name} = {value}: has no effect; set objective.name = {' or '.join(map(repr, owners))}",
         )
     _tuning_rules(e, need)
@@ -150,7 +150,7 @@ def _objective_rules(e: Experiment, need: Need) -> None:
 def _tuning_rules(e: Experiment, need: Need) -> None:
     """Of the objectives that look at more than the next token: another model, two answers, answers of its own."""
     o, d, t = e.objective, e.data, e.train
-    stays_near = o.name == "dpo" or (o.name in WRITING and o.beta > 0)
+    stays_near = o.name == "dpo" or (o.name in ON_POLICY and o.beta > 0)
     need(
         not stays_near or e.init is not None or o.reference is not None,
         f"objective.name = {o.name!r}: there is no model to stay near; name one by init, or by objective.reference",
@@ -164,11 +164,11 @@ def _tuning_rules(e: Experiment, need: Need) -> None:
         "objective.beta = 0: nothing is learnt with objective.name = 'dpo'; 0.1 is usual",
     )
     need(
-        o.name not in WRITING or o.beta > 0 or o.reference is None,
+        o.name not in ON_POLICY or o.beta > 0 or o.reference is None,
         f"objective.reference = {o.reference!r}: has no effect with objective.beta = 0; leave it out, or set beta",
     )
     need(
-        o.name not in WRITING or e.model.dropout == 0,
+        o.name not in ON_POLICY or e.model.dropout == 0,
         f"model.dropout = {e.model.dropout}: with objective.name = {o.name!r} the model that learns would not be the "
         "one that wrote; set 0",
     )
@@ -184,7 +184,7 @@ def _tuning_rules(e: Experiment, need: Need) -> None:
         o.name != "dpo" or d.rejected is not None,
         "objective.name = 'dpo': compares two answers; set data.rejected",
     )
-    rows = 2 if o.name == "dpo" else o.samples if o.name in WRITING else 1
+    rows = 2 if o.name == "dpo" else o.samples if o.name in ON_POLICY else 1
     need(
         t.batch_size % (rows * t.microbatches if o.name == "dpo" else rows) == 0,
         f"train.batch_size = {t.batch_size}: objective.name = {o.name!r} reads {rows} rows together, "
@@ -195,11 +195,11 @@ def _tuning_rules(e: Experiment, need: Need) -> None:
         f"data.source = {d.source!r}: objective.name = {o.name!r} reads rows that belong together; give one source",
     )
     need(
-        o.name not in WRITING or o.samples > 1,
+        o.name not in ON_POLICY or o.samples > 1,
         f"objective.samples = {o.samples}: answers are compared with others to the same prompt; 2 is the least",
     )
     need(
-        o.name not in WRITING or not _knows_shape(e) or o.new_tokens < e.model.context_length,
+        o.name not in ON_POLICY or not _knows_shape(e) or o.new_tokens < e.model.context_length,
         f"objective.new_tokens = {o.new_tokens}: leaves nothing of model.context_length = {e.model.context_length} "
         "for the prompt; ask for fewer",
     )
@@ -242,7 +242,7 @@ def _knows_shape(e: Experiment) -> bool:
     return e.init is None or e.model.ffn_dim is not None
 
 
-def _model_rules(m: Model, need: Need, knows_shape: bool) -> None:
+def _model_rules(m: ModelConfig, need: Need, knows_shape: bool) -> None:
     if m.head_dim is None:
         fits = [n for n in range(1, min(m.embed_dim, 10_000) + 1) if m.embed_dim % n == 0]  # a stranger's may be vast
         nearest = min(fits, key=lambda n: abs(n - m.num_heads))
@@ -337,7 +337,7 @@ def _kernel_rules(e: Experiment, need: Need) -> None:
     )
 
 
-def _data_rules(d: Data, need: Need) -> None:
+def _data_rules(d: DataConfig, need: Need) -> None:
     _template_rules(d, need)
     sources = (d.source,) if isinstance(d.source, str) else d.source
     need(bool(sources) and all(sources), f"data.source = {d.source!r}: names no text; pydoc is always there")
@@ -360,7 +360,7 @@ def _data_rules(d: Data, need: Need) -> None:
     )
 
 
-def _template_rules(d: Data, need: Need) -> None:
+def _template_rules(d: DataConfig, need: Need) -> None:
     need(
         (d.prompt is None) == (d.answer is None),
         "data.prompt, data.answer: an example needs both; give the other one too, or none for plain text",
@@ -385,7 +385,7 @@ def _template_rules(d: Data, need: Need) -> None:
         )
 
 
-def _training_rules(o: Optim, t: Train, need: Need) -> None:
+def _training_rules(o: OptimConfig, t: TrainConfig, need: Need) -> None:
     need(
         o.warmup_steps < t.steps,
         f"optim.warmup_steps = {o.warmup_steps}: the run has only {t.steps} steps (train.steps); "
@@ -419,7 +419,7 @@ def _privacy_rules(e: Experiment, need: Need) -> None:
         f"{private}: is over optim.clip_norm, the norm of a window's gradient at most; set that, to 1 for instance",
     )
     need(
-        o.name not in ("dpo", *WRITING) and not o.next_sentence,
+        o.name not in ("dpo", *ON_POLICY) and not o.next_sentence,
         f"{private}: needs windows that are learnt from one by one, and objective.name = {o.name!r} reads several "
         "together; choose another objective, or leave the noise out",
     )
@@ -443,7 +443,7 @@ def _privacy_rules(e: Experiment, need: Need) -> None:
     )
 
 
-def _mesh_rules(t: Train, mesh: Mesh, num_devices: int, need: Need) -> None:
+def _mesh_rules(t: TrainConfig, mesh: MeshConfig, num_devices: int, need: Need) -> None:
     data = mesh.data or max(1, num_devices // mesh.model)
     need(
         data * mesh.model == num_devices,

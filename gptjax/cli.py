@@ -11,21 +11,21 @@ from gptjax import __version__
 from gptjax.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, GptjaxError
 
 VERBS = {  # verb -> the module and function that do it
-    "train": ("gptjax.verbs.train", "train"),
-    "sweep": ("gptjax.verbs.sweep", "sweep"),
-    "scale": ("gptjax.verbs.scale", "scale"),
-    "sample": ("gptjax.verbs.write", "sample"),
-    "chat": ("gptjax.verbs.write", "chat"),
-    "eval": ("gptjax.verbs.evaluate", "evaluate"),
-    "import": ("gptjax.verbs.exchange", "import_"),
-    "export": ("gptjax.verbs.exchange", "export"),
-    "verify": ("gptjax.verbs.runs", "verify"),
-    "replay": ("gptjax.verbs.runs", "replay"),
-    "profile": ("gptjax.verbs.profile", "profile"),
-    "runs": ("gptjax.verbs.compare", "runs"),
-    "report": ("gptjax.verbs.compare", "report"),
-    "diff": ("gptjax.verbs.compare", "diff"),
-    "repro": ("gptjax.verbs.repro", "repro"),
+    "train": ("gptjax.commands.train", "train"),
+    "sweep": ("gptjax.commands.sweep", "sweep"),
+    "scale": ("gptjax.commands.scale", "scale"),
+    "sample": ("gptjax.commands.sample", "sample"),
+    "chat": ("gptjax.commands.sample", "chat"),
+    "eval": ("gptjax.commands.evaluate", "evaluate"),
+    "import": ("gptjax.commands.exchange", "import_"),
+    "export": ("gptjax.commands.exchange", "export"),
+    "verify": ("gptjax.commands.runs", "verify"),
+    "replay": ("gptjax.commands.runs", "replay"),
+    "profile": ("gptjax.commands.profile", "profile"),
+    "runs": ("gptjax.commands.compare", "runs"),
+    "report": ("gptjax.commands.compare", "report"),
+    "diff": ("gptjax.commands.compare", "diff"),
+    "repro": ("gptjax.commands.repro", "repro"),
 }
 LAST_SECONDS = 2.0  # of a process that ends a job, in which the others come to say why: jax aborts them when it is gone
 HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them

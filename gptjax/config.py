@@ -17,11 +17,11 @@ from gptjax.errors import ConfigError
 from gptjax.schema import leaves, replace_at, type_problems, unknown, value_at
 
 FORMAT_VERSION = 1
-Aim = Literal["causal", "prefix", "masked", "fill_in", "supervised", "dpo", "risk", "grpo", "distill"]
+ObjectiveName = Literal["causal", "prefix", "masked", "fill_in", "supervised", "dpo", "risk", "grpo", "distill"]
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The shape of the network and the mechanisms in it."""
 
     vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer has
@@ -71,21 +71,21 @@ class Model:
         return self.ffn in ("swiglu", "geglu")
 
     @property
-    def num_branches(self) -> int:
+    def num_residual_adds(self) -> int:
         """How often something is added to the residual stream: by attention and by the FFN of every layer."""
         return self.num_layers * (1 if self.ffn == "none" else 2)
 
     @property
-    def times_wider(self) -> float:
+    def width_multiplier(self) -> float:
         """How many times as wide as `mup_width` it is: what muP scales by; 1 without muP."""
         return self.embed_dim / self.mup_width if self.mup_width else 1.0
 
     @property
-    def hidden_std(self) -> float:
+    def mup_init_std(self) -> float:
         """Standard deviation at the start of matrices whose two sides both grow with the width."""
-        return self.init_std / self.times_wider**0.5
+        return self.init_std / self.width_multiplier**0.5
 
-    def resolved(self) -> "Model":
+    def resolved(self) -> "ModelConfig":
         """The same model with every derived size written out (all but `vocab_size`, which the tokenizer knows)."""
         ffn_dim = round(self.embed_dim * 8 / 3 / 8) * 8 if self.gated else 4 * self.embed_dim
         derived: dict[str, Any] = dict(
@@ -99,7 +99,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """The text, how it becomes tokens and how tokens become windows."""
 
     source: str | tuple[str, ...] = "pydoc"  # pydoc, file or folder (txt jsonl csv parquet), hub: task: function:
@@ -123,10 +123,10 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Objective:
+class ObjectiveConfig:
     """What the model learns to do with a window."""
 
-    name: Aim = "causal"  # see data/objectives.py, and from dpo on tuning/
+    name: ObjectiveName = "causal"  # see data/objectives.py, and from dpo on tuning/
     mask_rate: float = 0.15  # masked: share of the tokens that are asked for (BERT)
     whole_words: bool = False  # masked: all tokens of a word are asked for, or none
     next_sentence: bool = False  # masked: also asks whether the second half of a row follows the first
@@ -141,7 +141,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     """The optimiser, its schedule and its averages."""
 
     name: Literal["adamw", "lion", "adafactor", "sgd", "muon", "schedule_free"] = "adamw"  # update rule
@@ -162,7 +162,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """How long, how much at once, and what is kept."""
 
     steps: int = 1000  # updates of the weights
@@ -183,7 +183,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class MeshConfig:
     """How the devices are laid out: FSDP over `data`, tensor parallelism over `model`."""
 
     data: int | None = None  # devices that share a batch and the weights; None: all that `model` leaves
@@ -197,12 +197,12 @@ class Experiment:
     name: str = "experiment"  # of the run folder, runs/NAME
     seed: int = 0  # of weights, data order and dropout; every use folds in its own name and step
     init: str | None = None  # a run, Hugging Face folder or hub name to start from; None: random
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    objective: Objective = field(default_factory=Objective)
-    optim: Optim = field(default_factory=Optim)
-    train: Train = field(default_factory=Train)
-    mesh: Mesh = field(default_factory=Mesh)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     @property
     def with_answers(self) -> bool:
@@ -281,7 +281,7 @@ def zip_(base: Experiment, axes: Mapping[str, Iterable[Any]]) -> list[Experiment
 
 
 @dataclass(frozen=True)
-class Between:
+class Uniform:
     """The values from `low` to `high`, whole where both are; `log`: each order of magnitude is as likely as another."""
 
     low: float  # the least
@@ -295,10 +295,10 @@ class Between:
 
 @dataclass(frozen=True)
 class Search:
-    """Values to be searched for: `Search(base, {"optim.learning_rate": Between(1e-4, 1e-1, log=True)})`."""
+    """Values to be searched for: `Search(base, {"optim.learning_rate": Uniform(1e-4, 1e-1, log=True)})`."""
 
     experiment: Experiment  # what every trial varies
-    space: Mapping[str, Between | Sequence[Any]]  # dotted name -> what it may be: a range, or some values
+    space: Mapping[str, Uniform | Sequence[Any]]  # dotted name -> what it may be: a range, or some values
     metric: str = "val_loss"  # of result.json
     lower_is_better: bool = True  # of the metric
 

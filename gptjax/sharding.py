@@ -4,7 +4,7 @@ Weights and activations name their axes (`("embed", "heads", "head_dim")`); ever
 `RULES`. The mesh is in Auto mode: XLA places the collectives, the constraints here say where arrays must lie.
 
 The cores of a CPU are a third axis. XLA lets them work together in large products only; so each core is made a
-JAX device, has a copy of the weights and rows of the batch of its own, and their gradients are added up (`over_cores`).
+JAX device, has a copy of the weights and rows of the batch of its own, and their gradients are added up (`sum_over_cores`).
 For the experiment, and for whoever writes `mesh.data`, a CPU stays one device.
 """
 
@@ -104,7 +104,7 @@ def _by_cores() -> bool:
     return jax.config.jax_num_cpu_devices > 1 and jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
-def make_mesh(mesh: config.Mesh, groups: int, weights: int) -> jax.sharding.Mesh:
+def make_mesh(mesh: config.MeshConfig, groups: int, weights: int) -> jax.sharding.Mesh:
     """All devices as data x model. `checks.check` has made sure that the numbers fit.
 
     On a CPU as many cores work at once as divide the `groups` of a batch, rows that belong together, and as copies of
@@ -113,10 +113,10 @@ def make_mesh(mesh: config.Mesh, groups: int, weights: int) -> jax.sharding.Mesh
     if not _by_cores():
         return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)
     most = max(1, min(jax.device_count(), cpu.memory() // 4 // (BYTES_A_WEIGHT * weights)))
-    return mesh_of(jax.devices()[: sharing(groups, most)], 1, 1)
+    return mesh_of(jax.devices()[: largest_divisor(groups, most)], 1, 1)
 
 
-def sharing(groups: int, most: int) -> int:
+def largest_divisor(groups: int, most: int) -> int:
     """How many, at most so many, share things evenly: cores the groups of a batch, blocks the tokens of a text."""
     return next(n for n in range(most, 0, -1) if groups % n == 0)
 
@@ -143,7 +143,7 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | str] | None:
     return {"xla_disable_hlo_passes": "cse_barrier_expander", **alone}
 
 
-def over_cores(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch_axis: int) -> Any:
+def sum_over_cores(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch_axis: int) -> Any:
     """`function(rows, whole)`, sums over rows: each core is given its own, and all of `whole`; the sums are added.
 
     Inside `jax.set_mesh`. They are added all at once: cores wait for each other at every addition, and where two could
@@ -156,8 +156,8 @@ def over_cores(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch
     return _on_each_core(function, added, rows, whole, batch_axis, PartitionSpec())
 
 
-def by_core(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch_axis: int) -> Any:
-    """As `over_cores`, but the sums, scalars, are left as they are: [cores], or scalars where there is one."""
+def map_over_cores(function: Callable[[Any, Any], Any], rows: Any, whole: Any, batch_axis: int) -> Any:
+    """As `sum_over_cores`, but the sums, scalars, are left as they are: [cores], or scalars where there is one."""
 
     def apart(rows: Any, whole: Any) -> Any:
         return jax.tree.map(lambda x: x[None], function(rows, whole))
@@ -180,14 +180,14 @@ def _on_each_core(
     return jax.shard_map(together, in_specs=given, out_specs=out, check_vma=False)(rows, whole)
 
 
-def devices_of_a_batch() -> int:
+def num_batch_devices() -> int:
     """The devices that share what a function inside jit sees as a whole batch; on one of several cores 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["model"]
 
 
 def row_numbers(rows: int) -> jax.Array:
-    """Of rows that a function is given, those in the whole batch: int32 [rows]. They differ inside `over_cores`."""
+    """Of rows that a function is given, those in the whole batch: int32 [rows]. They differ inside `sum_over_cores`."""
     numbers = jnp.arange(rows)
     manual = CORES in jax.sharding.get_abstract_mesh().manual_axes
     return numbers + rows * jax.lax.axis_index(CORES) if manual else numbers

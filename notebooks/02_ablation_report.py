@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.lab.comparison import compare
+from gptjax.lab.text_report import as_text
 from gptjax.lab.variants import variants_of
-from gptjax.lab.words import as_text
 
 folder = Path(os.environ.get("SWEEP", "runs/ffn"))
 variants, left_out = variants_of([folder])

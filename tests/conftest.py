@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from gptjax.config import Experiment, Model
+from gptjax.config import Experiment, ModelConfig
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint, train
 from gptjax.training.run import open_run
 from gptjax.training.state import leaf_name
-from gptjax.training.workshop import enable_compilation_cache, prepare, restore_state
+from gptjax.training.train_setup import build_train_setup, enable_compilation_cache, restore_state
 
 # the same examples every time; `--hypothesis-profile default` looks further
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -40,7 +40,7 @@ TINY = Experiment(name="tiny").override(
 )
 
 
-def tiny_model(**changes) -> Model:
+def tiny_model(**changes) -> ModelConfig:
     """A resolved model of two layers that compiles in a moment."""
     return TINY.override(model=dict(vocab_size=11) | changes).model.resolved()
 
@@ -104,9 +104,9 @@ def finished_run(tmp_path_factory) -> Path:
 def restored(folder: Path, which: str = "last", folder_of_checkpoints: Path | None = None) -> dict:
     """Everything that a checkpoint of a run holds, as host arrays by their dotted names."""
     run = open_run(folder)
-    shop = prepare(run.experiment, one_device())
+    setup = build_train_setup(run.experiment, one_device())
     state = restore_state(
-        checkpoint.choose(folder_of_checkpoints or run.checkpoints, which), shop.abstract, shop.experiment
+        checkpoint.choose(folder_of_checkpoints or run.checkpoints, which), setup.abstract, setup.experiment
     )
     return {leaf_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gptjax import config
 from gptjax.checks import check
-from gptjax.config import Experiment, Model, diff, grid
+from gptjax.config import Experiment, ModelConfig, diff, grid
 from gptjax.errors import ConfigError
 from gptjax.schema import leaves, type_problems, value_at
 
@@ -203,10 +203,10 @@ def test_a_model_that_looks_ahead_may_tell_classes():
 
 
 def test_derived_sizes_are_written_out():
-    m = Model(embed_dim=96, num_heads=6, ffn="swiglu").resolved()
+    m = ModelConfig(embed_dim=96, num_heads=6, ffn="swiglu").resolved()
     assert (m.num_kv_heads, m.head_dim, m.ffn_dim) == (6, 16, 256)
     assert m.resolved() == m
-    assert Model(embed_dim=96).resolved().ffn_dim == 384
+    assert ModelConfig(embed_dim=96).resolved().ffn_dim == 384
     e = BASE.resolved(5, ("a", "b"))
     assert (e.model.vocab_size, e.model.num_classes, e.data.labels) == (5, 2, ("a", "b"))
 

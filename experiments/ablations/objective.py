@@ -10,7 +10,7 @@ Shape, text, batches, steps and so FLOPs are equal; answers are not: a causal mo
 reads, a masked one for 15% of them, as BERT was. That is a part of what is compared.
 (a) A text made for it, see probing/recall.py. The question ends the text: a causal model tells the next token, a masked
     one what a last mask stands for. An answer is one token, so that no mask leaves a part of it to be seen.
-(b) Film sentences of the task's training side; the gaps are in those of its test side, see probing/fill.py.
+(b) Film sentences of the task's training side; the gaps are in those of its test side, see probing/cloze.py.
 (c) The models of (b) with a new head that reads their last token, all weights trained on.
 Both objectives have the same questions; those of (a) and (b), like the batches, are others for every seed.
 `gptjax train` of this file is one run of (b), once the study has written its text.
@@ -25,24 +25,24 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config import Data, Experiment, Model, Optim, Train
+from gptjax.atomic_io import read_json, write_atomic
+from gptjax.commands import start_jax
+from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 from gptjax.data.examples import examples
 from gptjax.data.tasks import find_task
-from gptjax.durable import read_json, write_durably
 from gptjax.errors import GptjaxError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.open import open_model
 from gptjax.lab.report import plot_by_distance
-from gptjax.probing.fill import from_both_sides, from_the_left, hide
+from gptjax.probing.cloze import hide, predict_bidirectional, predict_left_to_right
 from gptjax.probing.recall import CHANCE, document, recall
 from gptjax.training.train import train
 from gptjax.tuning.intervals import over_runs
 from gptjax.tuning.tasks import evaluate_task
-from gptjax.verbs import start_jax
 
 experiment = Experiment(
     name="objective",
-    model=Model(
+    model=ModelConfig(
         context_length=128,
         num_layers=2,
         embed_dim=64,
@@ -53,15 +53,15 @@ experiment = Experiment(
         init_std=0.05,
         layers="unrolled",
     ),
-    data=Data(
+    data=DataConfig(
         source="runs/objective/sentences/train.jsonl",
         val_source="runs/objective/sentences/validation.jsonl",
         tokenizer="sentencepiece",
         tokenizer_vocab_size=1024,
         document_mask=True,
     ),
-    optim=Optim(learning_rate=5e-3, warmup_steps=100, beta2=0.95),
-    train=Train(steps=1200, batch_size=8, eval_every=0, checkpoint_every=0, log_every=100, sample_tokens=0),
+    optim=OptimConfig(learning_rate=5e-3, warmup_steps=100, beta2=0.95),
+    train=TrainConfig(steps=1200, batch_size=8, eval_every=0, checkpoint_every=0, log_every=100, sample_tokens=0),
 )
 OBJECTIVES = {"causal": {}, "masked": {"objective.name": "masked", "model.causal": False}}
 RECALL = {
@@ -90,7 +90,7 @@ def write_texts(folder: Path) -> None:
     """The text of (a), and that of (b) and (c): the same bytes every time."""
     made = {"train": range(DOCUMENTS), "validation": range(DOCUMENTS, DOCUMENTS + 40)}
     for side, numbers in made.items():
-        sentences = (example.values["sentence"] for example in examples("task:sentiment", Data(), side))
+        sentences = (example.values["sentence"] for example in examples("task:sentiment", DataConfig(), side))
         for part, texts in {"recall": (document(0, i, PAIRS) for i in numbers), "sentences": sentences}.items():
             path = folder / part / f"{side}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,10 +117,13 @@ def recalled(model: Pretrained, seed: int) -> dict[str, float]:
 def filled_in(model: Pretrained, seed: int) -> dict[str, float]:
     """(b)"""
     tokens = model.tokenizer
-    texts = (tokens.encode(example.values["sentence"]) for example in examples("task:sentiment", Data(), "test"))
-    gaps = hide((np.append(ids, tokens.end_of_text) for ids in texts), GAPS, model.model.context_length, tokens, seed)
+    texts = (tokens.encode(example.values["sentence"]) for example in examples("task:sentiment", DataConfig(), "test"))
+    gaps = hide((np.append(ids, tokens.eos_id) for ids in texts), GAPS, model.model.context_length, tokens, seed)
     truth = [gap.truth for gap in gaps]
-    told = {"left": from_the_left(model, gaps), "both sides": from_both_sides(model, gaps, candidates=CANDIDATES)}
+    told = {
+        "left": predict_left_to_right(model, gaps),
+        "both sides": predict_bidirectional(model, gaps, candidates=CANDIDATES),
+    }
     return {f"fill-in from {side}": float((answers == truth).mean()) for side, answers in told.items()}
 
 
@@ -140,7 +143,7 @@ def measured(folder: Path, part: str, objective: str, seed: int) -> dict[str, fl
     if not path.exists():
         train(run, folder / run.name)
         figures = PARTS[part](open_model(str(folder / run.name)), seed)
-        write_durably(path, json.dumps(figures, indent=2) + "\n")
+        write_atomic(path, json.dumps(figures, indent=2) + "\n")
     return read_json(path)
 
 
@@ -153,7 +156,7 @@ def study(folder: Path, seeds: int) -> None:
             figures.setdefault(name, {}).setdefault(objective, []).append(value)
     table = {name: summary(name, **values) for name, values in figures.items()}
     result = {"seeds": seeds, "figures": figures, "table": table}
-    write_durably(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_atomic(folder / "result.json", json.dumps(result, indent=2) + "\n")
     curves = {o: np.array([table[f"recall at {d}"][o] for d in DISTANCES]).T for o in OBJECTIVES}
     plot_by_distance(DISTANCES, curves, RECALL["model.context_length"], CHANCE, folder / "recall.png")
     print(f"means of {seeds} seeds with 95% intervals (Student's t)")

@@ -7,11 +7,11 @@ Expected   validation loss about 2.85 nats a token (nanoGPT, README); not run he
 Source     Radford et al. 2019; rates and batch: Brown et al. 2020, table 2.1
 """
 
-from gptjax.config import Data, Experiment, Model, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="gpt2_124m",
-    model=Model(
+    model=ModelConfig(
         vocab_size=50257,
         context_length=1024,
         num_layers=12,
@@ -20,7 +20,7 @@ experiment = Experiment(
         dtype="bfloat16",
         remat="dots",
     ),
-    data=Data(source="hub:Skylion007/openwebtext", tokenizer="$GPTJAX_DATA/gpt2_bpe", val_fraction=0.0005),
-    optim=Optim(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=2000, beta2=0.95),
-    train=Train(steps=600_000, batch_size=512, microbatches=32, eval_every=2000, checkpoint_every=2000),
+    data=DataConfig(source="hub:Skylion007/openwebtext", tokenizer="$GPTJAX_DATA/gpt2_bpe", val_fraction=0.0005),
+    optim=OptimConfig(learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=2000, beta2=0.95),
+    train=TrainConfig(steps=600_000, batch_size=512, microbatches=32, eval_every=2000, checkpoint_every=2000),
 )

@@ -7,12 +7,12 @@ Cost       7 minutes on 2 CPU cores
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="correction",
     # from nothing: almost all of an answer is copied letter by letter, which pieces of words only hinder
-    model=Model(
+    model=ModelConfig(
         context_length=320,  # three lines with their corrections
         num_layers=3,
         embed_dim=128,
@@ -22,8 +22,8 @@ experiment = Experiment(
         bias=False,
         layers="unrolled",
     ),
-    data=Data(source="task:correction", tokenizer="byte"),
-    objective=Objective(name="supervised"),
-    optim=Optim(name="muon", learning_rate=3e-3, warmup_steps=50, beta2=0.95),
-    train=Train(steps=2400, batch_size=4, eval_every=1200, checkpoint_every=1200, sample_tokens=0),
+    data=DataConfig(source="task:correction", tokenizer="byte"),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=50, beta2=0.95),
+    train=TrainConfig(steps=2400, batch_size=4, eval_every=1200, checkpoint_every=1200, sample_tokens=0),
 )

@@ -7,14 +7,14 @@ Cost       45 seconds on 2 CPU cores, after experiments/finetune/pretraining.py;
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="dialogue",
     init="runs/pretraining",
-    model=Model(context_length=512, dropout=0.1),
-    data=Data(source="task:dialogue", tokenizer="init"),
-    objective=Objective(name="supervised"),
-    optim=Optim(learning_rate=1e-3, warmup_steps=20, beta2=0.95),
-    train=Train(steps=200, batch_size=2, eval_every=50, checkpoint_every=50, sample_tokens=0),
+    model=ModelConfig(context_length=512, dropout=0.1),
+    data=DataConfig(source="task:dialogue", tokenizer="init"),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, beta2=0.95),
+    train=TrainConfig(steps=200, batch_size=2, eval_every=50, checkpoint_every=50, sample_tokens=0),
 )

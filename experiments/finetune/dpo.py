@@ -8,13 +8,13 @@ Cost       20 seconds on 2 CPU cores, after experiments/finetune/addition.py
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="dpo",
     init="runs/addition",
-    data=Data(source="task:addition", rejected="{wrong}", tokenizer="init"),
-    objective=Objective(name="dpo", beta=1.0),
-    optim=Optim(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
-    train=Train(steps=200, batch_size=64, eval_every=50, checkpoint_every=100, sample_tokens=0),
+    data=DataConfig(source="task:addition", rejected="{wrong}", tokenizer="init"),
+    objective=ObjectiveConfig(name="dpo", beta=1.0),
+    optim=OptimConfig(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
+    train=TrainConfig(steps=200, batch_size=64, eval_every=50, checkpoint_every=100, sample_tokens=0),
 )

@@ -7,14 +7,14 @@ Cost       2 min 20 s on 2 CPU cores, after experiments/finetune/correction.py; 
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="entities",
     init="runs/correction",  # it reads bytes and can copy; pieces of words never gave a name back
-    model=Model(context_length=448, dropout=0.1),
-    data=Data(source="task:entities", tokenizer="init"),
-    objective=Objective(name="supervised"),
-    optim=Optim(name="muon", learning_rate=2e-3, warmup_steps=20, beta2=0.95),
-    train=Train(steps=600, batch_size=4, eval_every=300, checkpoint_every=300, sample_tokens=0),
+    model=ModelConfig(context_length=448, dropout=0.1),
+    data=DataConfig(source="task:entities", tokenizer="init"),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, beta2=0.95),
+    train=TrainConfig(steps=600, batch_size=4, eval_every=300, checkpoint_every=300, sample_tokens=0),
 )

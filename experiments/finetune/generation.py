@@ -7,14 +7,14 @@ Cost       3 minutes on 2 CPU cores, after experiments/finetune/pretraining.py; 
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="generation",
     init="runs/pretraining",
-    model=Model(context_length=512, dropout=0.1),
-    data=Data(source="task:generation", tokenizer="init"),
-    objective=Objective(name="supervised"),
-    optim=Optim(name="muon", learning_rate=2e-3, warmup_steps=20, beta2=0.95),
-    train=Train(steps=400, batch_size=4, eval_every=100, checkpoint_every=100, sample_tokens=0),
+    model=ModelConfig(context_length=512, dropout=0.1),
+    data=DataConfig(source="task:generation", tokenizer="init"),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, beta2=0.95),
+    train=TrainConfig(steps=400, batch_size=4, eval_every=100, checkpoint_every=100, sample_tokens=0),
 )

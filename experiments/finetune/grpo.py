@@ -7,13 +7,13 @@ Cost       2 min 20 s on 2 CPU cores; after experiments/finetune/addition.py
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="grpo",
     init="runs/addition",
-    data=Data(source="task:addition", tokenizer="init"),
-    objective=Objective(name="grpo", score="exact_match", samples=8, new_tokens=6, beta=0.01),
-    optim=Optim(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0),
-    train=Train(steps=300, batch_size=256, eval_every=50, checkpoint_every=100, sample_tokens=0),
+    data=DataConfig(source="task:addition", tokenizer="init"),
+    objective=ObjectiveConfig(name="grpo", score="exact_match", samples=8, new_tokens=6, beta=0.01),
+    optim=OptimConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0),
+    train=TrainConfig(steps=300, batch_size=256, eval_every=50, checkpoint_every=100, sample_tokens=0),
 )

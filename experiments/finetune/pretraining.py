@@ -6,7 +6,7 @@ Cost       6 minutes on 2 CPU cores
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 
 SHARES = {
     "task:sentiment": 0.4,
@@ -19,7 +19,7 @@ SHARES = {
 
 experiment = Experiment(
     name="pretraining",
-    model=Model(
+    model=ModelConfig(
         context_length=256,
         num_layers=3,
         embed_dim=128,
@@ -29,12 +29,12 @@ experiment = Experiment(
         bias=False,
         layers="unrolled",
     ),
-    data=Data(
+    data=DataConfig(
         source=tuple(SHARES),
         weights=tuple(SHARES.values()),
         tokenizer="sentencepiece",
         tokenizer_vocab_size=4096,
     ),
-    optim=Optim(name="muon", learning_rate=4e-3, final_learning_rate=1e-4, warmup_steps=50, beta2=0.95),
-    train=Train(steps=900, batch_size=8, eval_every=450, checkpoint_every=450, sample_prompt="the film is"),
+    optim=OptimConfig(name="muon", learning_rate=4e-3, final_learning_rate=1e-4, warmup_steps=50, beta2=0.95),
+    train=TrainConfig(steps=900, batch_size=8, eval_every=450, checkpoint_every=450, sample_prompt="the film is"),
 )

@@ -8,14 +8,14 @@ Cost       4 min 20 s on 2 CPU cores; after experiments/finetune/correction.py
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="risk",
     init="runs/correction",
-    model=Model(context_length=192),  # a line and a correction of it
-    data=Data(source="task:correction", tokenizer="init"),
-    objective=Objective(name="risk", score="edit_distance", samples=8, new_tokens=80, beta=0.001),
-    optim=Optim(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
-    train=Train(steps=120, batch_size=64, eval_every=0, checkpoint_every=50, sample_tokens=0),
+    model=ModelConfig(context_length=192),  # a line and a correction of it
+    data=DataConfig(source="task:correction", tokenizer="init"),
+    objective=ObjectiveConfig(name="risk", score="edit_distance", samples=8, new_tokens=80, beta=0.001),
+    optim=OptimConfig(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
+    train=TrainConfig(steps=120, batch_size=64, eval_every=0, checkpoint_every=50, sample_tokens=0),
 )

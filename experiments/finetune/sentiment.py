@@ -7,14 +7,14 @@ Cost       90 seconds on 2 CPU cores, after experiments/finetune/pretraining.py;
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="sentiment",
     init="runs/pretraining",
-    model=Model(context_length=128, dropout=0.4),
-    data=Data(source="task:sentiment", tokenizer="init"),
-    objective=Objective(name="supervised"),
-    optim=Optim(learning_rate=1e-3, warmup_steps=50, beta2=0.95, weight_decay=0.5, ema_decay=0.98),
-    train=Train(steps=320, batch_size=16, eval_every=160, checkpoint_every=160, sample_tokens=0),
+    model=ModelConfig(context_length=128, dropout=0.4),
+    data=DataConfig(source="task:sentiment", tokenizer="init"),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, beta2=0.95, weight_decay=0.5, ema_decay=0.98),
+    train=TrainConfig(steps=320, batch_size=16, eval_every=160, checkpoint_every=160, sample_tokens=0),
 )

@@ -7,14 +7,14 @@ Cost       9 minutes on 2 CPU cores, after experiments/finetune/pretraining.py; 
 Expected   see experiments/README.md
 """
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
 experiment = Experiment(
     name="translation",
     init="runs/pretraining",
-    model=Model(context_length=512, dropout=0.1),
-    data=Data(source="task:translation", tokenizer="init"),
-    objective=Objective(name="supervised"),
-    optim=Optim(learning_rate=1e-3, warmup_steps=50, beta2=0.95),
-    train=Train(steps=1400, batch_size=4, eval_every=350, checkpoint_every=350, sample_tokens=0),
+    model=ModelConfig(context_length=512, dropout=0.1),
+    data=DataConfig(source="task:translation", tokenizer="init"),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, beta2=0.95),
+    train=TrainConfig(steps=1400, batch_size=4, eval_every=350, checkpoint_every=350, sample_tokens=0),
 )

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
+from gptjax.atomic_io import write_atomic
 from gptjax.data import corpus
-from gptjax.durable import write_durably
 from gptjax.lab.repro import Claim, Measured, trained
 from gptjax.probing.memorization import exposure, nats_of_all
 from gptjax.training.run import open_run
-from gptjax.training.workshop import open_trained
+from gptjax.training.train_setup import open_trained
 
 experiment = shakespeare.override(
     name="canary",
@@ -78,7 +78,7 @@ def exposures(run: Path) -> dict[int, list[float]]:
 
 
 def measure(folder: Path) -> Measured:
-    write_durably(folder / "text.txt", text_with_canaries())
+    write_atomic(folder / "text.txt", text_with_canaries())
     plain = experiment.override({"data.source": str(folder / "text.txt")})
     losses, found, mean = {}, {}, {}
     for run in (plain, plain.override(PRIVATE)):

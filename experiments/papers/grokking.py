@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from gptjax.data.windows import permute
 from gptjax.lab.repro import Claim, Measured, trained
 from gptjax.training.run import open_run
@@ -34,8 +34,8 @@ def document(seed: int, index: int) -> dict[str, str]:
 
 experiment = Experiment(
     name="grokking",
-    model=Model(context_length=4, num_layers=2, embed_dim=128, num_heads=4, init_std=0.1, layers="unrolled"),
-    data=Data(
+    model=ModelConfig(context_length=4, num_layers=2, embed_dim=128, num_heads=4, init_std=0.1, layers="unrolled"),
+    data=DataConfig(
         source="function:experiments.papers.grokking:document",
         prompt="{a}+{b}=",
         answer="{sum}",
@@ -45,9 +45,9 @@ experiment = Experiment(
         val_fraction=0.5,
         tokenizer="char",
     ),
-    objective=Objective(name="supervised"),
-    optim=Optim(schedule="constant", warmup_steps=10, beta2=0.98, weight_decay=1.0, clip_norm=None),
-    train=Train(steps=3000, batch_size=512, eval_every=50, checkpoint_every=1000, keep_best=0, sample_tokens=0),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(schedule="constant", warmup_steps=10, beta2=0.98, weight_decay=1.0, clip_norm=None),
+    train=TrainConfig(steps=3000, batch_size=512, eval_every=50, checkpoint_every=1000, keep_best=0, sample_tokens=0),
 )
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from gptjax.inference.scoring import Part, Scorer
 from gptjax.lab.repro import Claim, Measured, trained
 from gptjax.training.run import open_run
-from gptjax.training.workshop import open_trained
+from gptjax.training.train_setup import open_trained
 
 SYMBOLS = [chr(33 + i) for i in range(64)]
 
@@ -34,7 +34,7 @@ def document(seed: int, index: int) -> dict[str, str]:
 
 experiment = Experiment(
     name="induction",
-    model=Model(
+    model=ModelConfig(
         context_length=48,
         num_layers=2,
         embed_dim=64,
@@ -45,7 +45,7 @@ experiment = Experiment(
         init_std=0.05,
         layers="unrolled",
     ),
-    data=Data(
+    data=DataConfig(
         source="function:experiments.papers.induction:document",
         prompt="{first}",
         answer="{again}",
@@ -53,9 +53,9 @@ experiment = Experiment(
         val_fraction=0.01,
         tokenizer="char",
     ),
-    objective=Objective(name="supervised"),
-    optim=Optim(learning_rate=3e-3, warmup_steps=50, beta2=0.98, weight_decay=0.0),
-    train=Train(steps=2000, batch_size=32, eval_every=0, checkpoint_every=1000, sample_tokens=0),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=50, beta2=0.98, weight_decay=0.0),
+    train=TrainConfig(steps=2000, batch_size=32, eval_every=0, checkpoint_every=1000, sample_tokens=0),
 )
 FRESH, MOST, LEAST, ABRUPT = 300, 0.1, 1.0, 0.1  # texts to measure on; nats; share of the steps
 

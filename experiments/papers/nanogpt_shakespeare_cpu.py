@@ -12,12 +12,12 @@ The seed is 0. It was nanoGPT's own 1337 once, which missed the band by 0.004: t
 
 from pathlib import Path
 
-from gptjax.config import Data, Experiment, Model, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 from gptjax.lab.repro import Claim, Measured, trained
 
 experiment = Experiment(
     name="nanogpt_shakespeare_cpu",
-    model=Model(
+    model=ModelConfig(
         context_length=64,
         num_layers=4,
         embed_dim=128,
@@ -26,11 +26,11 @@ experiment = Experiment(
         bias=False,
         layers="unrolled",
     ),
-    data=Data(source="$GPTJAX_DATA/tinyshakespeare.txt", tokenizer="char", val_fraction=0.1),
-    optim=Optim(
+    data=DataConfig(source="$GPTJAX_DATA/tinyshakespeare.txt", tokenizer="char", val_fraction=0.1),
+    optim=OptimConfig(
         learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100, beta1=0.9, beta2=0.99, weight_decay=0.1
     ),
-    train=Train(steps=2000, batch_size=12, eval_every=250, checkpoint_every=1000, sample_prompt="ROMEO:"),
+    train=TrainConfig(steps=2000, batch_size=12, eval_every=250, checkpoint_every=1000, sample_prompt="ROMEO:"),
 )
 PUBLISHED, TOLERANCE = 1.88, 0.04
 

@@ -17,16 +17,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gptjax.config import Data, Experiment, Model, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 from gptjax.lab.repro import Claim, Measured
 from gptjax.model.gpt import GPT
 from gptjax.sharding import one_device
 from gptjax.training.step import TOKENS, loss_and_gradient
-from gptjax.training.workshop import first_state, prepare
+from gptjax.training.train_setup import build_train_setup, first_state
 
 experiment = Experiment(
     name="pre_ln",
-    model=Model(
+    model=ModelConfig(
         context_length=64,
         num_layers=6,
         embed_dim=128,
@@ -36,9 +36,9 @@ experiment = Experiment(
         init_depth_scaled=False,
         tie_embeddings=False,
     ),
-    data=Data(source="pydoc"),
-    optim=Optim(learning_rate=1e-3),
-    train=Train(steps=500, batch_size=8, eval_every=0),
+    data=DataConfig(source="pydoc"),
+    optim=OptimConfig(learning_rate=1e-3),
+    train=TrainConfig(steps=500, batch_size=8, eval_every=0),
 )
 DEPTHS, SEEDS = (2, 4, 8, 16), (0, 1, 2)
 
@@ -46,11 +46,11 @@ DEPTHS, SEEDS = (2, 4, 8, 16), (0, 1, 2)
 def last_gradient(placement: str, depth: int, seed: int) -> float:
     """The norm of the last FFN's gradient before the first update."""
     changes = {"model.norm_placement": placement, "model.num_layers": depth, "seed": seed}
-    shop = prepare(experiment.override(changes), one_device())
-    with jax.set_mesh(shop.mesh):
-        state = first_state(shop, None)
-        model = GPT(dataclasses.replace(shop.experiment.model, dropout=0.0))
-        _, gradient = loss_and_gradient(state, shop.batches.on_devices(0, shop.mesh), model, TOKENS)
+    setup = build_train_setup(experiment.override(changes), one_device())
+    with jax.set_mesh(setup.mesh):
+        state = first_state(setup, None)
+        model = GPT(dataclasses.replace(setup.experiment.model, dropout=0.0))
+        _, gradient = loss_and_gradient(state, setup.batches.on_devices(0, setup.mesh), model, TOKENS)
     return float(np.linalg.norm(np.asarray(gradient["blocks"]["ffn"]["down"][-1], np.float64)))
 
 

@@ -18,13 +18,13 @@ do, so that C grows nearly as width^4. The peak of the learning rate falls as 1 
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptjax.config import Data, Experiment, Model, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 from gptjax.errors import TrainingFailed
 from gptjax.lab import scaling
-from gptjax.lab.live import Progress
+from gptjax.lab.live_table import Progress
 from gptjax.lab.local import Local
 from gptjax.lab.repro import Claim, Measured
-from gptjax.lab.sweep import Fixed, train_missing
+from gptjax.lab.sweep import FixedPlan, train_missing
 from gptjax.lab.trials import Trial, write_sweep
 
 LARGEST_ERROR, SEEDS = 0.02, 3
@@ -35,7 +35,7 @@ def of_width(width: int) -> Experiment:
     steps = 3 * width**2 // 8
     return Experiment(
         name=f"width{width}",
-        model=Model(
+        model=ModelConfig(
             context_length=64,
             num_layers=4,
             embed_dim=width,
@@ -45,9 +45,9 @@ def of_width(width: int) -> Experiment:
             bias=False,
             layers="unrolled",
         ),
-        data=Data(source="$GPTJAX_DATA/tinyshakespeare.txt", tokenizer="char", val_fraction=0.1),
-        optim=Optim(learning_rate=0.64 / width, warmup_steps=steps // 10),
-        train=Train(
+        data=DataConfig(source="$GPTJAX_DATA/tinyshakespeare.txt", tokenizer="char", val_fraction=0.1),
+        optim=OptimConfig(learning_rate=0.64 / width, warmup_steps=steps // 10),
+        train=TrainConfig(
             steps=steps, batch_size=8, eval_every=0, checkpoint_every=1000, keep_last=1, log_every=50, sample_tokens=0
         ),
     )
@@ -77,7 +77,7 @@ def measure(folder: Path) -> Measured:
 
 def train_all(trials: Sequence[Trial], workers: int) -> None:
     with Progress() as show:
-        states = train_missing(Fixed(trials), Local(workers), show)
+        states = train_missing(FixedPlan(trials), Local(workers), show)
     if failed := [name for name, state in states.items() if not state.done]:
         raise TrainingFailed(f"{failed[0]}: is not done; its log lies beside it")
 

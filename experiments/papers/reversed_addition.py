@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config import Data, Experiment, Model, Objective, Optim, Train
+from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from gptjax.data.windows import permute
-from gptjax.inference.rules import Sampling
-from gptjax.inference.writer import Writer
+from gptjax.inference.generator import Generator
+from gptjax.inference.sampling import SamplingParams
 from gptjax.lab.repro import Claim, Measured, trained
 from gptjax.training.run import open_run
-from gptjax.training.workshop import open_trained
+from gptjax.training.train_setup import open_trained
 
 BELOW, ASKED, SEEDS = 1000, 1_000, (0, 1, 2)
 READ = (800, 1_000, 1_200)  # sums: more and more, until reversed answers are learnt from them
@@ -42,8 +42,8 @@ def document(seed: int, index: int) -> dict[str, str]:
 
 experiment = Experiment(
     name="reversed_addition",
-    model=Model(context_length=12, num_layers=4, embed_dim=96, num_heads=4, norm="rmsnorm", bias=False),
-    data=Data(
+    model=ModelConfig(context_length=12, num_layers=4, embed_dim=96, num_heads=4, norm="rmsnorm", bias=False),
+    data=DataConfig(
         source="function:experiments.papers.reversed_addition:document",
         prompt="{sum}",
         answer="{reversed}",
@@ -51,17 +51,17 @@ experiment = Experiment(
         val_fraction=0.02,
         tokenizer="char",
     ),
-    objective=Objective(name="supervised"),
-    optim=Optim(learning_rate=2e-3, warmup_steps=100, beta2=0.98),
-    train=Train(steps=1000, batch_size=128, eval_every=0, checkpoint_every=500, sample_tokens=0),
+    objective=ObjectiveConfig(name="supervised"),
+    optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, beta2=0.98),
+    train=TrainConfig(steps=1000, batch_size=128, eval_every=0, checkpoint_every=500, sample_tokens=0),
 )
 
 
 def right(folder: Path, order: str, seed: int) -> float:
     """The share of sums, none of which was read, that are answered as they should be."""
-    writer = Writer(open_trained(open_run(folder)))
+    writer = Generator(open_trained(open_run(folder)))
     asked = [document(seed, READ[-1] + index) for index in range(ASKED)]
-    written = writer.complete([writer.tokenizer.encode(x["sum"]) for x in asked], 4, Sampling(0.0))
+    written = writer.complete([writer.tokenizer.encode(x["sum"]) for x in asked], 4, SamplingParams(0.0))
     return float(np.mean([made.text == x[order] for made, x in zip(written, asked, strict=True)]))
 
 

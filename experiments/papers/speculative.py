@@ -19,15 +19,15 @@ from scipy import stats
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.data.store import open_store
+from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.rules import Sampling
+from gptjax.inference.sampling import SamplingParams
 from gptjax.inference.scoring import Part, Scorer
 from gptjax.inference.speculative import DraftModel, Tally
-from gptjax.inference.writer import Writer
 from gptjax.lab.repro import Claim, Measured, trained
 from gptjax.training.metrics import num_params
 from gptjax.training.run import open_run
-from gptjax.training.workshop import open_trained
+from gptjax.training.train_setup import open_trained
 
 experiment = shakespeare.override(
     name="speculative",
@@ -48,11 +48,11 @@ def prompts(count: int) -> list[np.ndarray]:
     return [np.asarray(ids[start : start + LENGTH]).astype(np.int32) for start in starts]
 
 
-def same_greedy_texts(large: Writer, small: Writer) -> float:
+def same_greedy_texts(large: Generator, small: Generator) -> float:
     """The share of prompts that are continued the same way with guesses and without."""
     given = prompts(PROMPTS)
     plain, guessed = (
-        large.complete(given, 48, Sampling(0.0), guesser=guesser) for guesser in (None, DraftModel(small.engine))
+        large.complete(given, 48, SamplingParams(0.0), drafter=drafter) for drafter in (None, DraftModel(small.engine))
     )
     return float(np.mean([np.array_equal(a.ids, b.ids) for a, b in zip(plain, guessed, strict=True)]))
 
@@ -75,10 +75,10 @@ def exact(model: Pretrained, prompt: np.ndarray) -> np.ndarray:
     return np.einsum("a,ab,abc->bc", first, second, third)
 
 
-def chi_square(large: Writer, small: Writer) -> tuple[float, float, int]:
+def chi_square(large: Generator, small: Generator) -> tuple[float, float, int]:
     """Statistic, p-value and degrees of freedom of drawn pairs; pairs expected less than 5 times are taken together."""
     prompt = prompts(1)[0]
-    drawn = large.complete([prompt], 3, Sampling(1.0), count=DRAWN, guesser=DraftModel(small.engine))
+    drawn = large.complete([prompt], 3, SamplingParams(1.0), count=DRAWN, drafter=DraftModel(small.engine))
     counts = np.zeros((large.tokenizer.vocab_size,) * 2)
     for completion in drawn:
         counts[completion.ids[1], completion.ids[2]] += 1
@@ -96,9 +96,9 @@ def measure(folder: Path) -> Measured:
     for run in (experiment.override(LARGE), experiment.override(SMALL)):
         trained(run, folder)
         models.append(open_trained(open_run(folder / run.name)))
-    large, small = map(Writer, models)
+    large, small = map(Generator, models)
     tally = Tally(GUESSES)
-    large.complete(prompts(PROMPTS), 48, Sampling(1.0), guesser=DraftModel(small.engine), tally=tally)
+    large.complete(prompts(PROMPTS), 48, SamplingParams(1.0), drafter=DraftModel(small.engine), tally=tally)
     off = tally.tokens_per_call / tally.expected_tokens_per_call - 1
     same = same_greedy_texts(large, small)
     statistic, p, degrees = chi_square(large, small)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gptjax import sharding
-from gptjax.config import Experiment, Objective
+from gptjax.config import Experiment, ObjectiveConfig
 from gptjax.data.objectives import Batch, Windows, make_objective, needs_others, rows_together
 from gptjax.data.store import Store, Stream, check_ids
 from gptjax.data.windows import PackedStream, WindowedStream
@@ -27,17 +27,17 @@ CYCLE = 1024  # samples after which every source of a mixture has had exactly it
 ROOM = 5.0  # standard deviations of the number of windows drawn that a batch has room for, above its mean
 
 
-class Place(NamedTuple):
+class DataPosition(NamedTuple):
     """Where a run stands in its data: what a checkpoint keeps, so that no example is skipped or read twice."""
 
     step: int = 0  # updates made
     samples: int = 0  # examples read, over the whole run
     tokens: int = 0  # tokens read, over the whole run
     next: int = 0  # number of the next example in this order
-    order: str = ""  # what decides which example has which number: see `Batches.order`
+    order: str = ""  # what decides which example has which number: see `DataLoader.order`
 
 
-class Draws(NamedTuple):
+class PoissonSampler(NamedTuple):
     """How batches are drawn where each window is to count for itself: DP-SGD (Abadi et al. 2016)."""
 
     windows: int  # of one plain pass, which are always cut in the same way
@@ -45,7 +45,7 @@ class Draws(NamedTuple):
     most: int  # that a batch can hold
 
     @classmethod
-    def of(cls, windows: int, most: int) -> "Draws":
+    def of(cls, windows: int, most: int) -> "PoissonSampler":
         """As many on average as leave room for `ROOM` standard deviations, since what has no room costs privacy."""
         expected = ((math.sqrt(ROOM**2 + 4 * most) - ROOM) / 2) ** 2
         return cls(windows, 1.0 if windows <= most else expected / windows, most)
@@ -62,17 +62,17 @@ class Draws(NamedTuple):
 
 
 @dataclass
-class Batches:
+class DataLoader:
     """The training batches and the validation pass of an experiment.
 
-    With `optim.noise_multiplier` the windows of every step are drawn, see `Draws`; else every one has its turn. A run
+    With `optim.noise_multiplier` the windows of every step are drawn, see `PoissonSampler`; else every one has its turn. A run
     begins at example 0. One whose batch size was changed on the way goes on from the example at which it stood;
     one whose text or context length was changed begins a new order of examples.
     """
 
     store: Store
     experiment: Experiment
-    origin: Place = field(default_factory=Place, init=False)  # where the run began, or was gone on with
+    origin: DataPosition = field(default_factory=DataPosition, init=False)  # where the run began, or was gone on with
     seconds: float = field(default=0.0, init=False)  # spent making training batches, in whatever thread
 
     def __post_init__(self) -> None:
@@ -98,25 +98,27 @@ class Batches:
                 )
         shares = np.array(e.data.weights or [w.answers for w in self.train_streams], np.float64)
         self.source_of, self.rank_of, self.per_cycle = mixture(shares / shares.sum(), (e.seed, 2))
-        self.draws: Draws | None = None
+        self.draws: PoissonSampler | None = None
         if e.optim.noise_multiplier is not None:
-            self.draws = Draws.of(sum(w.passes for w in self.train_streams), e.train.batch_size)
+            self.draws = PoissonSampler.of(sum(w.passes for w in self.train_streams), e.train.batch_size)
         self.make = make_objective(e.objective, self.store.tokenizer)
         asked = (
-            [] if e.objective == Objective() else [dataclasses.asdict(e.objective)]
+            [] if e.objective == ObjectiveConfig() else [dataclasses.asdict(e.objective)]
         )  # losses compare within an order
         decides = [self.store.key, length, track, e.seed, e.data.weights, *asked]
         self.order = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
-    def start_at(self, place: Place) -> None:
+    def start_at(self, place: DataPosition) -> None:
         """Goes on from where a checkpoint stood in the data."""
         self.origin = place if place.order == self.order else place._replace(next=0, order=self.order)
 
-    def place(self, step: int) -> Place:
+    def place(self, step: int) -> DataPosition:
         """Where the run stands after `step` updates, in this order from its origin."""
         o, steps = self.origin, step - self.origin.step
         turns = o.next + steps * self.experiment.train.batch_size
-        return Place(step, o.samples + steps * self._read, o.tokens + steps * self.tokens_per_step, turns, self.order)
+        return DataPosition(
+            step, o.samples + steps * self._read, o.tokens + steps * self.tokens_per_step, turns, self.order
+        )
 
     def samples(self, step: int) -> np.ndarray:
         """The numbers of the examples that the update from `step` to step + 1 reads: int64 [microbatches, rows].

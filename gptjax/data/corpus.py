@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.data import synthetic
 from gptjax.errors import DataError
 
@@ -26,7 +26,7 @@ ORIGINS = {
 }
 
 
-def read(source: str, data: Data) -> Iterator[str]:
+def read(source: str, data: DataConfig) -> Iterator[str]:
     """The documents of one source, in a fixed order, empty ones left out.
 
     Raises `DataError` naming the file, and the line or row, for text that is missing, malformed or not UTF-8.
@@ -39,7 +39,7 @@ def read(source: str, data: Data) -> Iterator[str]:
     yield from documents
 
 
-def fingerprint(source: str, data: Data) -> str:
+def fingerprint(source: str, data: DataConfig) -> str:
     """A hash that changes with any byte of the source, and does not depend on where it lies."""
     digest = hashlib.sha256(f"{data.column} {data.max_documents}".encode())
     if source == "pydoc":
@@ -59,7 +59,7 @@ def fingerprint(source: str, data: Data) -> str:
     return digest.hexdigest()
 
 
-def rows(source: str, data: Data) -> Rows:
+def rows(source: str, data: DataConfig) -> Rows:
     """The rows of one source's tables, in a fixed order, each with its file and the line that it begins in.
 
     Where there are no lines (parquet, one JSON array, the hub) it has a number in place of that.
@@ -114,7 +114,7 @@ def _origin(path: Path) -> str:
     return f" (get it from {ORIGINS[path.name]})" if path.name in ORIGINS else ""
 
 
-def _read(source: str, data: Data) -> Iterator[str]:
+def _read(source: str, data: DataConfig) -> Iterator[str]:
     if source == "pydoc":
         yield from _pydoc()
     elif synthetic.is_function(source):
@@ -240,7 +240,7 @@ def _root_cause(e: BaseException) -> str:
     return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 
-def _hub_rows(source: str, data: Data) -> Any:
+def _hub_rows(source: str, data: DataConfig) -> Any:
     builder = _hub_builder(source, data)
     try:
         if data.streaming:
@@ -253,7 +253,7 @@ def _hub_rows(source: str, data: Data) -> Any:
         ) from None
 
 
-def _hub_builder(source: str, data: Data) -> Any:
+def _hub_builder(source: str, data: DataConfig) -> Any:
     import datasets
 
     name = source.removeprefix("hub:")

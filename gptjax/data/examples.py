@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.data import corpus
 from gptjax.data.tasks import Example, Part, Rows, Side, Task, columns, find_task
 from gptjax.errors import DataError, warn
@@ -28,13 +28,13 @@ SHOWN = 5  # problems that are reported together
 SIDES: tuple[Side, ...] = ("train", "validation", "test")
 
 
-def holds_examples(data: Data) -> bool:
+def holds_examples(data: DataConfig) -> bool:
     """Whether there are prompts and answers in the source, not plain text."""
     sources = (data.source,) if isinstance(data.source, str) else data.source
     return data.prompt is not None or any(source.startswith("task:") for source in sources)
 
 
-def examples(source: str, data: Data, side: Side) -> Iterator[Example]:
+def examples(source: str, data: DataConfig, side: Side) -> Iterator[Example]:
     """The examples of one side of `task:NAME`, or of a table with `data.prompt` and `data.answer`, in a fixed order.
 
     A task has its own sides. Of a table, whole rows are kept for validation by their hash (`data.val_fraction`), and
@@ -64,7 +64,7 @@ def _held_out(example: Example, fraction: float) -> bool:
     return corpus.share("\0".join(part.text for part in example.parts)) < fraction
 
 
-def classes_of(data: Data) -> tuple[str, ...]:
+def classes_of(data: DataConfig) -> tuple[str, ...]:
     """The labels that a model tells: `data.labels`, or those of the tasks; () where answers are text.
 
     Raises `DataError` for a task whose answers are no labels, or are not the same ones.
@@ -108,7 +108,7 @@ def told_at(example: Example, pieces: Sequence[np.ndarray], classes: Sequence[st
     return np.concatenate(told)
 
 
-def fingerprint(source: str, data: Data) -> str:
+def fingerprint(source: str, data: DataConfig) -> str:
     """A hash that changes with any byte of the rows, the templates or the labels."""
     if not source.startswith("task:"):
         whole = (corpus.fingerprint(source, data), data.prompt, data.answer, data.rejected, data.labels)
@@ -169,7 +169,7 @@ def _sound(
         raise DataError(f"rows that cannot be used ({first}):\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _table_rows(source: str, data: Data) -> Iterator[tuple[dict[str, Any], str]]:
+def _table_rows(source: str, data: DataConfig) -> Iterator[tuple[dict[str, Any], str]]:
     assert data.prompt is not None and data.answer is not None
     names = columns(data.prompt) + columns(data.answer) + columns(data.rejected or "")
     for row, where in corpus.rows(source, data):

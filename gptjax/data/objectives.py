@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 
-from gptjax.config import Objective
+from gptjax.config import ObjectiveConfig
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError
 
@@ -37,10 +37,12 @@ class Batch(NamedTuple):
 
 
 Generators = Iterable[np.random.Generator]  # one a row, made only where they are used
-Make = Callable[[Windows, Generators, Windows | None], Batch]  # the last: other windows row for row; see `needs_others`
+MakeBatch = Callable[
+    [Windows, Generators, Windows | None], Batch
+]  # the last: other windows row for row; see `needs_others`
 
 
-def make_objective(objective: Objective, tokenizer: Tokenizer) -> Make:
+def make_objective(objective: ObjectiveConfig, tokenizer: Tokenizer) -> MakeBatch:
     """What makes windows into batches: a pure function of the windows and of the state of their generators."""
     match objective.name:
         case "causal":
@@ -53,12 +55,12 @@ def make_objective(objective: Objective, tokenizer: Tokenizer) -> Make:
             return prefix
         case "fill_in":
             marks = extra_ids(objective, tokenizer)
-            return partial(fill_in, rate=objective.fill_in_rate, marks=marks, end=tokenizer.end_of_text)
+            return partial(fill_in, rate=objective.fill_in_rate, marks=marks, end=tokenizer.eos_id)
         case "masked":
             return partial(masked, objective=objective, vocabulary=vocabulary_of(objective, tokenizer))
 
 
-def rows_together(objective: Objective) -> tuple[int, int]:
+def rows_together(objective: ObjectiveConfig) -> tuple[int, int]:
     """How many rows of a batch belong together, and of how many examples they are made; (0, 0) where none do.
 
     dpo: the better answer and the worse one, two examples; risk and grpo: copies of one, for an answer each.
@@ -68,12 +70,12 @@ def rows_together(objective: Objective) -> tuple[int, int]:
     return (objective.samples, 1) if objective.name in ("risk", "grpo") else (0, 0)
 
 
-def needs_others(objective: Objective) -> bool:
+def needs_others(objective: ObjectiveConfig) -> bool:
     """Whether a batch is made from other random windows besides its own."""
     return objective.name == "masked" and objective.next_sentence
 
 
-def extra_tokens(objective: Objective) -> tuple[str, ...]:
+def extra_tokens(objective: ObjectiveConfig) -> tuple[str, ...]:
     """What the ids stand for that the vocabulary needs after the tokenizer's last: they are read, never sampled."""
     if objective.name == "fill_in":
         return "prefix", "suffix", "middle"
@@ -92,7 +94,7 @@ OWN_WORDS = {  # by which a tokenizer may have them already: BERT, RoBERTa, Star
 }
 
 
-def extra_ids(objective: Objective, tokenizer: Tokenizer) -> list[int]:
+def extra_ids(objective: ObjectiveConfig, tokenizer: Tokenizer) -> list[int]:
     """The ids of `extra_tokens`: those that the tokenizer has for them already, else the ones after its last."""
     ids = []
     for after, name in enumerate(extra_tokens(objective)):
@@ -190,7 +192,7 @@ class Vocabulary(NamedTuple):
     extra: list[int]  # the `extra_ids`
 
 
-def vocabulary_of(objective: Objective, tokenizer: Tokenizer) -> Vocabulary:
+def vocabulary_of(objective: ObjectiveConfig, tokenizer: Tokenizer) -> Vocabulary:
     """Letters, digits and the bytes of broken UTF-8 are inside words; in WordPiece, its "##endings" are."""
     extra = extra_ids(objective, tokenizer)
     pieces = tokenizer.pieces + [b""] * len(extra)
@@ -211,7 +213,7 @@ def masked(
     rngs: Generators,
     others: Windows | None = None,
     *,
-    objective: Objective,
+    objective: ObjectiveConfig,
     vocabulary: Vocabulary,
 ) -> Batch:
     """Tell which tokens were hidden, from those on both sides (BERT, Devlin et al. 2018): targets stand in place.

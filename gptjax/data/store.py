@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config import Data
+from gptjax.atomic_io import write_atomic
+from gptjax.config import DataConfig
 from gptjax.data import corpus, examples, tokenizer
 from gptjax.data.examples import Example, Side, classes_of, holds_examples, told_at
 from gptjax.data.tokenizer import (
@@ -30,7 +31,6 @@ from gptjax.data.tokenizer import (
     Tokenizer,
     bpe_files,
 )
-from gptjax.durable import write_durably
 from gptjax.errors import DataError
 
 FORMAT_VERSION = 1
@@ -72,7 +72,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GPTJAX_CACHE", "~/.cache/gptjax")).expanduser()
 
 
-def open_store(data: Data, init: Tokenizer | None = None) -> Store:
+def open_store(data: DataConfig, init: Tokenizer | None = None) -> Store:
     """The tokens of a corpus, built now if this is the first time; `init`: the tokenizer that "init" stands for.
 
     Raises `DataError` for text that cannot be read or represented.
@@ -91,13 +91,13 @@ def open_store(data: Data, init: Tokenizer | None = None) -> Store:
     return _load(data, folder)
 
 
-def find_store(key: str, data: Data) -> Store | None:
+def find_store(key: str, data: DataConfig) -> Store | None:
     """The store of this key, if it is in the cache; the corpus itself is not needed then."""
     folder = cache_folder() / "stores" / key
     return _load(data, folder) if (folder / "store.json").exists() else None
 
 
-def _key(data: Data, init: Tokenizer | None = None) -> str:
+def _key(data: DataConfig, init: Tokenizer | None = None) -> str:
     """Everything that decides the tokens: the bytes of the text, the tokenizer and the split."""
     classes = classes_of(data)
     fingerprint = examples.fingerprint if holds_examples(data) else corpus.fingerprint
@@ -112,7 +112,7 @@ def _key(data: Data, init: Tokenizer | None = None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _tokenizer_key(data: Data, init: Tokenizer | None) -> list[object]:
+def _tokenizer_key(data: DataConfig, init: Tokenizer | None) -> list[object]:
     if data.tokenizer == INIT:
         assert init, "whoever opens the store knows what the run starts from"
         return [INIT, _content(init)]
@@ -142,7 +142,7 @@ def names(source: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if source is None else (source,) if isinstance(source, str) else source
 
 
-def _build(data: Data, folder: Path, init: Tokenizer | None) -> None:
+def _build(data: DataConfig, folder: Path, init: Tokenizer | None) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-", ignore_cleanup_errors=True) as building:
         scratch = Path(building) / folder.name
         scratch.mkdir()
@@ -160,7 +160,7 @@ def _build(data: Data, folder: Path, init: Tokenizer | None) -> None:
             parts += [((False, text, True) for text in corpus.read(source, data)) for source in names(data.val_source)]
             lengths = [_write(scratch / f"{i}", tokens, stream) for i, stream in enumerate(parts)]
         description = {"format": FORMAT_VERSION, "lengths": lengths}
-        write_durably(scratch / "store.json", json.dumps(description))
+        write_atomic(scratch / "store.json", json.dumps(description))
         try:
             scratch.rename(folder)
         except OSError:  # another process was first, with the same content
@@ -172,7 +172,7 @@ def _build(data: Data, folder: Path, init: Tokenizer | None) -> None:
 class _Split:
     """Which side a text goes to: (is training, text, is the end of a document)."""
 
-    def __init__(self, data: Data, source: str):
+    def __init__(self, data: DataConfig, source: str):
         self.by_document = data.split == "document"
         self.fraction = data.val_fraction if data.val_source is None else 0.0
         self.cut = 0
@@ -196,13 +196,13 @@ class _Split:
                 yield False, text[train:], True
 
 
-def _parts(source: str, data: Data) -> Iterator[tuple[bool, str, bool]]:
+def _parts(source: str, data: DataConfig) -> Iterator[tuple[bool, str, bool]]:
     split = _Split(data, source)
     for text in corpus.read(source, data):
         yield from split(text)
 
 
-def _examples_by_side(data: Data) -> Iterator[dict[Side, Iterator[Example]]]:
+def _examples_by_side(data: DataConfig) -> Iterator[dict[Side, Iterator[Example]]]:
     """The examples of every source: all for training where `val_source` has examples of its own."""
     for source in names(data.source):
         sides: tuple[Side, ...] = ("train",) if data.val_source else ("train", "validation")
@@ -211,7 +211,7 @@ def _examples_by_side(data: Data) -> Iterator[dict[Side, Iterator[Example]]]:
         yield {"validation": examples.examples(source, data, "validation")}
 
 
-def _make_tokenizer(data: Data) -> Tokenizer:
+def _make_tokenizer(data: DataConfig) -> Tokenizer:
     if data.tokenizer == "byte":
         return ByteTokenizer()
     if data.tokenizer == "char":
@@ -227,14 +227,14 @@ def _make_tokenizer(data: Data) -> Tokenizer:
     return _kept_tokenizer(data) or BPETokenizer.from_path(_path(data.tokenizer))
 
 
-def _kept_tokenizer(data: Data) -> Tokenizer | None:
+def _kept_tokenizer(data: DataConfig) -> Tokenizer | None:
     """That of a run folder, RUN/tokenizer, where it is of another kind than those that libraries write."""
     folder = _path(data.tokenizer)
     kept = tokenizer.load(folder) if (folder / tokenizer.DESCRIPTION).is_file() else None
     return kept if kept and kept.kind != "bpe" else None
 
 
-def _texts(data: Data) -> Iterator[tuple[bool, str, bool]]:
+def _texts(data: DataConfig) -> Iterator[tuple[bool, str, bool]]:
     """All text, for a tokenizer that is made of it: (is training, text, is the end of a document)."""
     if holds_examples(data):
         for sides in _examples_by_side(data):
@@ -252,7 +252,7 @@ def _write_examples(
 ) -> dict[str, int]:
     """Writes PREFIX.train.* and PREFIX.val.*: what `_write` does, what is asked, and where all is from.
 
-    An answer ends with `end_of_text`, which is asked for with it; where classes are told, the text is all there is.
+    An answer ends with `eos_id`, which is asked for with it; where classes are told, the text is all there is.
     """
     lengths = {}
     names: dict[Side, str] = {"train": "train", "validation": "val"}
@@ -262,8 +262,8 @@ def _write_examples(
             parts = tokens.parts([part.text for part in example.parts])
             if classes:
                 told.append(told_at(example, parts, classes))
-            elif tokens.end_of_text is not None:
-                parts[-1] = np.append(parts[-1], tokens.end_of_text)
+            elif tokens.eos_id is not None:
+                parts[-1] = np.append(parts[-1], tokens.eos_id)
             starts.append(total)
             total += sum(map(len, parts))
             ids += parts
@@ -279,7 +279,7 @@ def _write_examples(
         }
         contents |= {"classes": np.concatenate(told or nothing).astype(np.int16).tobytes()} if classes else {}
         for ending, content in contents.items():
-            write_durably(Path(f"{prefix}.{name}.{ending}"), content)
+            write_atomic(Path(f"{prefix}.{name}.{ending}"), content)
     return lengths
 
 
@@ -297,14 +297,14 @@ def _write(prefix: Path, tokens: Tokenizer, parts: Iterator[tuple[bool, str, boo
                 ids = tokens.encode(chunk)
                 outputs[train].write(ids.astype(dtype).tobytes())
                 lengths[train] += len(ids)
-            if ends and tokens.end_of_text is not None:
-                outputs[train].write(np.array([tokens.end_of_text], dtype).tobytes())
+            if ends and tokens.eos_id is not None:
+                outputs[train].write(np.array([tokens.eos_id], dtype).tobytes())
                 lengths[train] += 1
         for output in outputs.values():
             output.flush()
             os.fsync(output.fileno())
     for side, name in sides.items():
-        write_durably(Path(f"{prefix}.{name}.documents"), np.array(starts[side], np.int64).tobytes())
+        write_atomic(Path(f"{prefix}.{name}.documents"), np.array(starts[side], np.int64).tobytes())
     return {name: lengths[side] for side, name in sides.items()}
 
 
@@ -338,7 +338,7 @@ def check_ids(ids: np.ndarray, vocab_size: int | None, where: Path) -> None:
         )
 
 
-def _load(data: Data, folder: Path) -> Store:
+def _load(data: DataConfig, folder: Path) -> Store:
     lengths = json.loads((folder / "store.json").read_text())["lengths"]
     tokens = tokenizer.load(folder / "tokenizer")
 

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.errors import DataError
 
 PREFIX = "function:"
@@ -21,7 +21,7 @@ def is_function(source: str) -> bool:
     return source.startswith(PREFIX)
 
 
-def made(source: str, data: Data) -> Iterator[tuple[Any, str]]:
+def made(source: str, data: DataConfig) -> Iterator[tuple[Any, str]]:
     """What the function of a source gives, one document after the other, each with where it is from.
 
     Raises `DataError` naming the source for a function that cannot be found, fails, or gives something else.

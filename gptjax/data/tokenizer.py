@@ -2,8 +2,8 @@
 
 Kinds: bytes, characters, SentencePiece trained on the corpus, byte-level BPE as GPT-2 and its successors use it, and,
 for the weights of others, pieces in the manner of SentencePiece (Llama 2, Gemma) and WordPiece (BERT).
-Text that looks like a special token is ordinary text; only the store ever adds `end_of_text`, and only `prompt` adds
-`begin_of_text`. Folders of Hugging Face are read and written in `tokenizer_formats`.
+Text that looks like a special token is ordinary text; only the store ever adds `eos_id`, and only `prompt` adds
+`bos_id`. Folders of Hugging Face are read and written in `tokenizer_formats`.
 """
 
 import codecs
@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gptjax.atomic_io import LARGEST_TEXT, read_json
 from gptjax.data.words import Words, pattern_of
-from gptjax.durable import LARGEST_TEXT, read_json
 from gptjax.errors import DataError
 
 Ids = np.ndarray  # int32 [number of tokens]
@@ -31,17 +31,17 @@ LARGEST_ID = 1 << 24  # a file may be a stranger's: no vocabulary comes near it
 
 
 class Tokenizer:
-    """What all kinds share. `pieces[i]` are the bytes of id i; `end_of_text` closes a document, where there is one."""
+    """What all kinds share. `pieces[i]` are the bytes of id i; `eos_id` closes a document, where there is one."""
 
     kind: ClassVar[str]
     caveat: str = ""  # what it cannot represent, said when a corpus is tokenised
-    begin_of_text: int | None = None  # what the model was trained to find before every text; None: nothing
+    bos_id: int | None = None  # what the model was trained to find before every text; None: nothing
     first_space: bool = False  # it writes a space of its own before a text; decoding a whole text drops it
     special_tokens: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed); word -> id
 
-    def __init__(self, pieces: list[bytes], end_of_text: int | None):
+    def __init__(self, pieces: list[bytes], eos_id: int | None):
         self.pieces = pieces
-        self.end_of_text = end_of_text
+        self.eos_id = eos_id
 
     @property
     def vocab_size(self) -> int:
@@ -56,9 +56,9 @@ class Tokenizer:
         return self.encode(text)
 
     def prompt(self, text: str) -> Ids:
-        """The ids of a text as the model was trained to see it begin: after `begin_of_text`, where there is one."""
+        """The ids of a text as the model was trained to see it begin: after `bos_id`, where there is one."""
         ids = self.encode(text)
-        return ids if self.begin_of_text is None else np.concatenate([np.array([self.begin_of_text], np.int32), ids])
+        return ids if self.bos_id is None else np.concatenate([np.array([self.bos_id], np.int32), ids])
 
     def parts(self, texts: Sequence[str]) -> list[Ids]:
         """Texts that follow one another, the first as `prompt` has it: no token spans two of them."""
@@ -110,7 +110,7 @@ class ByteTokenizer(Tokenizer):
     kind = "byte"
 
     def __init__(self) -> None:
-        super().__init__([bytes([i]) for i in range(256)] + [b""], end_of_text=256)
+        super().__init__([bytes([i]) for i in range(256)] + [b""], eos_id=256)
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
@@ -124,14 +124,14 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters: str, has_end_of_text: bool):
         self.characters = characters
         pieces = [c.encode() for c in characters] + [b""] * has_end_of_text
-        super().__init__(pieces, end_of_text=len(characters) if has_end_of_text else None)
+        super().__init__(pieces, eos_id=len(characters) if has_end_of_text else None)
         self.caveat = f"knows the {len(characters)} characters of its corpus and refuses any other"
         codes = np.array([ord(c) for c in characters])
         self._ids = np.full(max(codes, default=0) + 2, -1, np.int32)  # the last entry stands for all beyond
         self._ids[codes] = np.arange(len(characters), dtype=np.int32)
 
     def description(self) -> dict[str, Any]:
-        return {"characters": self.characters, "has_end_of_text": self.end_of_text is not None}
+        return {"characters": self.characters, "has_end_of_text": self.eos_id is not None}
 
     def encode(self, text: str) -> Ids:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -165,7 +165,7 @@ class SentencePieceTokenizer(Tokenizer):
             else name.replace(SPACE, " ").encode()
             for i, name in enumerate(names)
         ]
-        super().__init__(pieces, end_of_text=names.index("<|endoftext|>"))
+        super().__init__(pieces, eos_id=names.index("<|endoftext|>"))
         # A literal U+2581 in the text would come back as a space: it is spelt in bytes instead.
         self._spelt = np.array([names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()], np.int32)
 
@@ -219,15 +219,15 @@ class SentencePieceTokenizer(Tokenizer):
 class EngineTokenizer(Tokenizer):
     """What a `tokenizer.json` describes, run by the library that made it; the subclasses say what its pieces mean.
 
-    `end_of_text` None: the first of `ends` that it has. Raises `DataError` for what no subclass can give bytes to.
+    `eos_id` None: the first of `ends` that it has. Raises `DataError` for what no subclass can give bytes to.
     """
 
     ends: ClassVar[tuple[str, ...]] = ("<|endoftext|>", "<|end_of_text|>", "</s>")
     probes: ClassVar[tuple[str, ...]] = ("a  b\n c", " a")  # texts that should come back as they were
 
-    def __init__(self, tokenizer_json: str, begin_of_text: int | None = None, end_of_text: int | None = None):
+    def __init__(self, tokenizer_json: str, bos_id: int | None = None, eos_id: int | None = None):
         self.tokenizer_json = tokenizer_json
-        self._chosen = {"begin_of_text": begin_of_text, "end_of_text": end_of_text}
+        self._chosen = {"begin_of_text": bos_id, "end_of_text": eos_id}
         spec = json.loads(tokenizer_json)
         self._engine = engine(tokenizer_json)
         self._words = self._by_words(spec)
@@ -236,20 +236,20 @@ class EngineTokenizer(Tokenizer):
             raise DataError(f"tokenizer.json: has an id of {largest:,}, above any vocabulary; the file is damaged")
         added = spec.get("added_tokens") or []
         self.special_tokens = {t["content"]: t["id"] for t in added if t["special"]}
-        self.begin_of_text = begin_of_text
-        if end_of_text is None:
-            end_of_text = next((vocab[name] for name in self.ends if name in vocab), None)
-        for name, i in [("begin_of_text", begin_of_text), ("end_of_text", end_of_text)]:
+        self.bos_id = bos_id
+        if eos_id is None:
+            eos_id = next((vocab[name] for name in self.ends if name in vocab), None)
+        for name, i in [("begin_of_text", bos_id), ("end_of_text", eos_id)]:
             if i is not None and not (isinstance(i, int) and 0 <= i <= largest):
                 raise DataError(f"tokenizer: {name} = {i!r} is none of its ids, which end at {largest}")
-        silent = {*self.special_tokens.values(), begin_of_text, end_of_text}
+        silent = {*self.special_tokens.values(), bos_id, eos_id}
         literal = {t["id"] for t in added}
         pieces = [b""] * (largest + 1)
         read = self._reader(spec)
         for piece, i in vocab.items():
             if i not in silent:
                 pieces[i] = read(piece, i in literal)
-        super().__init__(pieces, end_of_text)
+        super().__init__(pieces, eos_id)
         self.first_space = self.decode_bytes(self.encode("a")).startswith(b" ")
         self.caveat = self._caveat(spec, vocab)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.atomic_io import LARGEST_TEXT, write_atomic
 from gptjax.data.tokenizer import (
     BYTE_PIECE,
     SPACE,
@@ -29,7 +30,6 @@ from gptjax.data.tokenizer import (
     engine,
     gpt2_json,
 )
-from gptjax.durable import LARGEST_TEXT, write_durably
 from gptjax.errors import DataError
 
 END = "<|endoftext|>"  # how gptjax's own kinds call the end of a text
@@ -95,16 +95,16 @@ def to_huggingface(tokenizer: Tokenizer, folder: Path) -> None:
         content = tokenizer.tokenizer_json  # as it came, to the byte
     made = engine(content)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for role, i in [("bos_token", tokenizer.begin_of_text), ("eos_token", tokenizer.end_of_text)]:
+    for role, i in [("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)]:
         if i is not None:
             config[role] = made.id_to_token(i)
     for role, choices in ROLES.items():
         if there := [word for word in choices if word in tokenizer.special_tokens]:
             config[role] = there[0]
     if _frame(made)[1] == []:  # this setting rebuilds the frame of a text, with the two words above only
-        config["add_bos_token"] = tokenizer.begin_of_text is not None
-    write_durably(folder / "tokenizer.json", content)
-    write_durably(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        config["add_bos_token"] = tokenizer.bos_id is not None
+    write_atomic(folder / "tokenizer.json", content)
+    write_atomic(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
     _verify(tokenizer, spec, folder / "tokenizer.json")
 
 
@@ -381,7 +381,7 @@ def _spec(tokenizer: Tokenizer) -> dict[str, Any]:
         spec = json.loads(tokenizer.tokenizer_json)
         spec |= {name: None for name in ("truncation", "padding") if spec.get(name)}  # gptjax encodes all of a text
         begin, end = _frame(engine(tokenizer.tokenizer_json))
-        expected = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
+        expected = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return spec if begin == expected else _framed(spec, expected, end)
     if isinstance(tokenizer, ByteTokenizer):
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -392,9 +392,9 @@ def _spec(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, CharTokenizer):
         vocab = {character: i for i, character in enumerate(tokenizer.characters)}
         added = []
-        if tokenizer.end_of_text is not None:
-            vocab[END] = tokenizer.end_of_text
-            added = [_added(tokenizer.end_of_text, END)]
+        if tokenizer.eos_id is not None:
+            vocab[END] = tokenizer.eos_id
+            added = [_added(tokenizer.eos_id, END)]
         # An unknown word that is in no vocabulary: any other character is refused, as gptjax does.
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
         parts = {"added_tokens": added, "pre_tokenizer": ONE_CHARACTER, "decoder": {"type": "Fuse"}, "model": model}

@@ -15,15 +15,15 @@ from jax import Array
 
 from gptjax import config
 from gptjax.errors import PromptError
-from gptjax.inference.cache import empty_cache, slots_for, within_sight
+from gptjax.inference.cache import empty_cache, limit_window, slots_for
 from gptjax.inference.engine import Engine
 from gptjax.inference.generate import Request, check, padded, remember, start_history
-from gptjax.inference.rules import History, Rules, penalised, rules_of
-from gptjax.model.gpt import Cache, decode, read_out
+from gptjax.inference.sampling import BatchedSamplingParams, TokenHistory, batch_params, penalised
+from gptjax.model.gpt import Cache, decode, unembed
 
 
 @dataclass(frozen=True)
-class Beams:
+class BeamConfig:
     """How texts are searched for."""
 
     count: int = 4  # texts that are followed at once
@@ -36,7 +36,7 @@ class Beams:
 
 
 @dataclass(frozen=True)
-class Found:
+class Hypothesis:
     """A whole text."""
 
     ids: np.ndarray  # int32: the continuation
@@ -44,21 +44,23 @@ class Found:
     ended: bool  # with a stop token
 
 
-def beam_search(engine: Engine, request: Request, beams: Beams, stop_tokens: tuple[int, ...] = ()) -> list[Found]:
+def beam_search(
+    engine: Engine, request: Request, beams: BeamConfig, stop_tokens: tuple[int, ...] = ()
+) -> list[Hypothesis]:
     """The best `beams.count` continuations, best first. The request's `sampling` gives penalties; nothing is drawn.
 
     Raises `PromptError` as `generate` does.
     """
     total = check(engine, [request])
-    model, width = within_sight(engine.model, total), beams.count
+    model, width = limit_window(engine.model, total), beams.count
     keep = min(max(2, 1 + len(stop_tokens)) * width, engine.vocab)
     tokens, places = padded([request.prompt])
     history = start_history(tokens, places, total)
     cache = empty_cache(model, 1, slots_for(engine.model, total))
-    rules = rules_of([request.sampling], engine.vocab, engine.rows)
+    rules = batch_params([request.sampling], engine.vocab, engine.rows)
     extend = partial(_extend, engine.params, model=model, rules=rules, keep=keep)
     running = [(np.float32(0), np.zeros(0, np.int32))]  # sums and continuations
-    finished: list[Found] = []
+    finished: list[Hypothesis] = []
     parents, made = np.zeros(1, np.int32), np.zeros((1, 0), np.int32)
     for length in range(1, request.new_tokens + 1):
         sums = np.array([s for s, _ in running], np.float32)
@@ -69,7 +71,7 @@ def beam_search(engine: Engine, request: Request, beams: Beams, stop_tokens: tup
         last = length == request.new_tokens
         penalty = np.float32(length**beams.length_penalty)
         finished += [
-            Found(text, float(value / penalty), bool(end))
+            Hypothesis(text, float(value / penalty), bool(end))
             for value, text, end in zip(np.array(values)[:width], texts[:width], ends[:width], strict=True)
             if end or last
         ]
@@ -84,7 +86,7 @@ def beam_search(engine: Engine, request: Request, beams: Beams, stop_tokens: tup
     return finished
 
 
-def _settled(finished: list[Found], best_running: float, length: int, most: int, beams: Beams) -> bool:
+def _settled(finished: list[Hypothesis], best_running: float, length: int, most: int, beams: BeamConfig) -> bool:
     """Whether no running text can still come among the finished ones."""
     if len(finished) < beams.count:
         return False
@@ -98,18 +100,18 @@ def _settled(finished: list[Found], best_running: float, length: int, most: int,
 def _extend(
     params: Any,
     cache: Cache,
-    history: History,
+    history: TokenHistory,
     parents: Array,
     made: Array,
     tokens: Array,
     places: Array,
     sums: Array,
     *,
-    model: config.Model,
-    rules: Rules,
+    model: config.ModelConfig,
+    rules: BatchedSamplingParams,
     keep: int,
     empty: bool,
-) -> tuple[Array, Array, Cache, History]:
+) -> tuple[Array, Array, Cache, TokenHistory]:
     """The `keep` best texts that are one token longer: their sums, and row x vocab + token of each.
 
     Row i goes on from row `parents[i]` of the cache and history, to which `made[i]` is added.
@@ -118,7 +120,7 @@ def _extend(
     history = remember(history, made, jnp.full(len(parents), made.shape[1]))
     x, cache = decode(model, params, tokens, places, cache, empty)
     last = (places >= 0).sum(1) - 1
-    logits = read_out(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]
+    logits = unembed(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]
     of_each = jax.tree.map(lambda rule: jnp.repeat(rule, len(parents), 0), rules)
     logprobs = penalised(jax.nn.log_softmax(logits), of_each, history)
     values, index = jax.lax.top_k((sums[:, None] + logprobs).reshape(-1), keep)

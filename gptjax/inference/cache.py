@@ -22,30 +22,30 @@ def bucket(length: int) -> int:
     return size * 3 // 4 if size > 16 and length <= size * 3 // 4 else size
 
 
-def rolls(model: config.Model) -> bool:
+def rolls(model: config.ModelConfig) -> bool:
     """Whether texts may be longer than the context: where no position is looked up in a table of that length."""
     return model.positions != "learned"
 
 
-def within_sight(model: config.Model, total: int) -> config.Model:
+def limit_window(model: config.ModelConfig, total: int) -> config.ModelConfig:
     """The model for texts of `total` tokens: beyond the context every token sees the last `context_length` tokens."""
     if total <= model.context_length:
         return model
     return dataclasses.replace(model, window=min(model.window or total, model.context_length))
 
 
-def slots_for(model: config.Model, total: int, at_once: int = 1) -> int:
+def slots_for(model: config.ModelConfig, total: int, at_once: int = 1) -> int:
     """Slots for texts of `total` tokens, of which `at_once` are read in one call once the cache is not empty."""
-    seen = min(total, within_sight(model, total).window or total)
+    seen = min(total, limit_window(model, total).window or total)
     return bucket(min(seen + at_once - 1, total) if seen < total else total)
 
 
-def cache_dtype(model: config.Model) -> jnp.dtype:
+def cache_dtype(model: config.ModelConfig) -> jnp.dtype:
     """That of the computation; float32 on a CPU, where bfloat16 is unpacked again for every token that is read."""
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else model.dtype)
 
 
-def empty_cache(model: config.Model, rows: int, slots: int) -> Cache:
+def empty_cache(model: config.ModelConfig, rows: int, slots: int) -> Cache:
     """Room for the last `slots` tokens of each text: per layer keys and values [rows, kv_heads, slots, head_dim]."""
     m = model.resolved()
     assert m.num_kv_heads and m.head_dim
@@ -53,7 +53,7 @@ def empty_cache(model: config.Model, rows: int, slots: int) -> Cache:
     return tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(m.num_layers))
 
 
-def cache_bytes(model: config.Model, rows: int, slots: int) -> int:
+def cache_bytes(model: config.ModelConfig, rows: int, slots: int) -> int:
     """What `empty_cache` takes: 2 x layers x rows x slots x kv_heads x head_dim numbers."""
     m = model.resolved()
     assert m.num_kv_heads and m.head_dim

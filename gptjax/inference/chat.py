@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import PromptError
-from gptjax.inference.rules import Sampling
-from gptjax.inference.writer import Writer
+from gptjax.inference.generator import Generator
+from gptjax.inference.sampling import SamplingParams
 
 Message = dict[str, str]  # role (system, user, assistant) and content
 SPEAKERS = {"system": "", "user": "User: ", "assistant": "Assistant: "}  # of models that have no template
@@ -18,7 +18,7 @@ SPEAKERS = {"system": "", "user": "User: ", "assistant": "Assistant: "}  # of mo
 class Chat:
     """One dialogue. `reply` streams an answer and remembers both sides."""
 
-    def __init__(self, writer: Writer, system: str | None = None, new_tokens: int = 256):
+    def __init__(self, writer: Generator, system: str | None = None, new_tokens: int = 256):
         """`new_tokens`: of an answer at most; the context keeps room for them. Raises `PromptError` if it has none."""
         self.writer, self.new_tokens = writer, new_tokens
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -36,7 +36,7 @@ class Chat:
         """Forgets everything but the system message."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
 
-    def reply(self, text: str, sampling: Sampling, seed: int = 0) -> Iterator[str]:
+    def reply(self, text: str, sampling: SamplingParams, seed: int = 0) -> Iterator[str]:
         """The answer to what the user says, in parts. The oldest exchanges are forgotten where they no longer fit.
 
         Raises `PromptError` where the message alone does not fit.
@@ -115,8 +115,8 @@ def _render(template: str, messages: list[Message], tokenizer: Any) -> str:
             tools=None,
             documents=None,
             add_generation_prompt=True,
-            bos_token=name(tokenizer.begin_of_text),
-            eos_token=name(tokenizer.end_of_text),
+            bos_token=name(tokenizer.bos_id),
+            eos_token=name(tokenizer.eos_id),
         )
     except Exception as e:  # a template may fail in any way
         raise PromptError(f"the model's chat template refuses this dialogue: {e}") from None

@@ -46,7 +46,7 @@ def log_probabilities(
 
 
 @partial(jax.jit, static_argnames="model")
-def _read(params: Any, tokens: Array, segments: Array, *, model: config.Model) -> Array:
+def _read(params: Any, tokens: Array, segments: Array, *, model: config.ModelConfig) -> Array:
     """tokens and segments [B, L] -> float32 log-probabilities [B, L, classes]."""
     logits: Any = GPT(model).apply({"params": params}, tokens, segments=segments)
     return jax.nn.log_softmax(logits)

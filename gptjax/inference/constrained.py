@@ -49,11 +49,11 @@ class Grammar:
 
 
 class GrammarGuide:
-    """A `Guide` that lets a text only go on in its grammar, and ends it where nothing more may follow."""
+    """A `TokenConstraint` that lets a text only go on in its grammar, and ends it where nothing more may follow."""
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer):
         self._matcher, self._vocab = matcher, tokenizer.vocab_size
-        self._end = tokenizer.end_of_text
+        self._end = tokenizer.eos_id
         self._allowed = self._next()
 
     @property
@@ -84,7 +84,7 @@ def _wrapped(tokenizer: Tokenizer) -> Any:
     import llguidance
 
     class Description:
-        eos_token_id = tokenizer.vocab_size if tokenizer.end_of_text is None else tokenizer.end_of_text
+        eos_token_id = tokenizer.vocab_size if tokenizer.eos_id is None else tokenizer.eos_id
         bos_token_id = None
         special_token_ids = [i for i, piece in enumerate(tokenizer.pieces) if not piece]  # noqa: RUF012
         tokens = [piece or b"\xff[%d]" % i for i, piece in enumerate(tokenizer.pieces)]  # noqa: RUF012
@@ -93,7 +93,7 @@ def _wrapped(tokenizer: Tokenizer) -> Any:
             return [int(i) for i in tokenizer.encode(text)]
 
     own = Description()
-    if tokenizer.end_of_text is None:
+    if tokenizer.eos_id is None:
         own.tokens = [*own.tokens, b"\xff[end]"]
         own.special_token_ids = [*own.special_token_ids, tokenizer.vocab_size]
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(own))

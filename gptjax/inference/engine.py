@@ -11,9 +11,9 @@ from jax import Array
 
 from gptjax import config
 from gptjax.errors import PromptError
-from gptjax.inference.matrices import to_int8, turned
-from gptjax.inference.pretrained import Pretrained, check_tells_tokens
-from gptjax.model.gpt import layers_apart
+from gptjax.inference.pretrained import Pretrained, check_is_generative
+from gptjax.inference.quantization import to_int8, turned
+from gptjax.model.gpt import unstack_layers
 
 NUMBERS = ("float32", "bfloat16", "int8")
 
@@ -22,8 +22,8 @@ NUMBERS = ("float32", "bfloat16", "int8")
 class Engine:
     """What the loops that generate need of a model."""
 
-    model: config.Model
-    params: Any  # of `layers_apart`; matrices in `model.dtype`, or in 8 bits
+    model: config.ModelConfig
+    params: Any  # of `unstack_layers`; matrices in `model.dtype`, or in 8 bits
     vocab: int  # ids below this are tokens
 
     @property
@@ -49,14 +49,14 @@ class Engine:
 
 def make_engine(pretrained: Pretrained, numbers: str | None = None) -> Engine:
     """Sets a model up as `set_up` does. Raises `PromptError` for a model that cannot generate."""
-    check_tells_tokens(pretrained)
+    check_is_generative(pretrained)
     if not pretrained.model.causal:
         raise PromptError(f"{pretrained.name}: every token sees the whole text (model.causal = False): cannot generate")
     model, params = set_up(pretrained, numbers)
-    return Engine(model, jax.jit(layers_apart)(params), pretrained.tokenizer.vocab_size)
+    return Engine(model, jax.jit(unstack_layers)(params), pretrained.tokenizer.vocab_size)
 
 
-def set_up(pretrained: Pretrained, numbers: str | None = None) -> tuple[config.Model, Any]:
+def set_up(pretrained: Pretrained, numbers: str | None = None) -> tuple[config.ModelConfig, Any]:
     """A model as it is computed with, and its weights on the device: the numbers that its products want.
 
     `numbers`: float32 or bfloat16 for weights and computation, or int8 for 8-bit weights and activations (None: the

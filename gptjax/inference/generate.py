@@ -16,15 +16,22 @@ from jax import Array
 
 from gptjax import config
 from gptjax.errors import PromptError
-from gptjax.inference.cache import bucket, empty_cache, rolls, slots_for, within_sight
+from gptjax.inference.cache import bucket, empty_cache, limit_window, rolls, slots_for
 from gptjax.inference.engine import Engine
-from gptjax.inference.rules import History, Rules, Sampling, choose, penalised, rules_of
-from gptjax.model.gpt import Cache, decode, read_out
+from gptjax.inference.sampling import (
+    BatchedSamplingParams,
+    SamplingParams,
+    TokenHistory,
+    batch_params,
+    choose,
+    penalised,
+)
+from gptjax.model.gpt import Cache, decode, unembed
 
 MOST_TOKENS = 1 << 24  # of one text
 
 
-class Guide(Protocol):
+class TokenConstraint(Protocol):
     """Something that follows one text and has a say in it: stop tokens, stop strings, a grammar."""
 
     def allowed(self) -> np.ndarray | None:
@@ -40,10 +47,10 @@ class Request:
 
     prompt: np.ndarray  # int32 ids, at least one
     new_tokens: int  # to make at most
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0  # the same seed gives the same text, whatever is made beside it
     copy: int = 0  # tells apart the texts made from one prompt and seed
-    guides: tuple[Guide, ...] = field(default=(), compare=False)
+    guides: tuple[TokenConstraint, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,13 @@ def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[Step]:
     """Yields a token for every text until all have ended. Raises `PromptError` before anything is computed."""
     total = check(engine, requests)
     rows = at_least_two(engine, requests)
-    return _steps(engine, requests, rows, rules_of([r.sampling for r in rows], engine.vocab, engine.rows), total)
+    return _steps(engine, requests, rows, batch_params([r.sampling for r in rows], engine.vocab, engine.rows), total)
 
 
 def _steps(
-    engine: Engine, requests: Sequence[Request], rows: Sequence[Request], rules: Rules, total: int
+    engine: Engine, requests: Sequence[Request], rows: Sequence[Request], rules: BatchedSamplingParams, total: int
 ) -> Iterator[Step]:
-    count, model = len(requests), within_sight(engine.model, total)
+    count, model = len(requests), limit_window(engine.model, total)
     left = np.array([r.new_tokens for r in requests])
     if not left.any():
         return
@@ -125,15 +132,15 @@ def _steps(
 def _read_and_choose(
     params: Any,
     cache: Cache,
-    history: History,
+    history: TokenHistory,
     allowed: Array | None,
     tokens: Array | None = None,
     places: Array | None = None,
     *,
-    model: config.Model,
-    rules: Rules,
+    model: config.ModelConfig,
+    rules: BatchedSamplingParams,
     keys: Array | None,
-) -> tuple[Array, Array, History, Cache]:
+) -> tuple[Array, Array, TokenHistory, Cache]:
     """Reads the first tokens [B, Q] at their places, or the last of the history, and chooses what follows each row."""
     empty = tokens is not None
     if tokens is None or places is None:
@@ -141,7 +148,7 @@ def _read_and_choose(
         tokens = jnp.take_along_axis(history.tokens, places, 1)
     x, cache = decode(model, params, tokens, places, cache, empty)
     last = (places >= 0).sum(1) - 1
-    logits = read_out(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]
+    logits = unembed(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]
     token = choose(penalised(logits, rules, history, allowed), rules, keys_at(keys, history.lengths))
     history = remember(history, token[:, None], jnp.ones(len(token), jnp.int32))
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(token, 0)[:, None], 1)[:, 0]
@@ -171,20 +178,20 @@ def ask_guides(requests: Sequence[Request], tokens: np.ndarray, live: np.ndarray
     return ended
 
 
-def start_history(tokens: np.ndarray, places: np.ndarray, total: int) -> History:
+def start_history(tokens: np.ndarray, places: np.ndarray, total: int) -> TokenHistory:
     """The prompts, with room for texts of `total` tokens."""
     lengths = places.max(1) + 1
     room = np.zeros((len(tokens), max(bucket(total), tokens.shape[1])), np.int32)
     room[:, : tokens.shape[1]] = tokens
-    return History(jnp.asarray(room), jnp.asarray(lengths), jnp.asarray(lengths))
+    return TokenHistory(jnp.asarray(room), jnp.asarray(lengths), jnp.asarray(lengths))
 
 
-def remember(history: History, tokens: Array, count: Array) -> History:
+def remember(history: TokenHistory, tokens: Array, count: Array) -> TokenHistory:
     """Adds the first `count` [B] of tokens [B, Q] to each text."""
     ahead = jnp.arange(tokens.shape[1])
     at = jnp.where(ahead < count[:, None], history.lengths[:, None] + ahead, history.tokens.shape[1])
     written = history.tokens.at[jnp.arange(len(tokens))[:, None], at].set(jnp.maximum(tokens, 0), mode="drop")
-    return History(written, history.prompts, history.lengths + count)
+    return TokenHistory(written, history.prompts, history.lengths + count)
 
 
 def row_keys(requests: Sequence[Request]) -> Array | None:

@@ -13,11 +13,11 @@ class Pretrained:
     """Weights and all that is needed to use them."""
 
     name: str  # of the folder or hub repository
-    model: config.Model  # resolved
+    model: config.ModelConfig  # resolved
     params: Any  # as `init_params` makes them; arrays of NumPy or JAX in any float dtype
     tokenizer: Tokenizer
-    recommended: dict[str, Any] = field(default_factory=dict)  # fields of `Sampling` that its makers recommend
-    stop_tokens: tuple[int, ...] = ()  # ids that end a text, besides `tokenizer.end_of_text`
+    recommended: dict[str, Any] = field(default_factory=dict)  # fields of `SamplingParams` that its makers recommend
+    stop_tokens: tuple[int, ...] = ()  # ids that end a text, besides `tokenizer.eos_id`
     chat_template: str | None = None  # a Jinja template that turns messages into a prompt
     passed_on: dict[str, Any] = field(default_factory=dict)  # of generation_config.json: kept for an export, not used
     labels: tuple[str, ...] = ()  # the classes that it tells in the place of tokens; (): it tells tokens
@@ -32,7 +32,7 @@ class Pretrained:
         }
 
 
-def check_tells_tokens(pretrained: Pretrained) -> None:
+def check_is_generative(pretrained: Pretrained) -> None:
     """Raises `PromptError` for a model with a head for classes, which gives no token a probability."""
     if labels := pretrained.labels:
         shown = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")

@@ -1,7 +1,7 @@
 """How likely a model finds given tokens: long texts in windows that slide, and many short questions in few batches.
 
-A text is scored from its first token on, given what a document begins after: `begin_of_text` where the tokenizer has
-one, else `end_of_text`; where it has neither, the first token is given and not scored. The windows are those of
+A text is scored from its first token on, given what a document begins after: `bos_id` where the tokenizer has
+one, else `eos_id`; where it has neither, the first token is given and not scored. The windows are those of
 transformers' guide to perplexity: each holds the context, moves on by `stride`, and scores the tokens that no window
 before it has scored, so that every token but the first ones sees at least `window - stride` others.
 """
@@ -23,9 +23,9 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.cache import bucket, rolls
 from gptjax.inference.engine import set_up
-from gptjax.inference.pretrained import Pretrained, check_tells_tokens
+from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.model import ops
-from gptjax.model.chunks import by_chunks, count
+from gptjax.model.chunks import map_in_chunks, num_chunks
 from gptjax.model.gpt import GPT
 
 AT_ONCE = 64  # batches whose parts are sorted by length before they are computed
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     asked: int  # at most n - 1
 
 
-class Answer(NamedTuple):
+class TokenScores(NamedTuple):
     """What a model says to a `Part`."""
 
     nats: np.ndarray  # float32 [asked]: -ln of the probability of each token
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scored:
+class DocumentScores:
     """A text under a model."""
 
     nats: np.ndarray  # float32 [tokens scored]: -ln of the probability of each
@@ -67,7 +67,7 @@ class Scorer:
 
         Raises `PromptError` for a model whose tokens see what comes after them.
         """
-        check_tells_tokens(pretrained)
+        check_is_generative(pretrained)
         if not pretrained.model.causal:
             raise PromptError(
                 f"{pretrained.name}: every token sees the whole text (model.causal = False), so that no token has a "
@@ -80,7 +80,7 @@ class Scorer:
 
     def texts(
         self, texts: Iterable[np.ndarray], stride: int | None = None, window: int | None = None
-    ) -> Iterator[Scored]:
+    ) -> Iterator[DocumentScores]:
         """Texts of any lengths, each by itself and in turn, read as they are needed: int32 ids [n] -> n nats.
 
         `window` is the number of tokens that are read at once (None: the context), `stride` by how many a window moves
@@ -98,13 +98,13 @@ class Scorer:
                 group = []
         yield from self._scored(group)
 
-    def _scored(self, group: Sequence[Sequence[Part]]) -> Iterator[Scored]:
+    def _scored(self, group: Sequence[Sequence[Part]]) -> Iterator[DocumentScores]:
         """The texts whose windows these are."""
         answers = self.answer(itertools.chain(*group))
         for parts in group:
             nats = [answer.nats for answer in itertools.islice(answers, len(parts))]
             seen = [np.arange(len(p.ids) - p.asked, len(p.ids)) for p in parts]
-            yield Scored(_joined(nats, np.float32), _joined(seen, np.int32))
+            yield DocumentScores(_joined(nats, np.float32), _joined(seen, np.int32))
 
     def window(self, window: int | None, stride: int | None) -> tuple[int, int]:
         """The window and stride to use for those asked for."""
@@ -122,7 +122,7 @@ class Scorer:
             raise PromptError(f"stride = {stride}: must be at least 1 and at most the {window} tokens of a window")
         return window, stride
 
-    def answer(self, parts: Iterable[Part]) -> Iterator[Answer]:
+    def answer(self, parts: Iterable[Part]) -> Iterator[TokenScores]:
         """The answers to parts of at most `context + 1` tokens, in their order.
 
         Parts are taken up many at a time, sorted by length and padded to the longest of their batch; those that differ
@@ -132,12 +132,12 @@ class Scorer:
         while block := list(itertools.islice(stream, AT_ONCE * self.batch_size)):
             yield from self._answer_block(block)
 
-    def _answer_block(self, parts: Sequence[Part]) -> list[Answer]:
+    def _answer_block(self, parts: Sequence[Part]) -> list[TokenScores]:
         rows: dict[bytes, list[int]] = {}  # what is read -> the parts that ask something of it
         for number, part in enumerate(parts):
             rows.setdefault(part.ids[:-1].astype(np.int32).tobytes(), []).append(number)
         order = sorted(rows, key=len, reverse=True)
-        answers: list[Answer | None] = [None] * len(parts)
+        answers: list[TokenScores | None] = [None] * len(parts)
         pending: list[tuple[list[int], tuple[Array, Array]]] = []
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
@@ -175,7 +175,7 @@ def score(
     window: int | None = None,
     batch_size: int = 8,
     dtype: str | None = None,
-) -> Scored:
+) -> DocumentScores:
     """Nats of every token of a long text given what comes before it; see `Scorer.texts`."""
     return next(Scorer(pretrained, batch_size, dtype).texts([ids], stride, window))
 
@@ -195,17 +195,17 @@ def windows(ids: np.ndarray, window: int, stride: int) -> Iterator[Part]:
 
 def first_token(tokenizer: Tokenizer) -> int | None:
     """What the first token of a text is scored after: begin_of_text, else end_of_text, else nothing."""
-    return tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
+    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
-class Totals:
+class LossTotals:
     """Sums over many texts, and the figures that follow from them."""
 
     def __init__(self, window: int):
         self.documents, self.bytes = 0, 0
         self.count, self.nats, self.squares = np.zeros((3, window + 1))  # by how many tokens were seen
 
-    def add(self, scored: Scored, num_bytes: int) -> None:
+    def add(self, scored: DocumentScores, num_bytes: int) -> None:
         """A text of which the scored part has `num_bytes` bytes in UTF-8."""
         nats = scored.nats.astype(np.float64)
         self.documents, self.bytes = self.documents + 1, self.bytes + num_bytes
@@ -244,13 +244,13 @@ class Totals:
 
 def evaluate_texts(
     scorer: Scorer, documents: Iterable[str], stride: int | None = None, window: int | None = None
-) -> Totals:
+) -> LossTotals:
     """Scores documents, each by itself from its beginning; the end_of_text after it is not asked for.
 
     Bytes are those of the documents in UTF-8, less those of a first token that is not scored, so that bits a byte do
     not depend on the tokenizer.
     """
-    totals = Totals(scorer.window(window, stride)[0])
+    totals = LossTotals(scorer.window(window, stride)[0])
     num_bytes: deque[int] = deque()  # of each text on its way
 
     def encoded() -> Iterator[np.ndarray]:
@@ -267,7 +267,7 @@ def evaluate_texts(
 
 @partial(jax.jit, static_argnames="model")
 def _nats(
-    params: Any, tokens: Array, rows: Array, places: Array, targets: Array, *, model: config.Model
+    params: Any, tokens: Array, rows: Array, places: Array, targets: Array, *, model: config.ModelConfig
 ) -> tuple[Array, Array]:
     """Reads tokens [B, L]; for each question [A] the nats of its target after the token at its row and place, and
     whether it is the likeliest. Logits are made for the questions only, and never more than `LOGITS` at once.
@@ -281,20 +281,20 @@ def _nats(
         logits: Any = GPT(model).apply({"params": params}, x[None], method="logits")
         return ops.cross_entropy(logits[0], targets)[0], logits[0].argmax(-1) == targets
 
-    chunks = count(len(targets), model.vocab_size, LOGITS)
-    nats, likeliest = by_chunks(of, (x, targets), chunks, axis=0)
+    chunks = num_chunks(len(targets), model.vocab_size, LOGITS)
+    nats, likeliest = map_in_chunks(of, (x, targets), chunks, axis=0)
     return nats, likeliest
 
 
 def _hand_out(
-    parts: Sequence[Part], numbers: Sequence[int], computed: tuple[Array, Array], answers: list[Answer | None]
+    parts: Sequence[Part], numbers: Sequence[int], computed: tuple[Array, Array], answers: list[TokenScores | None]
 ) -> None:
     """Gives each part its share of what was computed."""
     nats, likeliest = (np.asarray(x) for x in computed)
     done = 0
     for number in numbers:
         here = slice(done, done + parts[number].asked)
-        answers[number] = Answer(nats[here], likeliest[here])
+        answers[number] = TokenScores(nats[here], likeliest[here])
         done = here.stop
 
 

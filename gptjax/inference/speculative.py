@@ -17,11 +17,20 @@ from jax import Array
 
 from gptjax import config
 from gptjax.errors import PromptError
-from gptjax.inference.cache import empty_cache, slots_for, within_sight
+from gptjax.inference.cache import empty_cache, limit_window, slots_for
 from gptjax.inference.engine import Engine
 from gptjax.inference.generate import Request, Step, ask_guides, at_least_two, check, padded, row_keys
-from gptjax.inference.rules import History, Rules, choose, draw, likeliest, penalised, rules_of, warped
-from gptjax.model.gpt import Cache, decode, read_out
+from gptjax.inference.sampling import (
+    BatchedSamplingParams,
+    TokenHistory,
+    batch_params,
+    choose,
+    draw,
+    likeliest,
+    penalised,
+    warped,
+)
+from gptjax.model.gpt import Cache, decode, unembed
 
 GUESS, ACCEPT, REPLACE = 1, 2, 3  # what a random key is for
 
@@ -52,10 +61,12 @@ class Tally:
         return self.guesses + 1 if alpha == 1 else (1 - alpha ** (self.guesses + 1)) / (1 - alpha)
 
 
-class Guesser(Protocol):
+class Drafter(Protocol):
     """Something that guesses how texts go on."""
 
-    def start(self, requests: Sequence[Request], rules: Rules, keys: Array | None, guesses: int, total: int) -> None:
+    def start(
+        self, requests: Sequence[Request], rules: BatchedSamplingParams, keys: Array | None, guesses: int, total: int
+    ) -> None:
         """Is given the texts, without the token that the model itself chose first."""
 
     def guess(self, texts: list[np.ndarray]) -> tuple[np.ndarray, Array | None]:
@@ -69,7 +80,9 @@ class PromptLookup:
     longest: int = 3  # tokens to look for; then fewer
     guesses: int = field(init=False, default=0)
 
-    def start(self, requests: Sequence[Request], rules: Rules, keys: Array | None, guesses: int, total: int) -> None:
+    def start(
+        self, requests: Sequence[Request], rules: BatchedSamplingParams, keys: Array | None, guesses: int, total: int
+    ) -> None:
         self.guesses = guesses
 
     def guess(self, texts: list[np.ndarray]) -> tuple[np.ndarray, None]:
@@ -93,10 +106,12 @@ class DraftModel:
     def __init__(self, engine: Engine):
         self.engine = engine
 
-    def start(self, requests: Sequence[Request], rules: Rules, keys: Array | None, guesses: int, total: int) -> None:
+    def start(
+        self, requests: Sequence[Request], rules: BatchedSamplingParams, keys: Array | None, guesses: int, total: int
+    ) -> None:
         engine = self.engine
-        self.model = within_sight(engine.model, total)
-        self.rules = rules_of([r.sampling for r in requests], engine.vocab, engine.rows)
+        self.model = limit_window(engine.model, total)
+        self.rules = batch_params([r.sampling for r in requests], engine.vocab, engine.rows)
         self.keys, self.guesses = keys, guesses
         tokens, places = padded([r.prompt for r in requests])
         slots = slots_for(engine.model, total + guesses, guesses + 1)
@@ -117,7 +132,7 @@ class DraftModel:
 
 
 def speculate(
-    engine: Engine, requests: Sequence[Request], guesser: Guesser, guesses: int, tally: Tally | None = None
+    engine: Engine, requests: Sequence[Request], drafter: Drafter, guesses: int, tally: Tally | None = None
 ) -> Iterator[Step]:
     """`generate`, with `guesses` tokens guessed for every call of the model; `tally` counts how it goes.
 
@@ -131,29 +146,29 @@ def speculate(
         )
     if any(g.allowed() is not None for r in requests for g in r.guides):
         raise PromptError("a grammar is asked about every token: not with guessed ones; leave out the draft")
-    if isinstance(guesser, DraftModel) and guesser.engine.vocab != engine.vocab:
+    if isinstance(drafter, DraftModel) and drafter.engine.vocab != engine.vocab:
         raise PromptError(
-            f"the draft model has {guesser.engine.vocab} tokens and the model {engine.vocab}: they need the same"
+            f"the draft model has {drafter.engine.vocab} tokens and the model {engine.vocab}: they need the same"
         )
     total = check(engine, requests)
-    if isinstance(guesser, DraftModel):
+    if isinstance(drafter, DraftModel):
         try:
-            check(guesser.engine, requests)
+            check(drafter.engine, requests)
         except PromptError as e:
             raise PromptError(f"the draft model: {e}") from None
-    return _rounds(engine, requests, guesser, guesses, total, tally or Tally(guesses))
+    return _rounds(engine, requests, drafter, guesses, total, tally or Tally(guesses))
 
 
 def _rounds(
-    engine: Engine, requests: Sequence[Request], guesser: Guesser, guesses: int, total: int, tally: Tally
+    engine: Engine, requests: Sequence[Request], drafter: Drafter, guesses: int, total: int, tally: Tally
 ) -> Iterator[Step]:
-    count, model = len(requests), within_sight(engine.model, total)
+    count, model = len(requests), limit_window(engine.model, total)
     left = np.array([r.new_tokens for r in requests])
     if not left.any():
         return
     rows = at_least_two(engine, requests)
-    rules, keys = rules_of([r.sampling for r in rows], engine.vocab, engine.rows), row_keys(rows)
-    guesser.start(rows, rules, keys, guesses, total)
+    rules, keys = batch_params([r.sampling for r in rows], engine.vocab, engine.rows), row_keys(rows)
+    drafter.start(rows, rules, keys, guesses, total)
     verify = partial(_verify, engine.params, model=model, rules=rules, keys=keys)
     tokens, places = padded([r.prompt for r in rows])
     cache = empty_cache(model, len(rows), slots_for(engine.model, total + guesses, guesses + 1))
@@ -178,7 +193,7 @@ def _rounds(
             live = live & ~ended & (left > 0)
         if not live.any():
             return
-        guessed, logits = guesser.guess(texts)
+        guessed, logits = drafter.guess(texts)
         logits = None if logits is None else _as_wide(logits, engine.rows)
         tokens = np.concatenate([[[t[-1]] for t in texts], np.maximum(guessed, 0)], 1).astype(np.int32)
         places = (np.array([[len(t) - 1] for t in texts]) + np.arange(tokens.shape[1])).astype(np.int32)
@@ -186,7 +201,7 @@ def _rounds(
 
 
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(params: Any, cache: Cache, tokens: Array, places: Array, *, model: config.Model) -> Cache:
+def _read(params: Any, cache: Cache, tokens: Array, places: Array, *, model: config.ModelConfig) -> Cache:
     """The cache of prompts."""
     return decode(model, params, tokens, places, cache, empty=True)[1]
 
@@ -198,8 +213,8 @@ def _draft(
     tokens: Array,
     places: Array,
     *,
-    model: config.Model,
-    rules: Rules,
+    model: config.ModelConfig,
+    rules: BatchedSamplingParams,
     keys: Array | None,
     guesses: int,
 ) -> tuple[Array, Array, Cache]:
@@ -207,7 +222,7 @@ def _draft(
 
     def one(cache: Cache, tokens: Array, places: Array) -> tuple[Cache, Array, Array]:
         x, cache = decode(model, params, tokens, places, cache)
-        logits = penalised(read_out(model, params, x[:, -1:])[:, 0], rules, _no_history(tokens))
+        logits = penalised(unembed(model, params, x[:, -1:])[:, 0], rules, _no_history(tokens))
         own = None if keys is None else jax.vmap(_key, (0, 0, None))(keys, places[:, -1] + 1, GUESS)
         return cache, choose(logits, rules, own), logits
 
@@ -232,8 +247,8 @@ def _verify(
     guessed: Array,
     guess_logits: Array | None,
     *,
-    model: config.Model,
-    rules: Rules,
+    model: config.ModelConfig,
+    rules: BatchedSamplingParams,
     keys: Array | None,
     empty: bool,
 ) -> tuple[Array, Array, Array, Cache]:
@@ -244,7 +259,7 @@ def _verify(
     count = guessed.shape[1]
     first = (places >= 0).sum(1) - 1 - count
     at = first[:, None] + jnp.arange(count + 1)
-    raw = read_out(model, params, jnp.take_along_axis(x, at[..., None], 1))
+    raw = unembed(model, params, jnp.take_along_axis(x, at[..., None], 1))
     logits = jax.vmap(lambda l: penalised(l, rules, _no_history(tokens)), 1, 1)(raw)  # noqa: E741
     own_places = jnp.take_along_axis(places, at, 1) + 1
     if keys is None:
@@ -259,7 +274,7 @@ def _verify(
 
 
 def _accept(
-    logits: Array, guessed: Array, guess_logits: Array | None, rules: Rules, keys: Array, places: Array
+    logits: Array, guessed: Array, guess_logits: Array | None, rules: BatchedSamplingParams, keys: Array, places: Array
 ) -> tuple[Array, Array]:
     """How many guesses are accepted, [B], and the tokens [B, G + 1] up to the model's own that follows them."""
     p = jax.nn.softmax(jax.vmap(lambda l: warped(l, rules), 1, 1)(logits))  # noqa: E741
@@ -297,7 +312,7 @@ def _key(key: Array, place: Array, use: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, place), use)
 
 
-def _no_history(tokens: Array) -> History:
+def _no_history(tokens: Array) -> TokenHistory:
     """For rules that do not look back."""
     none = jnp.zeros(len(tokens), jnp.int32)
-    return History(jnp.zeros((len(tokens), 1), jnp.int32), none, none)
+    return TokenHistory(jnp.zeros((len(tokens), 1), jnp.int32), none, none)

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from gptjax import config
-from gptjax.durable import write_durably
+from gptjax.atomic_io import write_atomic
 from gptjax.errors import ExchangeError
-from gptjax.inference.pretrained import Pretrained, check_tells_tokens
+from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.interop import files
 from gptjax.interop.families import differences
 from gptjax.interop.family import Family
@@ -51,7 +51,7 @@ def save_adapter(pretrained: Pretrained, folder: Path, base: str, base_folder: P
     a folder or a hub name for PEFT to find, and lies in `base_folder`. Raises `ExchangeError` where that is another
     model, or `folder` holds something.
     """
-    check_tells_tokens(pretrained)
+    check_is_generative(pretrained)
     model = pretrained.model
     family = _family_of(base_folder, model)
     weights = {leaf_name(path): np.asarray(x, np.float32) for path, x in jax.tree.leaves_with_path(pretrained.params)}
@@ -69,7 +69,7 @@ def save_adapter(pretrained: Pretrained, folder: Path, base: str, base_folder: P
                 tensors |= zip(_names(family, head), (b.T.copy(), a.T.copy()), strict=True)
     with files.filling(folder):
         files.write_file(folder / WEIGHTS, tensors)
-        write_durably(folder / CONFIG, json.dumps(_settings(family, model, base), indent=2) + "\n")
+        write_atomic(folder / CONFIG, json.dumps(_settings(family, model, base), indent=2) + "\n")
 
 
 def base_of_run(run: Run, given: str | None) -> str:
@@ -103,7 +103,7 @@ def base_of(folder: Path) -> str | None:
     return base
 
 
-def add_adapter(folder: Path, family: Family, model: config.Model, params: Any) -> Any:
+def add_adapter(folder: Path, family: Family, model: config.ModelConfig, params: Any) -> Any:
     """The weights of a model with those of an adapter added; what it touches becomes float32.
 
     Raises `ExchangeError` for an adapter of another kind than LoRA on matrices, or of another model.
@@ -154,7 +154,7 @@ def _product(
     return scale * (b @ a)
 
 
-def _family_of(folder: Path, model: config.Model) -> Family:
+def _family_of(folder: Path, model: config.ModelConfig) -> Family:
     """The family of an adapter's model. Raises `ExchangeError` where that is not the shape that LoRA was trained on."""
     family, theirs = read_config(folder)
     different = differences(_without(model), theirs)
@@ -166,22 +166,22 @@ def _family_of(folder: Path, model: config.Model) -> Family:
     return family
 
 
-def _without(model: config.Model) -> config.Model:
+def _without(model: config.ModelConfig) -> config.ModelConfig:
     """A model without LoRA."""
     return dataclasses.replace(model, lora_rank=0)
 
 
-def _targets(family: Family, model: config.Model) -> list[Tensor]:
+def _targets(family: Family, model: config.ModelConfig) -> list[Tensor]:
     """The tensors in which LoRA learnt something, those of all layers as one."""
     return [t for t in family.tensors(_without(model)) if _learnt(t, model)]
 
 
-def _learnt(t: Tensor, model: config.Model) -> list[str]:
+def _learnt(t: Tensor, model: config.ModelConfig) -> list[str]:
     possible = t.layered or t.weights == TABLE_WEIGHT
     return [name for name in t.weights if possible and name.rpartition(".")[2] in model.lora_targets]
 
 
-def _tied_head(family: Family, model: config.Model) -> Tensor | None:
+def _tied_head(family: Family, model: config.ModelConfig) -> Tensor | None:
     """The module that is the head of a model and shares the table of tokens; None where the head is its own."""
     if not model.tie_embeddings:
         return None
@@ -189,7 +189,7 @@ def _tied_head(family: Family, model: config.Model) -> Tensor | None:
     return Tensor(next(copy for copy, original in family.copies.items() if original == table), TABLE_WEIGHT)
 
 
-def _factors(t: Tensor, model: config.Model, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _factors(t: Tensor, model: config.ModelConfig, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """A [rank, in] and B [out, rank] for one layer's tensor; `parts`: the two small matrices of each weight in it."""
     chosen, rank = _learnt(t, model), model.lora_rank
     down = np.concatenate([parts[f"{name}_lora_down"].reshape(-1, rank) for name in chosen], 1)
@@ -213,7 +213,7 @@ def _names(family: Family, t: Tensor, layer: int = 0) -> list[str]:
     return [f"{PREFIX}{_module(family, t, layer)}.{kind}" for kind in kinds]
 
 
-def _settings(family: Family, model: config.Model, base: str) -> dict[str, Any]:
+def _settings(family: Family, model: config.ModelConfig, base: str) -> dict[str, Any]:
     """adapter_config.json: the largest rank for all modules, and a pattern for each that has another."""
     learnt = _targets(family, model)
     if (head := _tied_head(family, model)) and any(t.weights == TABLE_WEIGHT for t in learnt):

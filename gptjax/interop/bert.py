@@ -6,10 +6,10 @@ from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 
 
-def _read(f: Fields) -> config.Model:
+def _read(f: Fields) -> config.ModelConfig:
     f.inert(position_embedding_type=("absolute",), tie_word_embeddings=(True,))
     f.take("type_vocab_size", int, 2)
-    return config.Model(
+    return config.ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=f.need("max_position_embeddings", int, 512),
         num_layers=f.need("num_hidden_layers", int, 12),
@@ -27,7 +27,7 @@ def _read(f: Fields) -> config.Model:
     )
 
 
-def _tensors(m: config.Model) -> list[Tensor]:
+def _tensors(m: config.ModelConfig) -> list[Tensor]:
     at = "encoder.layer.{i}."
     return [
         Tensor("embeddings.word_embeddings.weight", ("embedding.tokens",)),

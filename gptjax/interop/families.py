@@ -1,6 +1,6 @@
 """The families of models that Hugging Face's transformers has and gptjax can be.
 
-To add one: a file with how its config.json becomes a `Model`, how a `Model` becomes one, and where each weight lies.
+To add one: a file with how its config.json becomes a `ModelConfig`, how a `ModelConfig` becomes one, and where each weight lies.
 What a family cannot express needs no list: `inexpressible` writes a model's settings, reads them again and names what
 has changed.
 """
@@ -18,9 +18,9 @@ FAMILIES = {f.name: f for f in (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, bert
 NOT_KEPT = ("init_std", "init_depth_scaled", "dropout", "layers", "remat", "dtype", "attention_kernel")
 
 
-def plain(model: config.Model) -> config.Model:
+def plain(model: config.ModelConfig) -> config.ModelConfig:
     """A model resolved, with the usual value of each field that has no effect beside the others; the same logits."""
-    m, usual = model.resolved(), config.Model()
+    m, usual = model.resolved(), config.ModelConfig()
     if m.lora_rank == 0:
         m = dataclasses.replace(m, lora_alpha=usual.lora_alpha, lora_targets=usual.lora_targets)
     if m.rope_scaling == "ntk":  # nothing but a larger base
@@ -38,7 +38,7 @@ def plain(model: config.Model) -> config.Model:
     return dataclasses.replace(m, **{name: getattr(usual, name) for name in NOT_KEPT}).resolved()
 
 
-def differences(model: config.Model, other: config.Model) -> dict[str, tuple[Any, Any]]:
+def differences(model: config.ModelConfig, other: config.ModelConfig) -> dict[str, tuple[Any, Any]]:
     """The fields that make two models compute other logits from weights of the same names: name -> (one, the other).
 
     A layernorm or linear layer without biases is one with biases of zero.
@@ -51,7 +51,7 @@ def differences(model: config.Model, other: config.Model) -> dict[str, tuple[Any
     return different
 
 
-def inexpressible(family: Family, model: config.Model) -> dict[str, tuple[Any, Any]]:
+def inexpressible(family: Family, model: config.ModelConfig) -> dict[str, tuple[Any, Any]]:
     """The fields of a model that a family does not have: name -> (the model's value, what would come back)."""
     assert family.write is not None
     fields = Fields(family.write(plain(model)))

@@ -25,9 +25,9 @@ class Family:
 
     name: str
     architecture: str  # the class that has its language-model head
-    read: Callable[[Fields], config.Model]  # problems go into the fields; the model is resolved
-    write: Callable[[config.Model], dict[str, Any]] | None  # None: read only
-    tensors: Callable[[config.Model], list[Tensor]]
+    read: Callable[[Fields], config.ModelConfig]  # problems go into the fields; the model is resolved
+    write: Callable[[config.ModelConfig], dict[str, Any]] | None  # None: read only
+    tensors: Callable[[config.ModelConfig], list[Tensor]]
     prefix: str  # of the tensors of its body, which some files leave out
     outside: tuple[str, ...]  # names, and beginnings of names, that have no prefix
     buffers: str  # a pattern of what files hold besides the weights, without effect on the logits
@@ -57,7 +57,7 @@ def linear(theirs: str, ours: str, bias: bool = True) -> list[Tensor]:
     return tensors[: 1 + bias]
 
 
-def head(m: config.Model, theirs: str) -> list[Tensor]:
+def head(m: config.ModelConfig, theirs: str) -> list[Tensor]:
     return [] if m.tie_embeddings else [Tensor(theirs, ("embedding.head",), linear=True)]
 
 

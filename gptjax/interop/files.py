@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp  # with ml_dtypes, which teaches NumPy bfloat16
 import numpy as np
 
-from gptjax.durable import read_json, read_text, sync_folder
+from gptjax.atomic_io import read_json, read_text, sync_folder
 from gptjax.errors import ExchangeError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

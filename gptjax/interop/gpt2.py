@@ -8,11 +8,11 @@ from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 
 
-def _read(f: Fields) -> config.Model:
+def _read(f: Fields) -> config.ModelConfig:
     embed, heads = f.need("n_embd", int, 768), f.need("n_head", int, 12)
     f.inert(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,))
     f.ignore("reorder_and_upcast_attn")  # in float32 the same
-    return config.Model(
+    return config.ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=f.need("n_positions", int, 1024),
         num_layers=f.need("n_layer", int, 12),
@@ -27,7 +27,7 @@ def _read(f: Fields) -> config.Model:
     )
 
 
-def _write(m: config.Model) -> dict[str, Any]:
+def _write(m: config.ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": m.vocab_size,
         "n_positions": m.context_length,
@@ -45,7 +45,7 @@ def _write(m: config.Model) -> dict[str, Any]:
     }
 
 
-def _tensors(m: config.Model) -> list[Tensor]:
+def _tensors(m: config.ModelConfig) -> list[Tensor]:
     def both(theirs: str, *ours: str, stacked: int = 0) -> list[Tensor]:
         """Weight and bias of a Conv1D."""
         kinds = {"weight": "", "bias": "_bias"}

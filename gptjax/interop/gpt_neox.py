@@ -9,7 +9,7 @@ from gptjax.interop.layout import Tensor
 from gptjax.interop.rope import read_rope, write_rope
 
 
-def _read(f: Fields) -> config.Model:
+def _read(f: Fields) -> config.ModelConfig:
     embed, heads = f.need("hidden_size", int, 6144), f.need("num_attention_heads", int, 64)
     context = f.need("max_position_embeddings", int, 2048)
     share = f.take("rotary_pct", float, 0.25)
@@ -25,7 +25,7 @@ def _read(f: Fields) -> config.Model:
     ]:
         if f.take(name, float, None) not in (None, f.values.get(older, usual)):  # late releases of 4 wrote both
             f.problem(name, f"{older} says something else")
-    return config.Model(
+    return config.ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=context,
         num_layers=f.need("num_hidden_layers", int, 44),
@@ -44,7 +44,7 @@ def _read(f: Fields) -> config.Model:
     )
 
 
-def _write(m: config.Model) -> dict[str, Any]:
+def _write(m: config.ModelConfig) -> dict[str, Any]:
     turned = round((m.head_dim or 0) * m.rope_fraction)
     exact = int((m.head_dim or 0) * m.rope_fraction) == turned
     return {
@@ -66,7 +66,7 @@ def _write(m: config.Model) -> dict[str, Any]:
     }
 
 
-def _tensors(m: config.Model) -> list[Tensor]:
+def _tensors(m: config.ModelConfig) -> list[Tensor]:
     qkv = [f"blocks.attention.{name}" for name in ("query", "key", "value")]
     at = "layers.{i}."
     return [

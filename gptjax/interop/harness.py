@@ -22,10 +22,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 
 from gptjax.errors import DataError, GptjaxError, PromptError
-from gptjax.inference.pretrained import Pretrained, check_tells_tokens
-from gptjax.inference.rules import Sampling
+from gptjax.inference.generator import Generator
+from gptjax.inference.pretrained import Pretrained, check_is_generative
+from gptjax.inference.sampling import SamplingParams
 from gptjax.inference.scoring import Part, Scorer, first_token
-from gptjax.inference.writer import Writer
 
 MOST_TOKENS = 256  # to generate where a task does not say
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of that, the first counts
@@ -58,7 +58,7 @@ class GptjaxLM(TemplateLM):
 
             pretrained = open_model(pretrained, checkpoint)
         assert isinstance(pretrained, Pretrained)
-        check_tells_tokens(pretrained)
+        check_is_generative(pretrained)
         first = first_token(pretrained.tokenizer) if prefix_token_id is None else prefix_token_id
         if first is None:
             raise PromptError(
@@ -76,12 +76,12 @@ class GptjaxLM(TemplateLM):
         return Scorer(self.pretrained, self.batch_size, self.dtype)
 
     @cached_property
-    def writer(self) -> Writer:
-        return Writer(self.pretrained, self.dtype)
+    def writer(self) -> Generator:
+        return Generator(self.pretrained, self.dtype)
 
     @property
     def eot_token_id(self) -> int:
-        end = self.vocabulary.end_of_text
+        end = self.vocabulary.eos_id
         return self._first if end is None else end
 
     @property
@@ -101,7 +101,7 @@ class GptjaxLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The ids of a text; begin_of_text goes before it where the model wants one and the text has none itself."""
         ids = self.vocabulary.encode_special(string).tolist()
-        begin = self.vocabulary.begin_of_text
+        begin = self.vocabulary.bos_id
         if add_special_tokens is None:
             add_special_tokens = self._first_word is None or not string.startswith(self._first_word)
         return [begin, *ids] if add_special_tokens and begin is not None else ids
@@ -184,7 +184,7 @@ class GptjaxLM(TemplateLM):
         return np.array(self.tok_encode(context)[-room:] or [self._first], np.int32)
 
 
-def generation(settings: dict[str, Any]) -> tuple[list[str], int, Sampling]:
+def generation(settings: dict[str, Any]) -> tuple[list[str], int, SamplingParams]:
     """A task's generation_kwargs as strings to stop at, number of new tokens, and how tokens are chosen.
 
     Raises `DataError` for a setting that has no meaning here.
@@ -201,7 +201,7 @@ def generation(settings: dict[str, Any]) -> tuple[list[str], int, Sampling]:
             f"generation_kwargs: {', '.join(strange)} has no meaning for gptjax; known are until, do_sample, "
             f"{', '.join((*LENGTHS[:2], *RULES))}"
         )
-    sampling = Sampling(temperature=temperature if drawn or drawn is None else 0.0, **rules)
+    sampling = SamplingParams(temperature=temperature if drawn or drawn is None else 0.0, **rules)
     stop = [until] if isinstance(until, str) else until
     return [s for s in stop if s], new_tokens, sampling
 

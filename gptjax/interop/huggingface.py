@@ -21,14 +21,14 @@ from gptjax.config import Experiment
 from gptjax.data.tokenizer_formats import from_huggingface
 from gptjax.errors import ConfigError, ExchangeError, PromptError, warn
 from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.rules import Sampling
+from gptjax.inference.sampling import SamplingParams
 from gptjax.interop import files
 from gptjax.interop.families import FAMILIES, Family
 from gptjax.interop.fields import Fields
 from gptjax.interop.files import CONFIG, GENERATION, TEMPLATE, TOKENIZER, Weights
 from gptjax.interop.layout import nested, weight_shapes
 
-RECOMMENDED = {  # fields of generation_config.json that `Sampling` has, and where they have no effect
+RECOMMENDED = {  # fields of generation_config.json that `SamplingParams` has, and where they have no effect
     "temperature": None,
     "top_k": 0,
     "top_p": None,
@@ -83,7 +83,7 @@ def load_folder(folder: Path, name: str | None = None) -> Pretrained:
     tokenizer = from_huggingface(folder)
     _check_tokenizer(folder, tokenizer.vocab_size, model.vocab_size or 0)
     recommended, ends, passed_on = _generation(folder)
-    stops = tuple(i for i in ends if i < (model.vocab_size or 0) and i != tokenizer.end_of_text)  # some lie beyond
+    stops = tuple(i for i in ends if i < (model.vocab_size or 0) and i != tokenizer.eos_id)  # some lie beyond
     if lost := [i for i in stops if i >= tokenizer.vocab_size]:
         raise ExchangeError(
             folder,
@@ -96,7 +96,7 @@ def load_folder(folder: Path, name: str | None = None) -> Pretrained:
     return Pretrained(name or folder.name, model, params, tokenizer, recommended, stops, template, passed_on)
 
 
-def read_weights(folder: Path) -> tuple[config.Model, Any]:
+def read_weights(folder: Path) -> tuple[config.ModelConfig, Any]:
     """The settings and the weights alone, as `load_folder` reads them."""
     files.check_folder(folder)
     family, model = read_config(folder)
@@ -104,7 +104,7 @@ def read_weights(folder: Path) -> tuple[config.Model, Any]:
         return model, _params(folder, family, model, weights)
 
 
-def read_config(folder: Path) -> tuple[Family, config.Model]:
+def read_config(folder: Path) -> tuple[Family, config.ModelConfig]:
     """The family and the settings in config.json. Raises `ExchangeError` with every field that is not understood."""
     where = folder / CONFIG
     values = files.read_object(folder, CONFIG)
@@ -144,7 +144,7 @@ def _check_tokenizer(folder: Path, ids: int, rows: int) -> None:
         )
 
 
-def _params(folder: Path, family: Family, model: config.Model, weights: Weights) -> Any:
+def _params(folder: Path, family: Family, model: config.ModelConfig, weights: Weights) -> Any:
     """The nested dict of weights: every tensor of the files must be one of the model's, and every one there."""
     names = _names(folder, family, model, weights)
     tensors, shapes = family.tensors(model), weight_shapes(model)
@@ -174,7 +174,7 @@ def _params(folder: Path, family: Family, model: config.Model, weights: Weights)
     return nested(found)
 
 
-def _names(folder: Path, family: Family, model: config.Model, weights: Weights) -> dict[str, str]:
+def _names(folder: Path, family: Family, model: config.ModelConfig, weights: Weights) -> dict[str, str]:
     """Name without prefix -> name in the files, of every tensor but for buffers."""
     names: dict[str, str] = {}
     problems = []
@@ -205,7 +205,9 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:4])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
-def _check_shapes(folder: Path, family: Family, model: config.Model, names: dict[str, str], weights: Weights) -> None:
+def _check_shapes(
+    folder: Path, family: Family, model: config.ModelConfig, names: dict[str, str], weights: Weights
+) -> None:
     """Before any memory is taken for them."""
     shapes, tensors = weight_shapes(model), family.tensors(model)
     problems = []
@@ -228,7 +230,7 @@ def _check_shapes(folder: Path, family: Family, model: config.Model, names: dict
 
 
 def _generation(folder: Path) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
-    """What its makers recommend, as fields of `Sampling`; the ids that end a text; all else, to be passed on.
+    """What its makers recommend, as fields of `SamplingParams`; the ids that end a text; all else, to be passed on.
 
     Warns of rules that gptjax does not take from the file.
     """
@@ -244,7 +246,7 @@ def _generation(folder: Path) -> tuple[dict[str, Any], list[int], dict[str, Any]
     if given.get("do_sample") is False:
         found["temperature"] = 0.0
     try:
-        Sampling(**found)
+        SamplingParams(**found)
     except (PromptError, TypeError) as e:
         raise ExchangeError(folder / GENERATION, [f"recommends what cannot be done: {e}"]) from None
     ends = given.get("eos_token_id")

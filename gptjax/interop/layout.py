@@ -75,7 +75,7 @@ class Tensor:
         return (math.prod(shape[:inputs]), count * math.prod(shape[inputs:]))
 
 
-def weight_shapes(model: config.Model) -> dict[str, Shape]:
+def weight_shapes(model: config.ModelConfig) -> dict[str, Shape]:
     """Dotted name -> shape of every weight of a model, without the axis of the layers."""
     sizes = axis_sizes(model)
     small = dataclasses.replace(model, **SMALLEST)  # the axes are the same, whatever sizes a stranger's file asks for

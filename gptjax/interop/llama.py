@@ -11,7 +11,7 @@ from gptjax.interop.rope import read_rope, write_rope
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 
 
-def _read(f: Fields) -> config.Model:
+def _read(f: Fields) -> config.ModelConfig:
     embed, heads = f.need("hidden_size", int, 4096), f.need("num_attention_heads", int, 32)
     context = f.need("max_position_embeddings", int, 2048)
     rope, share = read_rope(f, context)
@@ -23,7 +23,7 @@ def _read(f: Fields) -> config.Model:
     f.take("attention_dropout", float, 0.0)  # gptjax's dropout acts in more places: it is left at 0
     f.ignore("pretraining_tp")  # the same products in parts
     f.inert(rope_interleaved=(False,))
-    return config.Model(
+    return config.ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=context,
         num_layers=f.need("num_hidden_layers", int, 32),
@@ -43,7 +43,7 @@ def _read(f: Fields) -> config.Model:
     )
 
 
-def _write(m: config.Model) -> dict[str, Any]:
+def _write(m: config.ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": m.vocab_size,
         "max_position_embeddings": m.context_length,
@@ -63,7 +63,7 @@ def _write(m: config.Model) -> dict[str, Any]:
     }
 
 
-def _tensors(m: config.Model) -> list[Tensor]:
+def _tensors(m: config.ModelConfig) -> list[Tensor]:
     return [
         Tensor("embed_tokens.weight", ("embedding.tokens",)),
         *norm("layers.{i}.input_layernorm", "blocks.attention_norm", bias=False),

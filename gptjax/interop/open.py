@@ -11,7 +11,7 @@ from gptjax.interop import adapter
 from gptjax.interop.files import CONFIG
 from gptjax.interop.huggingface import load_folder, read_config
 from gptjax.training.run import EXPERIMENT, open_run
-from gptjax.training.workshop import open_trained
+from gptjax.training.train_setup import open_trained
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "vocab.*"]  # never a pickle, never code
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

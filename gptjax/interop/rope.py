@@ -15,7 +15,7 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def read_rope(fields: Fields, context: int, theta_name: str = "rope_theta") -> tuple[dict[str, Any], float | None]:
-    """The fields of `Model` about RoPE, and the share of each head that it turns where that is said in the same object.
+    """The fields of `ModelConfig` about RoPE, and the share of each head that it turns where that is said in the same object.
 
     `theta_name` is what the family calls the base in the old form.
     """
@@ -62,7 +62,7 @@ def _check_attention_factor(rope: Fields, factor: float) -> None:
         rope.problem(name, f"makes YaRN's attention factor {given}; gptjax has it as 0.1 ln(factor) + 1 = {usual} only")
 
 
-def write_rope(m: config.Model, theta_name: str = "rope_theta") -> dict[str, Any]:
+def write_rope(m: config.ModelConfig, theta_name: str = "rope_theta") -> dict[str, Any]:
     """The old form, which every release of transformers reads; of a resolved model whose scaling is not ntk."""
     theirs = next((theirs for theirs, ours in KINDS.items() if ours == m.rope_scaling), "default")
     if theirs == "default":

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.atomic_io import write_atomic
 from gptjax.config import Experiment
-from gptjax.data.batches import Place
-from gptjax.durable import write_durably
+from gptjax.data.batches import DataPosition
 from gptjax.errors import ExchangeError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.files import filling
@@ -48,13 +48,13 @@ def import_run(
         _save(weights, Run(folder, experiment))
         write_generation(folder, pretrained)
         write_json(folder / PROVENANCE, new_provenance(None) | {"imported": source})
-        write_durably(folder / EXPERIMENT, experiment.to_json())
+        write_atomic(folder / EXPERIMENT, experiment.to_json())
     return open_run(folder)
 
 
 def _save(weights: Any, run: Run) -> None:
-    writer = checkpoint.Writer(run.checkpoints, keep_last=1, keep_best=0)
+    writer = checkpoint.CheckpointWriter(run.checkpoints, keep_last=1, keep_best=0)
     try:
-        writer.save(Weights(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, weights)), Place())
+        writer.save(Weights(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, weights)), DataPosition())
     finally:
         writer.close()

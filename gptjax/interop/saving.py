@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import config
+from gptjax.atomic_io import write_atomic
 from gptjax.data.tokenizer_formats import to_huggingface
-from gptjax.durable import write_durably
 from gptjax.errors import ExchangeError
-from gptjax.inference.pretrained import Pretrained, check_tells_tokens
+from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.interop import files
 from gptjax.interop.families import FAMILIES, inexpressible, plain
 from gptjax.interop.family import Family
@@ -24,7 +24,7 @@ from gptjax.interop.layout import Tensor, weight_shapes
 from gptjax.training.state import leaf_name
 
 
-def choose_family(model: config.Model, name: str = "auto") -> Family:
+def choose_family(model: config.ModelConfig, name: str = "auto") -> Family:
     """The family that is asked for, else the first that can express a model exactly.
 
     Raises `ExchangeError` with the fields of the model that each of them does not have.
@@ -53,19 +53,19 @@ def save_folder(
 
     Raises `ExchangeError` where no family can, or where the folder holds something.
     """
-    check_tells_tokens(pretrained)
+    check_is_generative(pretrained)
     chosen = choose_family(pretrained.model, family)
     with files.filling(folder):
         to_huggingface(pretrained.tokenizer, folder)
         files.write_weights(folder, *_tensors_to_write(chosen, pretrained, dtype), max_shard_bytes)
         if pretrained.chat_template is not None:
-            write_durably(folder / TEMPLATE, pretrained.chat_template)
+            write_atomic(folder / TEMPLATE, pretrained.chat_template)
         ids = _special_ids(pretrained)
         _write_json(folder / GENERATION, pretrained.passed_on | _recommendations(pretrained) | ids)
         _write_json(folder / CONFIG, _settings(chosen, pretrained.model) | {"torch_dtype": dtype} | ids)
 
 
-def _settings(family: Family, model: config.Model) -> dict[str, Any]:
+def _settings(family: Family, model: config.ModelConfig) -> dict[str, Any]:
     assert family.write is not None
     values = family.write(dataclasses.replace(plain(model), dropout=model.dropout, init_std=model.init_std))
     return {"architectures": [family.architecture], "model_type": family.name} | values
@@ -101,8 +101,8 @@ def _tensors_to_write(
 
 def _special_ids(pretrained: Pretrained) -> dict[str, Any]:
     t = pretrained.tokenizer
-    ends = list(dict.fromkeys([*([] if t.end_of_text is None else [t.end_of_text]), *pretrained.stop_tokens]))
-    return {"bos_token_id": t.begin_of_text, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    ends = list(dict.fromkeys([*([] if t.eos_id is None else [t.eos_id]), *pretrained.stop_tokens]))
+    return {"bos_token_id": t.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
 
 
 def _recommendations(pretrained: Pretrained) -> dict[str, Any]:
@@ -114,4 +114,4 @@ def _recommendations(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_durably(path, json.dumps(values, indent=2) + "\n")
+    write_atomic(path, json.dumps(values, indent=2) + "\n")

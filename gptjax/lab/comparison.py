@@ -25,14 +25,14 @@ TEXT = ("source", "weights", "column", "prompt", "answer", "hub_config", "hub_sp
         "val_fraction", "split")  # fields of Data that decide the validation text  # fmt: skip
 OF_TRAINING = ("source", "weights", "val_fraction", "split")  # of these, what counts only where it is split off
 
-Word = Literal["baseline", "better", "worse", "cannot tell", "not comparable"]
+Outcome = Literal["baseline", "better", "worse", "cannot tell", "not comparable"]
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What the pairs say of a variant against the baseline."""
 
-    word: Word
+    word: Outcome
     why: str = ""
     more_seeds: float = math.nan  # that would probably settle it; infinity for more than anybody trains
 

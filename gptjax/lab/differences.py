@@ -8,7 +8,7 @@ from typing import Any
 from gptjax.config import Experiment, diff
 from gptjax.errors import RunError
 from gptjax.lab.records import Record, look
-from gptjax.lab.words import columns, figure
+from gptjax.lab.text_report import columns, figure
 from gptjax.loading import load_experiment
 from gptjax.training.run import EXPERIMENT
 

@@ -10,7 +10,7 @@ from gptjax.config import Experiment
 from gptjax.errors import GptjaxError
 from gptjax.lab.comparison import BITS
 from gptjax.lab.records import Record
-from gptjax.lab.words import columns
+from gptjax.lab.text_report import columns
 from gptjax.schema import leaves, unknown, value_at
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {

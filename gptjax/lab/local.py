@@ -16,7 +16,7 @@ from gptjax.lab.trials import Trial
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """What one worker may use."""
 
     cores: frozenset[int]
@@ -40,13 +40,13 @@ def gpus() -> list[str]:
     return [str(i) for i, line in enumerate(told.stdout.splitlines()) if line.startswith("GPU ")]
 
 
-def places(workers: int, cores: Sequence[int], cards: Sequence[str]) -> list[Place]:
+def places(workers: int, cores: Sequence[int], cards: Sequence[str]) -> list[Slot]:
     """The machine divided among workers: cores evenly, GPUs evenly, or several workers to a GPU."""
     made, on_a_card = [], -(-workers // len(cards)) if cards else 1
     for i in range(workers):
         part = cores[i * len(cores) // workers : (i + 1) * len(cores) // workers] or [cores[i % len(cores)]]
         own = tuple(cards[i::workers]) or tuple(cards[i % len(cards) :][:1] if cards else ())
-        made.append(Place(frozenset(part), own, 1 / on_a_card))
+        made.append(Slot(frozenset(part), own, 1 / on_a_card))
     return made
 
 
@@ -62,7 +62,7 @@ def memory_available() -> float:
 class Process:
     """A trial that is being trained here."""
 
-    def __init__(self, trial: Trial, place: Place, reserved: float):
+    def __init__(self, trial: Trial, place: Slot, reserved: float):
         self.trial, self.place, self.reserved = trial, place, reserved
         self._began = time.monotonic()
         self._code: int | None = None

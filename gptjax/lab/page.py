@@ -13,8 +13,8 @@ from gptjax.lab.charts import color, line_chart, reach, whisker
 from gptjax.lab.comparison import Comparison, Row, environments
 from gptjax.lab.curves import curves
 from gptjax.lab.records import Record
+from gptjax.lab.text_report import figure, interval, label, notes, seeds, state, told
 from gptjax.lab.variants import seed_of
-from gptjax.lab.words import figure, interval, label, notes, seeds, state, told
 
 MARKS = {"better": "&#9650; ", "worse": "&#9660; ", "cannot tell": "&#8776; ", "not comparable": "&#8800; "}
 SAMPLE = 1500  # characters of a run's samples that are shown

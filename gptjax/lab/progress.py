@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from gptjax.atomic_io import read_json, write_atomic
 from gptjax.config import Experiment
-from gptjax.durable import read_json, write_durably
 from gptjax.errors import EXIT_INTERRUPTED
 from gptjax.lab.trials import Trial
-from gptjax.sharding import BYTES_A_WEIGHT, sharing
+from gptjax.sharding import BYTES_A_WEIGHT, largest_divisor
 from gptjax.training import lock
 from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.run import METRICS, RESULT
@@ -55,7 +55,7 @@ class State:
 def note(trial: Trial, event: str, **details: Any) -> None:
     """Keeps what happened to a trial last."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    write_durably(trial.note, json.dumps({"format": FORMAT_VERSION, "event": event, "when": now} | details) + "\n")
+    write_atomic(trial.note, json.dumps({"format": FORMAT_VERSION, "event": event, "when": now} | details) + "\n")
 
 
 def note_end(trial: Trial, code: int, **details: Any) -> None:
@@ -146,7 +146,7 @@ def memory_needed(e: Experiment, cores: int = 1) -> float:
     each = 4 * (kept + 3 * (m.vocab_size or 0)) * m.context_length
     if e.optim.noise_multiplier is not None:
         each += 8 * num_params(m)["total"]  # a window's own gradient, and what is clipped of it
-    copies = BYTES_A_WEIGHT * num_params(m)["total"] * sharing(e.train.batch_size // e.train.microbatches, cores)
+    copies = BYTES_A_WEIGHT * num_params(m)["total"] * largest_divisor(e.train.batch_size // e.train.microbatches, cores)
     return PROCESS_BYTES + copies + each * microbatch
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.atomic_io import LARGEST_TEXT, read_text
 from gptjax.config import Experiment
-from gptjax.durable import LARGEST_TEXT, read_text
 from gptjax.errors import GptjaxError, RunError
 from gptjax.lab.progress import state_of
 from gptjax.lab.trials import SWEEP, Trial, read_sweep

@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import jax
 
+from gptjax.atomic_io import read_json, write_atomic
 from gptjax.config import Experiment
-from gptjax.durable import read_json, write_durably
 from gptjax.errors import GptjaxError, Interrupted, TrainingFailed
 from gptjax.lab.claims_page import page
 from gptjax.loading import defined
@@ -80,7 +80,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Filed:
+class ClaimFile:
     """A claim and its file."""
 
     path: Path
@@ -102,7 +102,7 @@ class Filed:
         return Outcome(self.name, *told, measured.figures, date.today().isoformat(), self.code())
 
 
-def load_claim(name: str) -> Filed:
+def load_claim(name: str) -> ClaimFile:
     """The claim of a file, or of a name in experiments/papers. Raises `GptjaxError` naming what the file lacks."""
     is_path = name.endswith(".py") or "/" in name
     path = Path(name) if is_path else PAPERS / f"{name}.py"
@@ -112,7 +112,7 @@ def load_claim(name: str) -> Filed:
     _, claim = defined(str(path), "claim")
     if claim is None:
         raise GptjaxError(f"{path}: defines no `claim`; it must hold a line `claim = Claim(...)` (gptjax.lab.repro)")
-    return Filed(path, _checked(claim, path))
+    return ClaimFile(path, _checked(claim, path))
 
 
 def _checked(claim: Any, path: Path) -> Claim:
@@ -130,7 +130,7 @@ def _checked(claim: Any, path: Path) -> Claim:
     return claim
 
 
-def all_claims() -> list[Filed]:
+def all_claims() -> list[ClaimFile]:
     """Every claim in experiments/papers, the cheapest first; those for a GPU last."""
     found = [load_claim(str(path)) for path in _files() if defined(str(path), "claim")[1] is not None]
     return sorted(found, key=lambda filed: (filed.claim.device == "gpu", filed.claim.minutes, filed.name))
@@ -140,7 +140,7 @@ def _files() -> list[Path]:
     return sorted(path for path in PAPERS.glob("*.py") if path.name != "__init__.py")
 
 
-def known_outcome(filed: Filed, folder: Path) -> Outcome | None:
+def known_outcome(filed: ClaimFile, folder: Path) -> Outcome | None:
     """What was measured before by the same code; None where that is still to be done."""
     path = folder / filed.name / OUTCOME
     if not path.is_file():
@@ -152,7 +152,7 @@ def known_outcome(filed: Filed, folder: Path) -> Outcome | None:
     return outcome if outcome.code == filed.code() else None
 
 
-def reproduce(claims: Sequence[Filed], folder: Path) -> Iterator[Outcome]:
+def reproduce(claims: Sequence[ClaimFile], folder: Path) -> Iterator[Outcome]:
     """Measures one claim after the other, whatever becomes of those before; the table is written after each.
 
     Raises `Interrupted` after Ctrl-C or SIGTERM: the same call goes on.
@@ -160,12 +160,12 @@ def reproduce(claims: Sequence[Filed], folder: Path) -> Iterator[Outcome]:
     for filed in claims:
         outcome = known_outcome(filed, folder) or _attempt(filed, folder)
         if outcome.verdict in ("pass", "fail"):
-            write_durably(folder / filed.name / OUTCOME, _json({"format": FORMAT_VERSION} | asdict(outcome)))
+            write_atomic(folder / filed.name / OUTCOME, _json({"format": FORMAT_VERSION} | asdict(outcome)))
         write_table([outcome], folder)
         yield outcome
 
 
-def _attempt(filed: Filed, folder: Path) -> Outcome:
+def _attempt(filed: ClaimFile, folder: Path) -> Outcome:
     if filed.claim.device == "gpu" and jax.default_backend() != "gpu":
         return filed.outcome("not run", 0, Measured("", False, seen="needs a GPU, and there is none here"))
     place = folder / filed.name
@@ -200,7 +200,7 @@ def _clock(place: Path) -> Iterator[Callable[[], float]]:
     try:
         yield seconds
     finally:
-        write_durably(path, _json({"seconds": seconds()}))
+        write_atomic(path, _json({"seconds": seconds()}))
 
 
 def write_table(outcomes: Sequence[Outcome], folder: Path) -> list[Outcome]:
@@ -209,8 +209,8 @@ def write_table(outcomes: Sequence[Outcome], folder: Path) -> list[Outcome]:
     path = folder / TABLE
     there = read_json(path)["claims"] if path.is_file() else []
     rows = {row["name"]: row for row in [*there, *map(asdict, outcomes)]}
-    write_durably(path, _json({"format": FORMAT_VERSION, "claims": list(rows.values())}))
-    write_durably(folder / PAGE, page(list(rows.values())))
+    write_atomic(path, _json({"format": FORMAT_VERSION, "claims": list(rows.values())}))
+    write_atomic(folder / PAGE, page(list(rows.values())))
     return [Outcome(**row) for row in rows.values()]
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.atomic_io import read_json, write_atomic
 from gptjax.config import Experiment, diff
-from gptjax.durable import read_json, write_durably
 from gptjax.errors import ConfigError, RunError
 from gptjax.lab import laws
 from gptjax.lab.progress import flops, sized, state_of, tokens
@@ -154,7 +154,7 @@ def register(study: Study) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {x: metadata.version(x) for x in ("gptjax", "numpy")},
     }  # fmt: skip
     try:
-        write_durably(study.prediction, _json(content | {"sha256": _seal(content)}), new=True)
+        write_atomic(study.prediction, _json(content | {"sha256": _seal(content)}), new=True)
     except FileExistsError:  # another command was quicker: what it has shown stands
         return registered(study) or {}
     return read_json(study.prediction)
@@ -223,11 +223,11 @@ def score(study: Study) -> dict[str, Any]:
         "times_smallest": large.flops / min(run["flops"] for run in prediction["runs"]),
         "times_largest": large.flops / max(run["flops"] for run in prediction["runs"]),
     }
-    write_durably(study.folder / SCORE, _json(result))
+    write_atomic(study.folder / SCORE, _json(result))
     return result
 
 
-class Elsewhere:
+class ExternalRunner:
     """Starts nothing: the large run is trained by somebody else, in this study's folder on a disk that is shared."""
 
     def adopt(self, trials: Sequence[Trial]) -> dict[str, Job]:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from gptjax.atomic_io import read_json
 from gptjax.checks import check
-from gptjax.config import Between, Search
-from gptjax.durable import read_json
+from gptjax.config import Search, Uniform
 from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.lab.progress import note
 from gptjax.lab.sweep import States
@@ -22,7 +22,7 @@ JOURNAL = "optuna.journal"
 Method = Literal["random", "tpe", "halving"]
 
 
-class Searched:
+class SearchPlan:
     """A plan that asks Optuna for the next trial whenever a worker is free, until there are `count`.
 
     tpe: Bergstra et al. 2011. halving: random values, and at every look at the validation text the worse ones are given
@@ -149,13 +149,13 @@ def _optuna() -> Any:
     return optuna
 
 
-def _distribution(optuna: Any, values: Between | Sequence[Any]) -> Any:
-    if not isinstance(values, Between):
+def _distribution(optuna: Any, values: Uniform | Sequence[Any]) -> Any:
+    if not isinstance(values, Uniform):
         return optuna.distributions.CategoricalDistribution(tuple(values))
     whole = isinstance(values.low, int) and isinstance(values.high, int)
     kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
     return kind(values.low, values.high, log=values.log)
 
 
-def _lowest(values: Between | Sequence[Any]) -> Any:
-    return values.low if isinstance(values, Between) else values[0]
+def _lowest(values: Uniform | Sequence[Any]) -> Any:
+    return values.low if isinstance(values, Uniform) else values[0]

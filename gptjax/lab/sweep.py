@@ -52,7 +52,7 @@ class Plan(Protocol):
         """The names of those that are not to be trained on."""
 
 
-class Fixed:
+class FixedPlan:
     """A plan that is known from the start."""
 
     def __init__(self, trials: Sequence[Trial]):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptjax.atomic_io import directory_lock, read_json, write_atomic
 from gptjax.checks import check
 from gptjax.config import Experiment, diff
-from gptjax.durable import alone_in, read_json, write_durably
 from gptjax.errors import ConfigError, RunError
 from gptjax.loading import load_experiment
 
@@ -121,13 +121,13 @@ def write_sweep(folder: Path, trials: Sequence[Trial], **more: Any) -> None:
     Raises `RunError` as `trials_there` does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder):
+    with directory_lock(folder):
         merged = trials_there(folder, trials) | {trial.name: trial for trial in trials}
         for trial in trials:
-            write_durably(trial.file, trial.experiment.to_json())
+            write_atomic(trial.file, trial.experiment.to_json())
         listed = [{"name": t.name, "variant": t.variant, "seed": t.seed} for t in merged.values()]
         content = {"format": FORMAT_VERSION} | more | {"trials": listed}
-        write_durably(folder / SWEEP, json.dumps(content, indent=2) + "\n")
+        write_atomic(folder / SWEEP, json.dumps(content, indent=2) + "\n")
 
 
 def read_sweep(folder: Path) -> list[Trial]:

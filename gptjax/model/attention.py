@@ -9,10 +9,10 @@ from flax import linen as nn
 from jax import Array
 
 from gptjax import config
-from gptjax.model import ops, products
-from gptjax.model.chunks import by_chunks, count, fits, made_again
+from gptjax.model import matmul, ops
+from gptjax.model.chunks import limit_for_backend, map_in_chunks, num_chunks, remat_if_large
 from gptjax.model.weights import declare
-from gptjax.sharding import constrain, devices_of_a_batch, sharing
+from gptjax.sharding import constrain, largest_divisor, num_batch_devices
 
 BLOCKS, LEAST_BLOCK = 4, 128  # four save 3 of 8 scores; blocks of fewer than 128 queries cost more than they save
 SCORES, SCORES_ON_GPU = 1 << 24, 1 << 28  # float32: 64 MB and 1 GB
@@ -26,7 +26,7 @@ class KVCache(NamedTuple):
     values: Array
 
 
-class Cached(NamedTuple):
+class CacheView(NamedTuple):
     """What a layer is given to go on from: its cache, and where in it the new tokens belong."""
 
     layer: KVCache
@@ -49,7 +49,7 @@ def write(cache: Array, new: Array, slots: Array) -> Array:
 
 
 def choose_kernel(
-    model: config.Model, backend: str, length: int = 0, masked: bool = False, decoding: bool = False
+    model: config.ModelConfig, backend: str, length: int = 0, masked: bool = False, decoding: bool = False
 ) -> tuple[str, str]:
     """The attention kernel that will run, "xla" or "cudnn", and why.
 
@@ -90,12 +90,14 @@ def _capability() -> tuple[int, ...]:
 class Attention(nn.Module):
     """`out(attention(query(x), key(x), value(x)))` for x [B, Q, embed]."""
 
-    config: config.Model
+    config: config.ModelConfig
 
     def setup(self) -> None:
         m = self.config
-        matrix = nn.initializers.normal(m.hidden_std)
-        joins_residual = nn.initializers.normal(m.hidden_std / (m.num_branches**0.5 if m.init_depth_scaled else 1))
+        matrix = nn.initializers.normal(m.mup_init_std)
+        joins_residual = nn.initializers.normal(
+            m.mup_init_std / (m.num_residual_adds**0.5 if m.init_depth_scaled else 1)
+        )
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         self.query = declare(self, "query", ("embed", "heads", "head_dim"), matrix)
         self.key = declare(self, "key", ("embed", "kv_heads", "head_dim"), matrix)
@@ -110,13 +112,13 @@ class Attention(nn.Module):
             self.key_scale = declare(self, "key_scale", ("head_dim",), ones)
 
     def __call__(
-        self, x: Array, rope: tuple[Array, Array] | None, sight: ops.Sight, cache: Cached | None = None
+        self, x: Array, rope: tuple[Array, Array] | None, sight: ops.AttentionMask, cache: CacheView | None = None
     ) -> tuple[Array, KVCache | None]:
         """x [B, Q, embed] -> ([B, Q, embed], the cache with the keys and values of x in their slots)."""
         m = self.config
         query, key, value = self.project(x)
         if rope is not None:
-            query, key = ops.rotate(query, rope), ops.rotate(key, rope)
+            query, key = ops.apply_rope(query, rope), ops.apply_rope(key, rope)
         query = constrain(query, "batch", "length", "heads", "head_dim")
         grown = None
         if cache is not None:
@@ -125,14 +127,14 @@ class Attention(nn.Module):
                 key, value = (x.swapaxes(1, 2) for x in grown)
                 query = query.astype(key.dtype)
         mixed = self.attend(query, key, value, sight, cache)
-        y = products.project(mixed.astype(m.dtype), self.out, self.out_bias, 2)
+        y = matmul.project(mixed.astype(m.dtype), self.out, self.out_bias, 2)
         return constrain(y, "batch", "length", "features"), grown
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries [B, Q, N, H], keys and values [B, Q, M, H], before any position is worked in."""
         m = self.config
-        query, key = products.project(x, self.query, self.query_bias), products.project(x, self.key, self.key_bias)
-        value = products.project(x, self.value, self.value_bias)
+        query, key = matmul.project(x, self.query, self.query_bias), matmul.project(x, self.key, self.key_bias)
+        value = matmul.project(x, self.value, self.value_bias)
         if m.qk_norm:
             query = ops.rms_norm(query, self.query_scale, m.norm_epsilon)
             key = ops.rms_norm(key, self.key_scale, m.norm_epsilon)
@@ -140,7 +142,9 @@ class Attention(nn.Module):
             query = query * (8 / query.shape[-1] ** 0.5)
         return query, key, value
 
-    def attend(self, query: Array, key: Array, value: Array, sight: ops.Sight, cache: Cached | None) -> Array:
+    def attend(
+        self, query: Array, key: Array, value: Array, sight: ops.AttentionMask, cache: CacheView | None
+    ) -> Array:
         """Attention by the kernel that `choose_kernel` names.
 
         For XLA, the queries of a text that is read whole are cut into `BLOCKS`, and no block meets keys that lie
@@ -164,7 +168,7 @@ class Attention(nn.Module):
         dropout_key = self.make_rng("dropout") if m.dropout and self.has_rng("dropout") else None
         if cache is not None or not m.causal or sight.key_prefix is not None:
             return self.by_parts(query, key, value, sight, 0, dropout_key)
-        blocks = sharing(length, max(1, min(BLOCKS, length // LEAST_BLOCK)))
+        blocks = largest_divisor(length, max(1, min(BLOCKS, length // LEAST_BLOCK)))
         size = length // blocks
         # cut with heads before tokens, as the products want them: else every block is turned by itself
         queries, keys, values = (jnp.split(x.swapaxes(1, 2), blocks, axis=2) for x in (query, key, value))
@@ -178,7 +182,7 @@ class Attention(nn.Module):
         return jnp.concatenate(mixed, axis=2).swapaxes(1, 2)
 
     def by_parts(
-        self, query: Array, key: Array, value: Array, sight: ops.Sight, first: int, dropout_key: Array | None
+        self, query: Array, key: Array, value: Array, sight: ops.AttentionMask, first: int, dropout_key: Array | None
     ) -> Array:
         """Attention of queries, the first of which has that number in its text.
 
@@ -201,16 +205,16 @@ class Attention(nn.Module):
             return ops.attention(query, key, value, mask=mask, bias=bias, cap=cap, factors=factors)
 
         rows, length, num_heads, _ = query.shape
-        at_once = rows / devices_of_a_batch() if dropout_key is None else DROPPED_ROWS
-        chunks = count(length, round(at_once * num_heads * key.shape[1]), fits(SCORES, SCORES_ON_GPU))
+        at_once = rows / num_batch_devices() if dropout_key is None else DROPPED_ROWS
+        chunks = num_chunks(length, round(at_once * num_heads * key.shape[1]), limit_for_backend(SCORES, SCORES_ON_GPU))
         number = first + jnp.arange(length)[None]
         part = (query, number, jnp.atleast_2d(sight.query_places), sight.query_segments)
         if chunks > 1:  # places are tied to queries, as else a scan over layers keeps the masks of all parts for later
             part = jax.lax.optimization_barrier(part)
-        scores = rows / devices_of_a_batch() * num_heads * length * key.shape[1]
-        return by_chunks(made_again(of, scores), part, chunks, axis=1)
+        scores = rows / num_batch_devices() * num_heads * length * key.shape[1]
+        return map_in_chunks(remat_if_large(of, scores), part, chunks, axis=1)
 
-    def bias(self, sight: ops.Sight) -> Array | None:
+    def bias(self, sight: ops.AttentionMask) -> Array | None:
         """What ALiBi adds to the scores: [B or 1, N, Q, K]."""
         m = self.config
         if m.positions != "alibi":

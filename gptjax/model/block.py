@@ -4,8 +4,8 @@ from flax import linen as nn
 from jax import Array
 
 from gptjax import config
-from gptjax.model import ops, products
-from gptjax.model.attention import Attention, Cached, KVCache
+from gptjax.model import matmul, ops
+from gptjax.model.attention import Attention, CacheView, KVCache
 from gptjax.model.ffn import FFN
 from gptjax.model.weights import declare
 
@@ -13,7 +13,7 @@ from gptjax.model.weights import declare
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the residual stream."""
 
-    config: config.Model
+    config: config.ModelConfig
 
     def setup(self) -> None:
         m = self.config
@@ -43,7 +43,7 @@ class Dropout(nn.Module):
 class Block(nn.Module):
     """pre: x + f(norm(x)); post: norm(x + f(x)); f is attention, then FFN, or both side by side."""
 
-    config: config.Model
+    config: config.ModelConfig
 
     def setup(self) -> None:
         m = self.config
@@ -53,16 +53,16 @@ class Block(nn.Module):
         self.dropout = Dropout(m.dropout)
 
     def __call__(
-        self, x: Array, rope: tuple[Array, Array] | None, sight: ops.Sight, cache: Cached | None = None
+        self, x: Array, rope: tuple[Array, Array] | None, sight: ops.AttentionMask, cache: CacheView | None = None
     ) -> tuple[Array, KVCache | None]:
         """x [B, Q, embed] -> (x after this layer, this layer's cache): the body of the scan over layers."""
         pre = self.config.norm_placement == "pre"
         mixed, grown = self.attention(self.attention_norm(x) if pre else x, rope, sight, cache)
         if self.config.parallel_residual:
-            return products.apart(x + self.dropout(mixed) + self.dropout(self.ffn(self.ffn_norm(x)))), grown
-        x = products.apart(x + self.dropout(mixed))
+            return matmul.gradient_barrier(x + self.dropout(mixed) + self.dropout(self.ffn(self.ffn_norm(x)))), grown
+        x = matmul.gradient_barrier(x + self.dropout(mixed))
         x = x if pre else self.attention_norm(x)
         if self.config.ffn == "none":
             return x, grown
-        x = products.apart(x + self.dropout(self.ffn(self.ffn_norm(x) if pre else x)))
+        x = matmul.gradient_barrier(x + self.dropout(self.ffn(self.ffn_norm(x) if pre else x)))
         return (x if pre else self.ffn_norm(x)), grown

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 KEPT = 1 << 18  # float32: 1 MB, which is quicker kept than made again
 
 
-def made_again(function: Callable[..., Any], numbers: float) -> Callable[..., Any]:
+def remat_if_large(function: Callable[..., Any], numbers: float) -> Callable[..., Any]:
     """The function; where it makes so many numbers on a device that are not its result, again for the gradient."""
     return jax.checkpoint(function) if numbers > KEPT else function
 
 
-def count(size: int, each: int, most: int) -> int:
+def num_chunks(size: int, each: int, most: int) -> int:
     """The fewest parts of `size` things with `each` numbers such that a part has at most `most` numbers."""
     return -(-size // max(1, min(size, most // max(1, each))))
 
 
-def by_chunks(function: Callable[[Any], Any], arrays: Any, chunks: int, axis: int) -> Any:
+def map_in_chunks(function: Callable[[Any], Any], arrays: Any, chunks: int, axis: int) -> Any:
     """`function(arrays)`, made in equal parts along an axis of all of them, and joined along the same axis.
 
     What is missing for equal parts is filled up, and left out of the result.
@@ -40,6 +40,6 @@ def by_chunks(function: Callable[[Any], Any], arrays: Any, chunks: int, axis: in
     return jax.tree.map(join, jax.lax.map(function, jax.tree.map(cut, arrays)))
 
 
-def fits(on_cpu: int, on_gpu: int) -> int:
+def limit_for_backend(on_cpu: int, on_gpu: int) -> int:
     """The limit for where this runs."""
     return on_gpu if jax.default_backend() == "gpu" else on_cpu

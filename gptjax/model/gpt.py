@@ -16,10 +16,10 @@ from flax.core import meta
 from jax import Array
 
 from gptjax import config
-from gptjax.model import ops, products
-from gptjax.model.attention import Cached, KVCache
+from gptjax.model import matmul, ops
+from gptjax.model.attention import CacheView, KVCache
 from gptjax.model.block import Block, Dropout, Norm
-from gptjax.model.weights import TABLE, Axes, Declared, declare
+from gptjax.model.weights import TABLE, Axes, AxisNamed, declare
 from gptjax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -34,7 +34,7 @@ class Embedding(nn.Module):
     A model that tells classes has no head for tokens: nothing would learn it.
     """
 
-    config: config.Model
+    config: config.ModelConfig
 
     def setup(self) -> None:
         m = self.config
@@ -48,7 +48,7 @@ class Embedding(nn.Module):
         if m.embedding_norm:
             self.norm = Norm(m)
         if for_tokens and m.head == "mlm":
-            self.transform = declare(self, "transform", ("embed", "features"), nn.initializers.normal(m.hidden_std))
+            self.transform = declare(self, "transform", ("embed", "features"), nn.initializers.normal(m.mup_init_std))
             self.transform_bias = declare(self, "transform_bias", ("features",), nn.initializers.zeros)
             self.transform_norm = Norm(m)
             self.head_bias = declare(self, "head_bias", ("vocab",), nn.initializers.zeros)
@@ -56,7 +56,7 @@ class Embedding(nn.Module):
     def encode(self, tokens: Array, positions: Array) -> Array:
         """int32 tokens [B, Q] and positions [Q] or [B, Q] -> [B, Q, embed]."""
         m = self.config
-        x = products.look_up(self.tokens, tokens).astype(m.dtype)
+        x = matmul.lookup(self.tokens, tokens).astype(m.dtype)
         x = x + self.positions[positions] if m.positions == "learned" else x
         return self.norm(x) if m.embedding_norm else x
 
@@ -64,9 +64,9 @@ class Embedding(nn.Module):
         """[B, Q, embed] -> float32 logits [B, Q, vocab]."""
         m = self.config
         if m.head == "mlm":
-            x = self.transform_norm(ops.activate(m.ffn, products.project(x, self.transform, self.transform_bias)))
-        x = x / m.times_wider if m.mup_width else x
-        logits = products.logits(x, self.tokens, self.head if not m.tie_embeddings else None)
+            x = self.transform_norm(ops.activate(m.ffn, matmul.project(x, self.transform, self.transform_bias)))
+        x = x / m.width_multiplier if m.mup_width else x
+        logits = matmul.logits(x, self.tokens, self.head if not m.tie_embeddings else None)
         return logits + self.head_bias.astype(jnp.float32) if m.head == "mlm" else logits
 
 
@@ -77,7 +77,7 @@ class Classifier(nn.Module):
     as what it is, the top.
     """
 
-    config: config.Model
+    config: config.ModelConfig
 
     def setup(self) -> None:
         self.weight = declare(self, "weight", ("embed", "classes"), nn.initializers.normal(self.config.init_std))
@@ -85,13 +85,13 @@ class Classifier(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 logits [B, Q, classes]."""
-        return products.project(x.astype(jnp.float32) / self.config.times_wider, self.weight, self.bias)
+        return matmul.project(x.astype(jnp.float32) / self.config.width_multiplier, self.weight, self.bias)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer, or an encoder where `config.causal` is False."""
 
-    config: config.Model
+    config: config.ModelConfig
 
     def setup(self) -> None:
         m = self.config
@@ -141,7 +141,7 @@ class GPT(nn.Module):
         m = self.config
         x = constrain(self.dropout(self.embedding.encode(tokens, positions)), "batch", "length", "features")
         rope = ops.rope_table(m, positions) if m.positions == "rope" else None
-        x, _ = self.blocks(x, rope, ops.Sight(places, places, segments, segments, prefix))
+        x, _ = self.blocks(x, rope, ops.AttentionMask(places, places, segments, segments, prefix))
         return self.final_norm(x) if m.norm_placement == "pre" else x
 
     def logits(self, x: Array) -> Array:
@@ -154,31 +154,31 @@ Params = dict[str, "Params | Array"]
 Cache = tuple[KVCache, ...]  # one for each layer
 
 
-def init_params(model: config.Model, key: Array) -> Params:
+def init_params(model: config.ModelConfig, key: Array) -> Params:
     """Random weights: float32 arrays in a nested dict."""
     return meta.unbox(_declared(model, key))
 
 
 @functools.cache
-def weight_axes(model: config.Model) -> dict[str, "dict | Axes"]:
+def weight_axes(model: config.ModelConfig) -> dict[str, "dict | Axes"]:
     """The names of the axes of every weight, in the shape of the params."""
     boxes = jax.eval_shape(lambda key: _declared(model, key), jax.random.key(0))
-    return jax.tree.map(lambda box: box.axes, boxes, is_leaf=lambda x: isinstance(x, Declared))
+    return jax.tree.map(lambda box: box.axes, boxes, is_leaf=lambda x: isinstance(x, AxisNamed))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all who ask for shapes: a tenth of a second each time
-def _declared(model: config.Model, key: Array) -> Params:
+def _declared(model: config.ModelConfig, key: Array) -> Params:
     model = dataclasses.replace(model, layers="scan")  # the same weights, and less to compile
     return GPT(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def decode(
-    model: config.Model, params: Any, tokens: Array, places: Array, cache: Cache, empty: bool = False
+    model: config.ModelConfig, params: Any, tokens: Array, places: Array, cache: Cache, empty: bool = False
 ) -> tuple[Array, Cache]:
     """Goes on with texts of any lengths: tokens [B, Q] that stand at places [B, Q] of theirs.
 
-    Returns what `read_out` makes logits of, [B, Q, embed], and the cache with these tokens in it. `params` are those of
-    `layers_apart`. Places count up along a row; a negative one is padding. The cache rolls: the token at place p lies
+    Returns what `unembed` makes logits of, [B, Q, embed], and the cache with these tokens in it. `params` are those of
+    `unstack_layers`. Places count up along a row; a negative one is padding. The cache rolls: the token at place p lies
     in slot p mod slots. The caller makes sure that there are Q - 1 slots more than tokens to be seen. `empty`: these
     are the first tokens, however many, and they see each other only.
     """
@@ -187,11 +187,13 @@ def decode(
     rope = ops.rope_table(m, places) if m.positions == "rope" else None
     last = places.max(1, keepdims=True)
     kept = (places >= 0) & (places > last - slots)
-    held = last - (last - jnp.arange(slots)) % slots  # the place of the token in each slot: the last that belongs there
-    sight = ops.Sight(places, places if empty else held)
+    barrier = (
+        last - (last - jnp.arange(slots)) % slots
+    )  # the place of the token in each slot: the last that belongs there
+    sight = ops.AttentionMask(places, places if empty else barrier)
     grown = []
     for layer, before in zip(params["blocks"], cache, strict=True):
-        given = Cached(before, jnp.where(kept, places % slots, slots), empty)
+        given = CacheView(before, jnp.where(kept, places % slots, slots), empty)
         x, after = cast(tuple[Array, KVCache], Block(m).apply({"params": layer}, x, rope, sight, given))
         grown.append(after)
     if m.norm_placement == "pre":
@@ -199,13 +201,13 @@ def decode(
     return cast(Array, x), tuple(grown)
 
 
-def read_out(model: config.Model, params: Any, x: Array) -> Array:
+def unembed(model: config.ModelConfig, params: Any, x: Array) -> Array:
     """What `decode` returned, [B, Q, embed] -> float32 logits [B, Q, vocab]."""
     logits = Embedding(model).apply({"params": params["embedding"]}, x, method="decode")
     return ops.softcap(cast(Array, logits), model.logit_softcap)
 
 
-def layers_apart(params: Any) -> Any:
+def unstack_layers(params: Any) -> Any:
     """The weights with those of each layer by themselves, `blocks` a tuple, so that no step copies any of them."""
     count = jax.tree.leaves(params["blocks"])[0].shape[0]
     layers = (jax.tree.map(itemgetter(i), params["blocks"]) for i in range(count))

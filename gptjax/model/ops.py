@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from gptjax import config
-from gptjax.model.products import held, product
+from gptjax.model.matmul import barrier, einsum_f32
 from gptjax.sharding import row_numbers
 
 
@@ -52,9 +52,9 @@ class _Norm(NamedTuple):
 
 def _norm_forward(epsilon: float, centred: bool, x: Array, scale: Array, bias: Array | None) -> tuple[Array, _Norm]:
     y = x.astype(jnp.float32)
-    mean = held(y.mean(-1, keepdims=True)) if centred else None
+    mean = barrier(y.mean(-1, keepdims=True)) if centred else None
     variance = jnp.square(y if mean is None else y - mean).mean(-1, keepdims=True)
-    kept = _Norm(x, mean, held(jax.lax.rsqrt(variance + epsilon)), scale, bias)
+    kept = _Norm(x, mean, barrier(jax.lax.rsqrt(variance + epsilon)), scale, bias)
     y = kept.normal() * scale
     return (y if bias is None else y + bias).astype(x.dtype), kept
 
@@ -62,8 +62,8 @@ def _norm_forward(epsilon: float, centred: bool, x: Array, scale: Array, bias: A
 def _norm_backward(epsilon: float, centred: bool, kept: _Norm, dy: Array) -> tuple[Array, Array, Array | None]:
     dy, normal, rows = dy.astype(jnp.float32), kept.normal(), tuple(range(dy.ndim - 1))
     pull = dy * kept.scale
-    dx = pull - normal * held((pull * normal).mean(-1, keepdims=True))
-    dx = kept.rate * (dx - held(pull.mean(-1, keepdims=True)) if centred else dx)
+    dx = pull - normal * barrier((pull * normal).mean(-1, keepdims=True))
+    dx = kept.rate * (dx - barrier(pull.mean(-1, keepdims=True)) if centred else dx)
     d_scale = (dy * normal).sum(rows).astype(kept.scale.dtype)
     d_bias = None if kept.bias is None else dy.sum(rows).astype(kept.bias.dtype)
     return dx.astype(kept.x.dtype), d_scale, d_bias
@@ -92,7 +92,7 @@ def softcap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rope_frequencies(model: config.Model) -> tuple[Array, float]:
+def rope_frequencies(model: config.ModelConfig) -> tuple[Array, float]:
     """Angle per position for each pair of numbers that is turned, and YaRN's factor on queries and keys.
 
     Su et al. 2021; linear: Chen et al. 2023; NTK-aware: base grown so that the slowest pair is stretched by exactly the
@@ -126,14 +126,14 @@ def rope_frequencies(model: config.Model) -> tuple[Array, float]:
     return frequencies / factor * slow + frequencies * (1 - slow), 0.1 * math.log(factor) + 1
 
 
-def rope_table(model: config.Model, positions: Array) -> tuple[Array, Array]:
+def rope_table(model: config.ModelConfig, positions: Array) -> tuple[Array, Array]:
     """Cosines and sines to turn queries and keys by: float32 [..., 1, R / 2] for int positions [...]."""
     frequencies, attention_factor = rope_frequencies(model)
     angles = positions[..., None, None] * frequencies
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
-def rotate(x: Array, table: tuple[Array, Array]) -> Array:
+def apply_rope(x: Array, table: tuple[Array, Array]) -> Array:
     """Turns the pairs (x[i], x[i + R / 2]) of the first R numbers of [B, Q, N, H] by R / 2 angles. Keeps x's dtype."""
     cos, sin = table
     turned = 2 * cos.shape[-1]
@@ -150,7 +150,7 @@ def alibi_slopes(num_heads: int) -> Array:
     return jnp.array(slopes, jnp.float32)
 
 
-class Sight(NamedTuple):
+class AttentionMask(NamedTuple):
     """What decides which keys a query may see: places in the text, and documents where they must be kept apart.
 
     Places are int32 [Q] and [K], or [B, Q] and [B, K]; a key at a negative place is none. Segments are int32 [B, Q] and
@@ -163,13 +163,13 @@ class Sight(NamedTuple):
     key_segments: Array | None = None
     key_prefix: Array | None = None
 
-    def part(self, queries: slice, keys: slice) -> "Sight":
+    def part(self, queries: slice, keys: slice) -> "AttentionMask":
         """Of some queries and keys only."""
 
         def of(x: Array | None, which: slice) -> Array | None:
             return None if x is None else x[..., which]
 
-        return Sight(
+        return AttentionMask(
             self.query_places[..., queries],
             self.key_places[..., keys],
             of(self.query_segments, queries),
@@ -178,12 +178,12 @@ class Sight(NamedTuple):
         )
 
 
-def distances(sight: Sight) -> Array:
+def distances(sight: AttentionMask) -> Array:
     """How far each query stands after each key: int32 [B or 1, Q, K]."""
     return jnp.atleast_2d(sight.query_places)[:, :, None] - jnp.atleast_2d(sight.key_places)[:, None, :]
 
 
-def visible(sight: Sight, causal: bool, window: int | None) -> Array | None:
+def visible(sight: AttentionMask, causal: bool, window: int | None) -> Array | None:
     """True where a query sees a key: bool [B or 1, 1, Q, K]; None where everything is seen."""
     distance = distances(sight)
     rules = []
@@ -309,7 +309,7 @@ def _scores(cap: float | None, query: Array, key: Array) -> Array:
     """
     query, key = (query * query.shape[-1] ** -0.5).swapaxes(1, 2), key.swapaxes(1, 2)
     rows = query.reshape(*key.shape[:2], -1, query.shape[-1])
-    scores = product("bmrh,bmkh->bmrk", rows, key, jnp.float32)
+    scores = einsum_f32("bmrh,bmkh->bmrk", rows, key, jnp.float32)
     return softcap(scores, cap).reshape(*query.shape[:3], -1)
 
 
@@ -317,7 +317,7 @@ def _mix(weights: Array, value: Array) -> Array:
     """[B, N, Q, K] with [B, K, M, H] -> float32 [B, N, Q, H]."""
     value = value.swapaxes(1, 2)
     rows = weights.reshape(*value.shape[:2], -1, weights.shape[-1])
-    return product("bmrk,bmkh->bmrh", rows, value, jnp.float32).reshape(*weights.shape[:3], -1)
+    return einsum_f32("bmrk,bmkh->bmrh", rows, value, jnp.float32).reshape(*weights.shape[:3], -1)
 
 
 def cross_entropy(logits: Array, targets: ArrayLike) -> tuple[Array, Array]:

@@ -9,16 +9,16 @@ from flax import linen as nn
 from flax.core import meta
 
 from gptjax import config
-from gptjax.model.products import Int8, LowRank, Turned
+from gptjax.model.matmul import Int8, LowRank, Transposed
 
 Axes = tuple[str, ...]
 TABLE = "tokens"  # the matrix that is looked up: a target of LoRA like the others
 LORA_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(inputs), as in PEFT
-UNDECAYED = ("bias", "scale")  # the last word of a name that is no matrix: not decayed, not for Muon
+NO_DECAY = ("bias", "scale")  # the last word of a name that is no matrix: not decayed, not for Muon
 
 
 @flax.struct.dataclass
-class Declared(meta.AxisMetadata):  # type: ignore[misc]
+class AxisNamed(meta.AxisMetadata):  # type: ignore[misc]
     """A weight together with the names of its axes, as `init` returns it."""
 
     value: Any
@@ -27,18 +27,18 @@ class Declared(meta.AxisMetadata):  # type: ignore[misc]
     def unbox(self) -> Any:
         return self.value
 
-    def replace_boxed(self, val: Any) -> "Declared":
+    def replace_boxed(self, val: Any) -> "AxisNamed":
         return self.replace(value=val)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "AxisNamed":
         """Called by `nn.scan`, which stacks the weights of the layers along a new axis."""
         return self.replace(axes=(*self.axes[:index], params[nn.PARTITION_NAME], *self.axes[index:]))
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "AxisNamed":
         return self.replace(axes=(*self.axes[:index], *self.axes[index + 1 :]))
 
 
-def axis_sizes(model: config.Model) -> dict[str, int]:
+def axis_sizes(model: config.ModelConfig) -> dict[str, int]:
     """The length of every named axis of a weight."""
     m = model.resolved()
     assert m.vocab_size and m.num_kv_heads and m.head_dim and m.ffn_dim
@@ -64,12 +64,12 @@ def declare(module: nn.Module, name: str, axes: Axes, init: nn.initializers.Init
     comes with the two small matrices that are learnt beside it.
     """
     given: Any = module.get_variable("params", name) if module.has_variable("params", name) else None
-    if isinstance(given, Int8 | Turned):
+    if isinstance(given, Int8 | Transposed):
         return given
-    model: config.Model = module.config  # type: ignore[attr-defined]
+    model: config.ModelConfig = module.config  # type: ignore[attr-defined]
     sizes = axis_sizes(model)
     shape = [sizes[axis] for axis in axes]
-    value: Any = module.param(name, lambda key: Declared(init(key, shape, jnp.float32), axes))
+    value: Any = module.param(name, lambda key: AxisNamed(init(key, shape, jnp.float32), axes))
     if name.rpartition("_")[2] == "scale":
         return value
     value = value.astype(model.dtype)
@@ -87,7 +87,7 @@ def num_inputs(name: str, axes: Axes) -> int:
     return axes.index("embed") if name == "out" else 1
 
 
-def merged(model: config.Model, params: Any) -> tuple[config.Model, Any]:
+def merged(model: config.ModelConfig, params: Any) -> tuple[config.ModelConfig, Any]:
     """The same model without LoRA: what was learnt beside a matrix added to it."""
     if not model.lora_rank:
         return model, params
@@ -109,4 +109,4 @@ def merged(model: config.Model, params: Any) -> tuple[config.Model, Any]:
 
 def is_matrix(name: str) -> bool:
     """Whether the weight of this name is decayed: matrices and embeddings are, biases and scales are not."""
-    return name.rpartition("_")[2] not in UNDECAYED
+    return name.rpartition("_")[2] not in NO_DECAY

@@ -13,7 +13,7 @@ from gptjax.config import Experiment
 from gptjax.model.gpt import GPT
 from gptjax.sharding import one_device
 from gptjax.training.step import batch_logits
-from gptjax.training.workshop import first_state, prepare
+from gptjax.training.train_setup import build_train_setup, first_state
 
 
 def movement(experiment: Experiment, steps: int) -> np.ndarray:
@@ -21,15 +21,15 @@ def movement(experiment: Experiment, steps: int) -> np.ndarray:
 
     Logits are those of the first batch, at every place and token, without dropout. One device is used.
     """
-    shop = prepare(experiment, one_device())
-    model = GPT(shop.experiment.model)
-    with jax.set_mesh(shop.mesh):
-        state = first_state(shop, None)
-        looked_at = jax.tree.map(lambda x: x[0], shop.batches.on_devices(0, shop.mesh))
+    setup = build_train_setup(experiment, one_device())
+    model = GPT(setup.experiment.model)
+    with jax.set_mesh(setup.mesh):
+        state = first_state(setup, None)
+        looked_at = jax.tree.map(lambda x: x[0], setup.batches.on_devices(0, setup.mesh))
         say = jax.jit(lambda params: batch_logits(params, looked_at, model, {}))
         before, moved = np.asarray(say(state.params), np.float64), []
         for step in range(steps):
-            state, _ = shop.train_step(state, shop.batch(state, step)[0])
+            state, _ = setup.train_step(state, setup.batch(state, step)[0])
             moved.append(np.abs(np.asarray(say(state.params), np.float64) - before).mean())
     return np.array(moved)
 

@@ -18,7 +18,7 @@ from gptjax import config
 from gptjax.errors import PromptError
 from gptjax.inference.cache import rolls
 from gptjax.inference.engine import set_up
-from gptjax.inference.pretrained import Pretrained, check_tells_tokens
+from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.model.gpt import GPT
 
 
@@ -28,7 +28,7 @@ def nats_of_all(pretrained: Pretrained, prefix: str, symbols: str, length: int, 
     The order is that of numbers whose digits are the symbols. Raises `PromptError` for a model that looks ahead, for a
     tokenizer in which a symbol is not one token of its own there, and for texts beyond a table of positions.
     """
-    check_tells_tokens(pretrained)
+    check_is_generative(pretrained)
     if not pretrained.model.causal:
         raise PromptError(f"{pretrained.name}: every token sees the whole text, so that no secret has a probability")
     first, ids = _tokens(pretrained, prefix, symbols, length)
@@ -80,7 +80,7 @@ def _filled(texts: np.ndarray, rows: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="model")
-def _next(params: Any, texts: Array, ids: Array, *, model: config.Model) -> Array:
+def _next(params: Any, texts: Array, ids: Array, *, model: config.ModelConfig) -> Array:
     """ln of the probabilities of some tokens after each text [B, L]: [B, ids]."""
     x: Any = GPT(model).apply({"params": params}, texts, method="read")
     logits: Any = GPT(model).apply({"params": params}, x[:, -1:], method="logits")

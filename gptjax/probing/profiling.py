@@ -14,7 +14,7 @@ import jax
 
 from gptjax.errors import GptjaxError
 from gptjax.training.state import TrainState
-from gptjax.training.workshop import Workshop
+from gptjax.training.train_setup import TrainSetup
 
 WARM_UP = 3  # steps before the trace: the first compiles
 MODULES = {  # a part of the path behind an operation -> whose it is
@@ -66,27 +66,27 @@ class Profile:
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def profile(shop: Workshop, state: TrainState, folder: Path, steps: int) -> Profile:
+def profile(setup: TrainSetup, state: TrainState, folder: Path, steps: int) -> Profile:
     """Makes updates from a state and traces `steps` of them into a folder. The run folder stays as it is."""
     first = int(state.step)
-    with jax.set_mesh(shop.mesh):
-        batches = [shop.batch(state, first + i)[0] for i in range(WARM_UP)]
-        program = shop.lower(state, batches[0]).compile().as_text() or ""
+    with jax.set_mesh(setup.mesh):
+        batches = [setup.batch(state, first + i)[0] for i in range(WARM_UP)]
+        program = setup.lower(state, batches[0]).compile().as_text() or ""
         for batch in batches:
-            state, metrics = shop.train_step(state, batch)
+            state, metrics = setup.train_step(state, batch)
         jax.block_until_ready(metrics)
         batch = batches[-1]
         with jax.profiler.trace(str(folder)):
             began = time.perf_counter()
             for _ in range(steps):
-                state, metrics = shop.train_step(state, batch)
+                state, metrics = setup.train_step(state, batch)
                 jax.block_until_ready(metrics)
             seconds = (time.perf_counter() - began) / steps
     spent, calls = _events(folder)
     if not spent:
         raise GptjaxError(f"{folder}: the trace names no operation of the step on {jax.default_backend()}")
     purposes, around = _purposes(program), set(AROUND.findall(program))
-    share = 1 / (steps * len(shop.mesh.local_devices))  # a trace is of this process's devices
+    share = 1 / (steps * len(setup.mesh.local_devices))  # a trace is of this process's devices
     operations = [
         Operation(name, *purposes.get(name, (REST, "update")), spent[name] * share, calls[name] * share)
         for name in sorted(spent, key=lambda name: -spent[name])

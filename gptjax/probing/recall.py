@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.pretrained import Pretrained
-from gptjax.probing.fill import Gap, from_the_left
+from gptjax.probing.cloze import ClozeItem, predict_left_to_right
 
 KEYS = [chr(33 + key) for key in range(10)]
 VALUES = [[chr(43 + 8 * key + value) for value in range(8)] for key in range(10)]  # of each key
@@ -60,9 +60,9 @@ def recall(
     right = []
     for distance in distances:
         texts = [question(seed, i, distance, length) for i in range(count)]
-        gaps = [Gap(ids, len(ids) - 1) for ids in (_encoded(pretrained.tokenizer, text) for text in texts)]
+        gaps = [ClozeItem(ids, len(ids) - 1) for ids in (_encoded(pretrained.tokenizer, text) for text in texts)]
         allowed = np.stack([values[text[-2]] for text in texts])
-        answers = from_the_left(pretrained, gaps, allowed, batch_size)
+        answers = predict_left_to_right(pretrained, gaps, allowed, batch_size)
         right.append(answers == [gap.truth for gap in gaps])
     return np.array(right)
 

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.data.batches import Place
-from gptjax.durable import digest, read_json, read_text, sync_folder, sync_tree, write_durably
+from gptjax.atomic_io import digest, read_json, read_text, sync_folder, sync_tree, write_atomic
+from gptjax.data.batches import DataPosition
 from gptjax.errors import EXIT_FAILED, RunError, TrainingFailed, warn
 from gptjax.training.state import TrainState, Weights, leaf_name
 
@@ -47,7 +47,7 @@ class Checkpoint:
     step: int
     format: int = FORMAT_VERSION
     val_loss: float | None = None  # of this very step, where it was evaluated
-    place: Place | None = None  # in the data; format 1 did not keep it
+    place: DataPosition | None = None  # in the data; format 1 did not keep it
     files: dict[str, tuple[int, str]] = field(default_factory=dict)  # path below `arrays` -> bytes, SHA-256
     damage: str | None = None  # what is wrong with the manifest itself
 
@@ -202,7 +202,7 @@ def restore(checkpoint: Checkpoint, abstract: Any) -> Any:
         return reader.restore(checkpoint.folder / ARRAYS, args=args)
 
 
-class Writer:
+class CheckpointWriter:
     """Saves in the background, keeps the last and the best, and raises what went wrong with a save at the next call.
 
     A process that ends without `close` finishes its save first (Python 3.11), or says so and ends with exit code 3.
@@ -220,7 +220,7 @@ class Writer:
         self._saving: Future[None] | None = None
         _before_threads_end(weakref.WeakMethod(self._at_exit))
 
-    def save(self, state: TrainState | Weights, place: Place, val_loss: float | None = None) -> None:
+    def save(self, state: TrainState | Weights, place: DataPosition, val_loss: float | None = None) -> None:
         """Starts saving this state, unless its step is saved already; returns when the arrays have been copied.
 
         Raises `TrainingFailed`, and saves nothing, where a number in it is not finite.
@@ -289,7 +289,7 @@ class Writer:
                 "it is not saved. The checkpoints before it are whole; lower optim.learning_rate"
             )
 
-    def _commit(self, target: Path, place: Place, val_loss: float | None) -> None:
+    def _commit(self, target: Path, place: DataPosition, val_loss: float | None) -> None:
         """When Orbax has written and renamed everything: vouch for it, then tidy up.
 
         Orbax's own `post_finalization_callback` is called before the rename, when there is nothing to vouch for yet.
@@ -304,9 +304,9 @@ class Writer:
         self.checksum_seconds += time.perf_counter() - began
         values = {"format": FORMAT_VERSION, "val_loss": val_loss, "place": place._asdict(), "files": files}
         manifest = json.dumps(values, indent=1) + "\n"
-        write_durably(target / MANIFEST, manifest)
+        write_atomic(target / MANIFEST, manifest)
         sync_folder(self.folder)
-        write_durably(target / COMMITTED, _marker(manifest))
+        write_atomic(target / COMMITTED, _marker(manifest))
         self._prune()
 
     def _prune(self) -> None:
@@ -386,7 +386,7 @@ def _read(folder: Path) -> Checkpoint | None:
                 f"{folder}: is a checkpoint of format {version}, and this gptjax reads 1 and {FORMAT_VERSION}; use the "
                 "release that wrote it, or a newer one"
             )
-        place = Place(**values["place"]) if "place" in values else None
+        place = DataPosition(**values["place"]) if "place" in values else None
         if step != (place.step if place else values["step"]):
             raise ValueError("it is of another step than its folder")
         files = {str(name): (int(size), str(sha)) for name, (size, sha) in values["files"].items()}

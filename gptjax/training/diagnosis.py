@@ -17,12 +17,12 @@ from gptjax.model import ops
 from gptjax.model.gpt import GPT
 from gptjax.sharding import CORES, on_one_device, one_device
 from gptjax.training import checkpoint
-from gptjax.training.initial import Open
+from gptjax.training.initial import ModelLoader
 from gptjax.training.optim import trained
 from gptjax.training.run import Run
 from gptjax.training.state import TrainState, leaf_name, named_key
 from gptjax.training.step import loss_and_gradient
-from gptjax.training.workshop import Workshop, first_state, reopen
+from gptjax.training.train_setup import TrainSetup, first_state, reopen
 
 
 @dataclass(frozen=True)
@@ -49,37 +49,37 @@ class Diagnosis:
         return f"{forward}; {backward}; examples without a finite loss: {list(self.samples) or 'none alone'}"
 
 
-def diagnose(shop: Workshop, state: TrainState, step: int) -> Diagnosis:
+def diagnose(setup: TrainSetup, state: TrainState, step: int) -> Diagnosis:
     """Looks into the update from `step` to step + 1, made from this state; the state stays as it is."""
-    m, lesson, learnt = shop.experiment.model, shop.lesson, trained(shop.experiment)
-    weights = lesson.other.params if lesson.other and not lesson.rollout else None
+    m, objective, learnt = setup.experiment.model, setup.objective, trained(setup.experiment)
+    weights = objective.reference.params if objective.reference and not objective.rollout else None
     model = GPT(dataclasses.replace(m, remat="none"))  # the same numbers, and every module to be seen
     order: dict[str, None] = {}  # of the modules, as they run
 
     def look(state: TrainState, batch: Batch, weights: Any) -> Any:
-        shown, grads = loss_and_gradient(state, batch, model, lesson.loss, learnt, weights, shop.noise)
+        shown, grads = loss_and_gradient(state, batch, model, objective.loss, learnt, weights, setup.noise)
         norm = optax.tree.norm(grads)
-        if shop.noise is not None:  # clipping leaves nothing that is not finite to be found
-            grads = loss_and_gradient(state, batch, model, lesson.loss, learnt, weights)[1]
+        if setup.noise is not None:  # clipping leaves nothing that is not finite to be found
+            grads = loss_and_gradient(state, batch, model, objective.loss, learnt, weights)[1]
         parts = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(batch.tokens.shape[0])]
         outputs, rows = zip(*[_forward(state, part, model, i, order) for i, part in enumerate(parts)], strict=True)
         return shown["loss"], norm, _all(*outputs), _backward(grads), jnp.stack(rows)
 
-    batch, _ = shop.batch(state, step)
-    mesh, given = shop.mesh, (state, batch, weights)
+    batch, _ = setup.batch(state, step)
+    mesh, given = setup.mesh, (state, batch, weights)
     if mesh.shape[CORES] > 1:
         mesh, given = one_device(), on_one_device(given)
     with jax.set_mesh(mesh):
         found = jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))(*given)
     loss, norm, outputs, grads, rows = jax.device_get(found)
     sequence = _sequence(list(order), m.num_layers)
-    samples = shop.batches.samples(step)[~rows]
+    samples = setup.batches.samples(step)[~rows]
     return Diagnosis(
         float(loss), float(norm), _first(sequence, outputs), _first(sequence[::-1], grads), (*samples.tolist(),)
     )
 
 
-def replay(run: Run, step: int, open_init: Open | None = None) -> list[str]:
+def replay(run: Run, step: int, open_init: ModelLoader | None = None) -> list[str]:
     """Makes step number `step` of a run again, from the checkpoint before it; what was found, as lines of text.
 
     `open_init` is needed as for `train`, where the run began with another model and has no checkpoint before the step.
@@ -88,21 +88,21 @@ def replay(run: Run, step: int, open_init: Open | None = None) -> list[str]:
     if not 1 <= step <= run.experiment.train.steps:
         raise RunError(f"--step {step}: the run has steps 1 to {run.experiment.train.steps}")
     changed = max((change["step"] for change in run.provenance().get("changes", [])), default=0)
-    shop = reopen(run, open_init=open_init)
+    setup = reopen(run, open_init=open_init)
     earlier = [c for c in checkpoint.listing(run.checkpoints) if changed <= c.step < step]
     chosen = next((c for c in reversed(earlier) if checkpoint.problem(c) is None), None)
     if chosen is None and changed:
         raise RunError(
             f"{run.folder}: has no checkpoint from step {changed}, where it was changed, to before step {step}"
         )
-    with jax.set_mesh(shop.mesh):
-        state = first_state(shop, chosen)
-        shop.batches.start_at((chosen and chosen.place) or shop.batches.place(int(state.step)))
+    with jax.set_mesh(setup.mesh):
+        state = first_state(setup, chosen)
+        setup.batches.start_at((chosen and chosen.place) or setup.batches.place(int(state.step)))
         first = int(state.step)
         for before in range(first, step - 1):
-            state, _ = shop.train_step(state, shop.batch(state, before)[0])
-        found = diagnose(shop, state, step - 1)
-    examples = shop.batches.span(step - 1)
+            state, _ = setup.train_step(state, setup.batch(state, before)[0])
+        found = diagnose(setup, state, step - 1)
+    examples = setup.batches.span(step - 1)
     origin = f"the checkpoint of step {first}" if chosen else "the start"
     text = [
         f"step {step}, made again from {origin}: loss {found.loss:.6g}, gradient norm {found.grad_norm:.6g}",
@@ -114,9 +114,9 @@ def replay(run: Run, step: int, open_init: Open | None = None) -> list[str]:
             f"  the run   logged loss {logged[0]:.6g}: {'the same' if same else 'NOT the same: other devices?'}"
         )
     text.append(f"  numbers   {found}")
-    pieces = shop.store.tokenizer.decode
+    pieces = setup.store.tokenizer.decode
     for number in found.samples[:3]:
-        row = shop.batches.rows(np.array([number]))
+        row = setup.batches.rows(np.array([number]))
         text.append(f"  example {number}: {pieces(np.asarray(row.tokens[0]))[:200]!r}")
     return text
 

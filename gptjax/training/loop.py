@@ -25,8 +25,8 @@ from gptjax.training.optim import make_schedule, num_trained, updates_taken
 from gptjax.training.run import Run
 from gptjax.training.state import TrainState
 from gptjax.training.step import Metrics
-from gptjax.training.watch import Watch
-from gptjax.training.workshop import Workshop, privacy
+from gptjax.training.train_setup import TrainSetup, privacy
+from gptjax.training.watchdog import Watchdog
 
 LAG = 8  # steps after which a step is looked at: the devices are never waited for because of it
 HEALTH = ("usual_loss", "skipped", "skipped_in_row")  # metrics that `_examine` looks at
@@ -98,13 +98,13 @@ class Stopwatch:
         return seconds / own if own else 0.0
 
 
-class Fit:
+class Trainer:
     """The loop: what changes from step to step besides the state."""
 
-    def __init__(self, shop: Workshop, run: Run, first: int, began: float, watch: Watch):
-        t = shop.experiment.train
-        self.shop, self.folder, self.first, self.began, self.watch = shop, run, first, began, watch
-        self.log = MetricsLog(run.folder, shop.experiment, first)
+    def __init__(self, setup: TrainSetup, run: Run, first: int, began: float, watchdog: Watchdog):
+        t = setup.experiment.train
+        self.setup, self.folder, self.first, self.began, self.watchdog = setup, run, first, began, watchdog
+        self.log = MetricsLog(run.folder, setup.experiment, first)
         earlier = [line for line in run.metrics() if line["step"] <= first and "event" not in line]
         self.latest: Figures = {name: value for line in earlier for name, value in line.items()}
         comparable = [line for line in earlier if "val_loss" in line and line["step"] > run.last_change_of_text()]
@@ -112,16 +112,16 @@ class Fit:
         self.evaluated = max((line["step"] for line in comparable), default=None)  # the last step with a loss
         self.clock = self._stopwatch()
         self.progress = Progress(t.steps, first)
-        self.rate = make_schedule(shop.experiment.optim, t.steps)
+        self.rate = make_schedule(setup.experiment.optim, t.steps)
         self.peak, self.peak_source = peak_flops()
         self.waited = 0.0  # seconds that steps waited for their batch
         self.skipped = 0  # updates not taken, over the whole run
         self.unread: deque[tuple[int, Metrics]] = deque()  # of the last steps, which the devices may not have made yet
-        self.writer = checkpoint.Writer(run.checkpoints, t.keep_last, t.keep_best)
+        self.writer = checkpoint.CheckpointWriter(run.checkpoints, t.keep_last, t.keep_best)
 
     def _stopwatch(self) -> Stopwatch:
         """It goes on from the last logged line, whose tokens belong to its seconds: a checkpoint may be later."""
-        batches, seconds = self.shop.batches, self.latest.get("seconds", 0.0)
+        batches, seconds = self.setup.batches, self.latest.get("seconds", 0.0)
         before = batches.place(self.first).tokens - batches.tokens_per_step  # by runs that did not log `timed_tokens`
         return Stopwatch(batches.tokens_per_step, seconds, self.latest.get("timed_tokens", before) if seconds else 0)
 
@@ -155,18 +155,18 @@ class Fit:
             self.log.close()
 
     def _steps(self, state: TrainState, asked_to_stop: Callable[[int], str | None]) -> TrainState:
-        t = self.shop.experiment.train
-        make = partial(self.shop.batches.on_devices, mesh=self.shop.mesh)
+        t = self.setup.experiment.train
+        make = partial(self.setup.batches.on_devices, mesh=self.setup.mesh)
         with contextlib.closing(prefetch(make, range(self.first, t.steps), t.prefetch)) as batches:
             for step in range(self.first + 1, t.steps + 1):
-                self.watch.beat(f"step {step}")
+                self.watchdog.heartbeat(f"step {step}")
                 began = time.perf_counter()
                 batch = next(batches)
                 if step > self.first + 1:  # as the stopwatch, which leaves the first step out
                     self.waited += time.perf_counter() - began
                 self.writer.check()  # a save that failed is told of now, not at the next one
-                batch, written = self.shop.batch(state, step - 1, batch)
-                state, metrics = self.shop.train_step(state, batch)
+                batch, written = self.setup.batch(state, step - 1, batch)
+                state, metrics = self.setup.train_step(state, batch)
                 self.unread.append((step, metrics))
                 stopping = asked_to_stop(step)
                 logs, evaluates, saves = (
@@ -198,7 +198,7 @@ class Fit:
             jumped = m["loss"] > SPIKE * m["usual_loss"]
             if not (m["skipped_in_row"] or jumped):
                 continue
-            examples = self.shop.batches.span(step - 1)
+            examples = self.setup.batches.span(step - 1)
             told = " to ".join(map(str, examples)) or "none"
             about = f"loss {m['loss']:.4g}, gradient norm {m['grad_norm']:.4g}, examples {told}"
             if m["skipped_in_row"]:
@@ -207,8 +207,8 @@ class Fit:
             else:
                 say(f"warning: step {step}: the loss jumped: {about}; it was {m['usual_loss']:.4g} on average")
                 self.log.event(step, "spike", why=about, examples=examples)
-            if m["skipped_in_row"] >= self.shop.experiment.train.max_skipped:
-                found = diagnose(self.shop, state._replace(step=state.step * 0 + (step - 1)), step - 1)
+            if m["skipped_in_row"] >= self.setup.experiment.train.max_skipped:
+                found = diagnose(self.setup, state._replace(step=state.step * 0 + (step - 1)), step - 1)
                 raise TrainingFailed(
                     f"step {step}: {m['skipped_in_row']:.0f} updates in a row were skipped (train.max_skipped), the "
                     f"last with {about}; {found}. The checkpoints are whole. Lower optim.learning_rate, warm up for "
@@ -216,9 +216,9 @@ class Fit:
                 )
 
     def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
-        self.watch.beat(f"the save of step {step}")
+        self.watchdog.heartbeat(f"the save of step {step}")
         self.log.sync()
-        self.writer.save(state, self.shop.batches.place(step), val_loss)
+        self.writer.save(state, self.setup.batches.place(step), val_loss)
 
     def _report(
         self, step: int, state: TrainState, metrics: Metrics, written: Figures, logs: bool, shows: bool
@@ -233,7 +233,7 @@ class Fit:
         last = max(int(updates_taken(state.opt_state)) - 1, 0)  # of the updates that were taken
         figures = shown | {"learning_rate": float(self.rate(last))}
         if not math.isnan(speed):
-            mfu = speed * flops_per_token(self.shop.experiment.model) / self.peak
+            mfu = speed * flops_per_token(self.setup.experiment.model) / self.peak
             timed = {"seconds": self.clock.seconds, "timed_tokens": self.clock.tokens}
             figures |= {"tokens_per_second": speed, "mfu": mfu} | timed
         if logs:
@@ -244,13 +244,13 @@ class Fit:
 
     def _show(self, step: int, always: bool = False) -> None:
         if not math.isnan(self.clock.rate) and "loss" in self.latest:
-            left = (self.shop.experiment.train.steps - step) / self.clock.rate
+            left = (self.setup.experiment.train.steps - step) / self.clock.rate
             self.progress.show(step, self.latest | {"seconds_left": left, "val_step": self.evaluated}, always)
 
     def _evaluate(self, step: int, state: TrainState) -> float | None:
         """The validation loss; None where it is not finite, which is no reason to stop."""
         self.evaluated = step
-        figures = evaluate(self.shop, state, lambda: self.watch.beat(f"the evaluation after step {step}"))
+        figures = evaluate(self.setup, state, lambda: self.watchdog.heartbeat(f"the evaluation after step {step}"))
         if not math.isfinite(figures["val_loss"]):
             say(f"warning: step {step}: the validation loss is {figures['val_loss']}")
             self.log.event(step, "validation loss is not finite")
@@ -263,8 +263,8 @@ class Fit:
         return figures["val_loss"]
 
     def _result(self) -> Figures:
-        e, latest, clock = self.shop.experiment, self.latest, self.clock
-        place = self.shop.batches.place(e.train.steps)
+        e, latest, clock = self.setup.experiment, self.latest, self.clock
+        place = self.setup.batches.place(e.train.steps)
         speed = clock.tokens / clock.seconds if clock.seconds else 0.0
         return {
             **{name: value for name, value in latest.items() if name.startswith("val_")},
@@ -281,7 +281,7 @@ class Fit:
             "num_params": num_params(e.model)["total"],
             "num_trained": num_trained(e),
             "data_wait_share": clock.share(self.waited),
-            "data_work_share": clock.share(self.shop.batches.seconds),
+            "data_work_share": clock.share(self.setup.batches.seconds),
             "memory_bytes": memory_bytes(),
-            **privacy(self.shop),
+            **privacy(self.setup),
         }

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from gptjax.config import Experiment, Model
-from gptjax.durable import write_durably
+from gptjax.atomic_io import write_atomic
+from gptjax.config import Experiment, ModelConfig
 from gptjax.errors import GptjaxError, RunError, TrainingFailed
 from gptjax.model.gpt import init_params
 from gptjax.model.weights import TABLE
@@ -48,7 +48,7 @@ PEAKS = {
 
 
 @functools.cache  # tracing a model takes a tenth of a second, and every line of the log asks for this
-def num_params(model: Model) -> dict[str, int]:
+def num_params(model: ModelConfig) -> dict[str, int]:
     """Weights of a model: `total`, and `multiplied`, those that take part in matrix products (6 FLOPs a token each)."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     sizes = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for name, part in shapes.items()}
@@ -61,7 +61,7 @@ def num_params(model: Model) -> dict[str, int]:
     return {"total": total, "multiplied": total - looked_up}
 
 
-def flops_per_token(model: Model) -> float:
+def flops_per_token(model: ModelConfig) -> float:
     """Training FLOPs a token: 6 N + 12 L D T (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
 
     N: weights in matrix products (the tied embedding once, as head); L layers, D = heads x head_dim, T context length.
@@ -115,7 +115,7 @@ class MetricsLog:
             return
         path = folder / "metrics.jsonl"
         kept = [line for line, values in read_metrics(path) if values["step"] <= resume_step]
-        write_durably(path, "".join(kept))
+        write_atomic(path, "".join(kept))
         self._file = path.open("a")
         self._trackers = [TRACKERS[name](folder, experiment) for name in experiment.train.track]
 

@@ -1,4 +1,4 @@
-"""Optimisers, schedules and weight averages: `make_optimizer` turns `Optim` into one optax transformation.
+"""Optimisers, schedules and weight averages: `make_optimizer` turns `OptimConfig` into one optax transformation.
 
 The weights of all layers are stacked, and heads have axes of their own, so whatever treats a weight as a matrix (Muon,
 Adafactor) is told by the names of the axes what its rows, columns and layers are.
@@ -14,7 +14,7 @@ import optax
 from jax import Array
 from optax import contrib
 
-from gptjax.config import Experiment, Optim
+from gptjax.config import Experiment, OptimConfig
 from gptjax.errors import ConfigError
 from gptjax.model.gpt import weight_axes
 from gptjax.model.weights import TABLE, Axes, axis_sizes, is_matrix
@@ -30,7 +30,7 @@ def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
     axes = pick(weight_axes(experiment.model), learnt)
     clipped = o.noise_multiplier is not None  # already, window by window
     parts = [clip(o.clip_norm)] if o.clip_norm and not clipped else []
-    wider = experiment.model.times_wider if experiment.model.mup_width else None
+    wider = experiment.model.width_multiplier if experiment.model.mup_width else None
     parts.append(_update_rule(o, make_schedule(o, experiment.train.steps), axes, wider))
     if o.layer_decay != 1:
         parts.append(scale_layers(o.layer_decay, axes, experiment.model.num_layers))
@@ -129,7 +129,7 @@ def scale_hidden(wider: float, axes: Tree) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(scale, axes, updates, is_leaf=_is_axes))
 
 
-def make_schedule(o: Optim, steps: int) -> optax.Schedule:
+def make_schedule(o: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate of the update after s others: a linear warm-up to the peak, then the chosen decline.
 
     It counts updates that were taken: one that was skipped leaves the next its rate.
@@ -163,7 +163,7 @@ def updates_taken(opt_state: Tree) -> Array:
 
 
 def _update_rule(
-    o: Optim, rate: optax.Schedule, axes: Tree, wider: float | None = None
+    o: OptimConfig, rate: optax.Schedule, axes: Tree, wider: float | None = None
 ) -> optax.GradientTransformation:
     matrices = decayed(axes)
     decay = optax.add_decayed_weights(o.weight_decay, matrices) if o.weight_decay else optax.identity()
@@ -248,7 +248,7 @@ def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-class Average(NamedTuple):
+class EmaState(NamedTuple):
     """The exponential moving average of the weights."""
 
     params: Tree
@@ -257,18 +257,18 @@ class Average(NamedTuple):
 def average_weights(decay: float) -> optax.GradientTransformation:
     """Keeps `a = decay a + (1 - decay) params` of the params after each update, starting from the initial ones."""
 
-    def update(updates: Tree, state: Average, params: Tree) -> tuple[Tree, Average]:
+    def update(updates: Tree, state: EmaState, params: Tree) -> tuple[Tree, EmaState]:
         moved = jax.tree.map(lambda a, p, u: decay * a + (1 - decay) * (p + u), state.params, params, updates)
-        return updates, Average(moved)
+        return updates, EmaState(moved)
 
-    return optax.GradientTransformation(Average, update)
+    return optax.GradientTransformation(EmaState, update)
 
 
 def evaluation_params(params: Tree, opt_state: Tree) -> Tree:
     """The weights to evaluate and sample with: the average where there is one, else the params themselves."""
-    kinds = (Average, contrib.ScheduleFreeState)
+    kinds = (EmaState, contrib.ScheduleFreeState)
     states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
-    if averages := [s for s in states if isinstance(s, Average)]:
+    if averages := [s for s in states if isinstance(s, EmaState)]:
         found = averages[0].params
     elif free := [s for s in states if isinstance(s, contrib.ScheduleFreeState)]:
         learnt = jax.tree.map(lambda p, z: z is not None, params, free[0].z)

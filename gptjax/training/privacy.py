@@ -23,12 +23,12 @@ import numpy as np
 from jax import Array
 
 from gptjax.config import Experiment
-from gptjax.data.batches import Draws
+from gptjax.data.batches import PoissonSampler
 from gptjax.data.objectives import Batch
 from gptjax.errors import GptjaxError
 
 
-class Noise(NamedTuple):
+class DPConfig(NamedTuple):
     """How the gradient of a batch is made private."""
 
     clip_norm: float  # of each window's gradient, at most
@@ -37,13 +37,13 @@ class Noise(NamedTuple):
     key: tuple[int, int]  # 64 bits: those of `jax.random.key` are the lower 32 of a seed, which can be guessed
 
 
-def noise_of(experiment: Experiment, draws: Draws | None) -> Noise | None:
+def noise_of(experiment: Experiment, draws: PoissonSampler | None) -> DPConfig | None:
     """What DP-SGD needs to know; None where it is not asked for."""
     o = experiment.optim
     if o.noise_multiplier is None or o.clip_norm is None or draws is None:
         return None
     first, second = np.random.SeedSequence((experiment.seed, 9)).generate_state(2).tolist()
-    return Noise(o.clip_norm, o.noise_multiplier, draws.expected, (first, second))
+    return DPConfig(o.clip_norm, o.noise_multiplier, draws.expected, (first, second))
 
 
 def check_libraries() -> None:
@@ -53,7 +53,7 @@ def check_libraries() -> None:
 
 
 def private_gradient(
-    loss: Callable[[Any, Batch, Array], tuple[Array, Any]], params: Any, batch: Batch, key: Array, noise: Noise
+    loss: Callable[[Any, Batch, Array], tuple[Array, Any]], params: Any, batch: Batch, key: Array, noise: DPConfig
 ) -> tuple[Any, Any]:
     """The sum of what `loss` shows, and the sum of its clipped gradients over `noise.expected`, without the noise.
 
@@ -71,7 +71,7 @@ def private_gradient(
     return jax.tree.map(lambda x: x.sum(0), of_windows.aux), grads
 
 
-def add_noise(grads: Any, step: Array | int, noise: Noise) -> Any:
+def add_noise(grads: Any, step: Array | int, noise: DPConfig) -> Any:
     """Gaussian noise on the gradient of the whole batch of a step."""
     addition = _library("jax_privacy").noise_addition
     key = jax.random.fold_in(jax.random.wrap_key_data(jnp.array(noise.key, jnp.uint32)), step)
@@ -79,14 +79,14 @@ def add_noise(grads: Any, step: Array | int, noise: Noise) -> Any:
     return gaussian.update(grads, gaussian.init(grads))[0]
 
 
-class Spent(NamedTuple):
+class PrivacySpent(NamedTuple):
     """What is known of epsilon: two upper bounds, both valid."""
 
     epsilon: float  # from the whole distribution of the privacy loss (Koskela et al. 2020): the tightest that is known
     moments: float  # of the moments accountant (Abadi et al. 2016, theorem 2), which papers reported first
 
 
-def spent(sampling_rate: float, noise_multiplier: float, steps: int, delta: float) -> Spent:
+def spent(sampling_rate: float, noise_multiplier: float, steps: int, delta: float) -> PrivacySpent:
     """What `steps` of DP-SGD spend where a batch holds all that is drawn.
 
     `sampling_rate` is the probability of an example to be in a batch, `noise_multiplier` the standard deviation of the
@@ -110,11 +110,11 @@ def spent(sampling_rate: float, noise_multiplier: float, steps: int, delta: floa
         divergence + math.log(1 / delta) / (order - 1)
         for order, divergence in zip(renyi.orders, renyi.rdp, strict=True)
     ]
-    return Spent(_epsilon(one, steps, delta), float(min(bounds)))
+    return PrivacySpent(_epsilon(one, steps, delta), float(min(bounds)))
 
 
 @functools.cache
-def spent_by(draws: Draws, noise_multiplier: float, steps: int) -> tuple[float, float]:
+def spent_by(draws: PoissonSampler, noise_multiplier: float, steps: int) -> tuple[float, float]:
     """Epsilon of a run and the delta that it holds for, a tenth of one over the windows.
 
     Batches that could not hold all that was drawn are counted with their own, higher price.

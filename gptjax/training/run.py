@@ -27,22 +27,22 @@ from typing import Any
 
 import jax
 
+from gptjax.atomic_io import read_json, read_text, write_atomic
 from gptjax.config import Experiment, diff
 from gptjax.data import tokenizer
-from gptjax.data.batches import Place
+from gptjax.data.batches import DataPosition
 from gptjax.data.store import Store, names
 from gptjax.data.synthetic import is_function
-from gptjax.durable import read_json, read_text, write_durably
 from gptjax.errors import RunError
 from gptjax.inference.pretrained import Pretrained
-from gptjax.training import lock, watch
+from gptjax.training import lock, watchdog
 from gptjax.training.metrics import read_metrics
 
 FORMAT_VERSION = 1
 EXPERIMENT, PROVENANCE, METRICS, RESULT = "experiment.json", "provenance.json", "metrics.jsonl", "result.json"
 GENERATION = "generation.json"
 COMPARED = ("data", "model.context_length", "objective", "reference")  # what a validation loss depends on
-UNBORN = {lock.NAME, watch.FOLDER, "tokenizer", PROVENANCE, GENERATION}  # what may stand there before an experiment
+UNBORN = {lock.NAME, watchdog.FOLDER, "tokenizer", PROVENANCE, GENERATION}  # what may stand there before an experiment
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Run:
         return read_json(path) if path.exists() else {}
 
     def write_result(self, figures: dict[str, Any]) -> None:
-        write_durably(self.folder / RESULT, json.dumps({"format": FORMAT_VERSION} | figures, indent=2) + "\n")
+        write_atomic(self.folder / RESULT, json.dumps({"format": FORMAT_VERSION} | figures, indent=2) + "\n")
 
     def last_change_of_text(self) -> int:
         """The step from which on validation losses are of today's text, context and objective; -1 from the first."""
@@ -151,7 +151,7 @@ def check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
-        write_durably(probe, "probe")
+        write_atomic(probe, "probe")
         probe.unlink()
         if new:
             folder.rmdir()  # until there is a run to keep in it
@@ -197,8 +197,8 @@ def start_run(
         if init is not None and any(init().generation().values()):
             write_generation(folder, init())
         beside = {"reference": reference} if reference else {}
-        write_durably(folder / PROVENANCE, json.dumps(new_provenance(store.key) | beside, indent=2) + "\n")
-        write_durably(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
+        write_atomic(folder / PROVENANCE, json.dumps(new_provenance(store.key) | beside, indent=2) + "\n")
+        write_atomic(folder / EXPERIMENT, experiment.to_json())  # last: from here on it is a run
         return {}
     run = open_run(folder)
     key = run.data_key()
@@ -233,7 +233,7 @@ def write_generation(folder: Path, pretrained: Pretrained) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """A JSON file of a run folder, for people to read as well."""
-    write_durably(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def lines(changes: Changes) -> list[str]:
@@ -245,15 +245,15 @@ def lines(changes: Changes) -> list[str]:
     return [f"  - {named.get(path, path)}: {old!r} there, {new!r} now" for path, (old, new) in changes.items()]
 
 
-def accept_changes(run: Run, experiment: Experiment, store: Store, changes: Changes, place: Place) -> None:
+def accept_changes(run: Run, experiment: Experiment, store: Store, changes: Changes, place: DataPosition) -> None:
     """Makes an experiment the run's own from this place on; provenance.json keeps what was changed, and when."""
     provenance = run.provenance()
     now = datetime.now(UTC).isoformat(timespec="seconds")
     change = {"when": now, "step": place.step, "samples": place.samples, "tokens": place.tokens, "fields": changes}
     provenance["changes"] = [*provenance.get("changes", []), change]
     now_used = {"data": store.key} | ({"reference": changes["reference"][1]} if "reference" in changes else {})
-    write_durably(run.folder / PROVENANCE, json.dumps(provenance | now_used, indent=2) + "\n")
-    write_durably(run.folder / EXPERIMENT, experiment.to_json())
+    write_atomic(run.folder / PROVENANCE, json.dumps(provenance | now_used, indent=2) + "\n")
+    write_atomic(run.folder / EXPERIMENT, experiment.to_json())
 
 
 def set_aside_later(run: Run, step: int) -> None:

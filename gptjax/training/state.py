@@ -107,7 +107,7 @@ SIZES = {  # axis of a weight -> the field that decides its size
 }
 
 
-def mismatches(saved: dict[str, jax.ShapeDtypeStruct], abstract: Any, experiment: Experiment) -> list[str]:
+def state_mismatches(saved: dict[str, jax.ShapeDtypeStruct], abstract: Any, experiment: Experiment) -> list[str]:
     """How saved arrays differ from the state of an experiment: the leaf, both values, and the field that decides it."""
     wanted = {leaf_name(path): x for path, x in jax.tree.leaves_with_path(abstract)}
     axes = {

@@ -11,11 +11,11 @@ from jax import Array
 
 from gptjax.data.objectives import Batch
 from gptjax.model import ops
-from gptjax.model.chunks import by_chunks, count, fits
+from gptjax.model.chunks import limit_for_backend, map_in_chunks, num_chunks
 from gptjax.model.gpt import GPT
-from gptjax.sharding import by_core, devices_of_a_batch, over_cores
+from gptjax.sharding import map_over_cores, num_batch_devices, sum_over_cores
 from gptjax.training.optim import evaluation_params
-from gptjax.training.privacy import Noise, add_noise, private_gradient
+from gptjax.training.privacy import DPConfig, add_noise, private_gradient
 from gptjax.training.state import RECENT, Health, TrainState, named_key
 
 LOGITS, LOGITS_ON_GPU = 1 << 26, 1 << 29  # float32: 256 MB and 2 GB
@@ -37,13 +37,13 @@ def batch_loss(params: Any, batch: Batch, model: GPT, z_loss: float, rngs: Rngs)
     Of text that the model wrote, what is minimised counts each token by its advantage as well: its gradient is that of
     the expected score, reversed (REINFORCE, Williams 1992).
     """
-    nats, log_z = token_nats(params, batch, model, rngs)
+    nats, log_z = token_nll(params, batch, model, rngs)
     total = (nats * batch.weights).sum()
     minimised = total if batch.advantages is None else (nats * batch.weights * batch.advantages).sum()
     return minimised + z_loss * (jnp.square(log_z) * batch.weights).sum(), total
 
 
-def token_nats(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array, Array]:
+def token_nll(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array, Array]:
     """-ln of the probability of each target, and the log of the sum that normalises it: float32 [rows, length].
 
     No more than `LOGITS` logits exist at once on a device. Where that takes parts, each is made again for the gradient.
@@ -58,8 +58,10 @@ def token_nats(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array
         return ops.cross_entropy(logits, targets)
 
     assert model.config.vocab_size
-    chunks = count(length, rows * model.config.vocab_size // devices_of_a_batch(), fits(LOGITS, LOGITS_ON_GPU))
-    nats, log_z = by_chunks(of if chunks == 1 else jax.checkpoint(of), (x, batch.targets), chunks, axis=1)
+    chunks = num_chunks(
+        length, rows * model.config.vocab_size // num_batch_devices(), limit_for_backend(LOGITS, LOGITS_ON_GPU)
+    )
+    nats, log_z = map_in_chunks(of if chunks == 1 else jax.checkpoint(of), (x, batch.targets), chunks, axis=1)
     return nats, log_z
 
 
@@ -70,7 +72,7 @@ def batch_logits(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> Array:
     return logits
 
 
-def num_answers(batch: Batch) -> Array:
+def num_targets(batch: Batch) -> Array:
     """The sum of the weights, or 1 where there are none."""
     return jnp.maximum(batch.weights.sum(), 1.0)
 
@@ -80,7 +82,7 @@ def num_texts(batch: Batch) -> Array:
     return jnp.maximum((batch.weights > 0).any(-1).sum().astype(jnp.float32), 1.0)
 
 
-def token_loss(z_loss: float = 0.0, counted: Callable[[Batch], Array] = num_answers) -> Loss:
+def token_loss(z_loss: float = 0.0, counted: Callable[[Batch], Array] = num_targets) -> Loss:
     """Nats of the answers: a token, or with `num_texts` a text."""
 
     def sums(params: Any, batch: Batch, model: GPT, rngs: Rngs, reference: Any) -> tuple[Array, Metrics]:
@@ -101,7 +103,7 @@ def class_loss() -> Loss:
         nats = (ops.cross_entropy(logits, batch.targets)[0] * batch.weights).sum()
         return nats, {"loss": nats, "accuracy": ((logits.argmax(-1) == batch.targets) * batch.weights).sum()}
 
-    return Loss(sums, num_answers)
+    return Loss(sums, num_targets)
 
 
 def loss_and_gradient(
@@ -111,7 +113,7 @@ def loss_and_gradient(
     loss: Loss,
     learnt: Any = None,
     reference: Any = None,
-    noise: Noise | None = None,
+    noise: DPConfig | None = None,
 ) -> tuple[Metrics, Any]:
     """What a loss shows of a [microbatches, rows, length] batch, and the gradient of what it minimises.
 
@@ -119,22 +121,22 @@ def loss_and_gradient(
     another model, for a loss that looks at one. With `noise` each window's mean is minimised by itself, its gradient is
     clipped, and the noise is added to what is learnt.
     """
-    count = loss.counted(batch)
+    num_chunks = loss.counted(batch)
     key = jax.random.fold_in(named_key(state.key, "dropout"), state.step)
 
     def of_rows(rows: Batch, whole: Any) -> tuple[Metrics, Any]:
-        params, reference, key, count = whole
+        params, reference, key, num_chunks = whole
 
         def sums(params: Any, part: Batch, key: Array) -> tuple[Array, Metrics]:
             rngs = {"dropout": key} if model.config.dropout else {}
             return loss.sums(_held(params, learnt), part, model, rngs, reference)
 
         def over_batch(params: Any, part: Batch, key: Array) -> tuple[Array, Metrics]:
-            return jax.tree.map(lambda x: x / count, sums(params, part, key))
+            return jax.tree.map(lambda x: x / num_chunks, sums(params, part, key))
 
         def over_window(params: Any, window: Batch, key: Array) -> tuple[Array, Metrics]:
             minimised, shown = sums(params, window, key)
-            return minimised / loss.counted(window), jax.tree.map(lambda x: x / count, shown)
+            return minimised / loss.counted(window), jax.tree.map(lambda x: x / num_chunks, shown)
 
         def of_part(index: Array | int, part: Batch) -> tuple[Metrics, Any]:
             own = jax.random.fold_in(key, index)
@@ -145,7 +147,7 @@ def loss_and_gradient(
 
         return _over_parts(of_part, rows)
 
-    shown, grads = over_cores(of_rows, batch, (state.params, reference, key, count), batch_axis=1)
+    shown, grads = sum_over_cores(of_rows, batch, (state.params, reference, key, num_chunks), batch_axis=1)
     if noise is None:
         return shown, grads
     noisy = add_noise(grads, state.step, noise)
@@ -183,7 +185,7 @@ def train_step(
     loss: Loss = TOKENS,
     skip_spikes: float | None = None,
     learnt: Any = None,
-    noise: Noise | None = None,
+    noise: DPConfig | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update from a [microbatches, rows, length] batch; the same update however the batch is cut into microbatches.
 
@@ -248,4 +250,4 @@ def eval_step(
         _, shown = loss.sums(params, rows, model, {}, reference)
         return shown, jnp.where((rows.weights > 0).any(), loss.counted(rows), 0.0)
 
-    return by_core(look, batch, (evaluation_params(state.params, state.opt_state), reference), batch_axis=0)
+    return map_over_cores(look, batch, (evaluation_params(state.params, state.opt_state), reference), batch_axis=0)

@@ -12,9 +12,9 @@ from gptjax.config import Experiment
 from gptjax.errors import Interrupted, RunError, TrainingFailed
 from gptjax.training import checkpoint
 from gptjax.training.evaluation import Figures
-from gptjax.training.initial import Open
+from gptjax.training.initial import ModelLoader
 from gptjax.training.lock import Lock, hold
-from gptjax.training.loop import Fit, say
+from gptjax.training.loop import Trainer, say
 from gptjax.training.run import (
     EXPERIMENT,
     Changes,
@@ -27,8 +27,8 @@ from gptjax.training.run import (
     set_aside_later,
     start_run,
 )
-from gptjax.training.watch import Watch
-from gptjax.training.workshop import Workshop, check_start, first_state, prepare, summary
+from gptjax.training.train_setup import TrainSetup, build_train_setup, check_start, first_state, summary
+from gptjax.training.watchdog import Watchdog
 
 
 def train(
@@ -37,7 +37,7 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     from_step: int | None = None,
-    open_init: Open | None = None,
+    open_init: ModelLoader | None = None,
 ) -> Figures:
     """Trains an experiment in a run folder, or goes on with the run that stands there; returns its final figures.
 
@@ -54,47 +54,47 @@ def train(
     with contextlib.ExitStack() as held:
         sharding.on_first_process(lambda: check_folder(folder))
         sharding.on_first_process(lambda: locks.append(held.enter_context(hold(folder))))
-        watch = Watch(folder, experiment.train.stuck_seconds, locks[0].touch if locks else None)
+        watchdog = Watchdog(folder, experiment.train.stuck_seconds, locks[0].touch if locks else None)
         failure: BaseException | None = None
         try:
             run = open_run(folder) if (folder / EXPERIMENT).exists() else None
-            shop = prepare(experiment, run=run, open_init=open_init)
-            return _train(shop, folder, watch, began, allow_changes, from_step)
+            setup = build_train_setup(experiment, run=run, open_init=open_init)
+            return _train(setup, folder, watchdog, began, allow_changes, from_step)
         except jax.errors.JaxRuntimeError as e:
             failure = e
             if jax.process_count() == 1:
                 raise
-            raise TrainingFailed(f"{watch.doing}: {str(e).splitlines()[0]}; {watch.explain()}") from e
+            raise TrainingFailed(f"{watchdog.doing}: {str(e).splitlines()[0]}; {watchdog.explain()}") from e
         except Interrupted as e:
             raise Interrupted(f"{e}{' (without --from-step)' if from_step is not None else ''}") from None
         except BaseException as e:
             failure = e
             raise
         finally:
-            watch.close(failure)
+            watchdog.close(failure)
 
 
 def _train(
-    shop: Workshop, folder: Path, watch: Watch, began: float, allow_changes: bool, from_step: int | None
+    setup: TrainSetup, folder: Path, watchdog: Watchdog, began: float, allow_changes: bool, from_step: int | None
 ) -> Figures:
-    run, first = Run(folder, shop.experiment), sharding.on_first_process
+    run, first = Run(folder, setup.experiment), sharding.on_first_process
     fresh = from_step == 0 or first(lambda: not checkpoint.listing(run.checkpoints))
-    finished, other = first(run.result) is not None, shop.lesson.other
-    check_start(shop, fresh, finished)
+    finished, reference = first(run.result) is not None, setup.objective.reference
+    check_start(setup, fresh, finished)
 
     def claim() -> Changes:
         if run.result() is None:
-            check_room(folder, checkpoint.state_bytes(shop.abstract))
-        beside = other.fingerprint if other and not finished else None
-        init = shop.start.open if shop.start else None
-        return start_run(folder, shop.experiment, shop.store, allow_changes, init, beside)
+            check_room(folder, checkpoint.state_bytes(setup.abstract))
+        beside = reference.fingerprint if reference and not finished else None
+        init = setup.start.open if setup.start else None
+        return start_run(folder, setup.experiment, setup.store, allow_changes, init, beside)
 
     changes = first(claim)
     figures = first(run.result)
     if figures and not changes and from_step is None:
         say(f"{folder}: finished already; nothing to do")
         return figures
-    watch.beat("looking for a checkpoint")
+    watchdog.heartbeat("looking for a checkpoint")
     step = first(lambda: (c := checkpoint.choose_to_go_on(run.checkpoints, from_step)) and c.step)
     chosen = next((c for c in checkpoint.listing(run.checkpoints) if c.step == step), None)
     first(lambda: _check_choice(run, step, from_step))
@@ -103,19 +103,19 @@ def _train(
     if chosen and chosen.place is None and changes:
         raise RunError(f"{chosen.folder}: is of format 1 and does not say where it stands in the data; go on without "
                        "changes until the next checkpoint, then make them")  # fmt: skip
-    with jax.set_mesh(shop.mesh):
-        state = first_state(shop, chosen)
-        shop.batches.start_at((chosen and chosen.place) or shop.batches.place(int(state.step)))
-        place = shop.batches.place(int(state.step))
+    with jax.set_mesh(setup.mesh):
+        state = first_state(setup, chosen)
+        setup.batches.start_at((chosen and chosen.place) or setup.batches.place(int(state.step)))
+        place = setup.batches.place(int(state.step))
         if changes or from_step is not None:  # only now, when nothing can be refused any more, is anything moved
             first(lambda: set_aside_later(run, place.step))
             first(lambda: checkpoint.set_aside_after(run.checkpoints, place.step))
         if changes:
-            first(lambda: accept_changes(run, shop.experiment, shop.store, changes, place))
+            first(lambda: accept_changes(run, setup.experiment, setup.store, changes, place))
             say("\n".join([f"{folder}: goes on from step {place.step}, {place.samples:,} examples and {place.tokens:,} "
                            "tokens, with changes:", *lines(changes)]))  # fmt: skip
-        say(summary(shop, place.step))
-        return Fit(shop, run, place.step, began, watch).run(state)
+        say(summary(setup, place.step))
+        return Trainer(setup, run, place.step, began, watchdog).run(state)
 
 
 def _check_choice(run: Run, step: int | None, from_step: int | None) -> None:

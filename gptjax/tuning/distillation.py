@@ -8,11 +8,11 @@ from jax import Array
 
 from gptjax.data.objectives import Batch
 from gptjax.model.gpt import GPT
-from gptjax.training.step import Loss, Metrics, Rngs, batch_logits, num_answers
-from gptjax.tuning.other import Other
+from gptjax.training.step import Loss, Metrics, Rngs, batch_logits, num_targets
+from gptjax.tuning.reference import ReferenceModel
 
 
-def distillation_loss(teacher: Other, divergence: Literal["forward", "reverse"]) -> Loss:
+def distillation_loss(teacher: ReferenceModel, divergence: Literal["forward", "reverse"]) -> Loss:
     """KL(teacher || model), which covers all that the teacher says, or KL(model || teacher), which keeps to its modes
     (Gu et al. 2024); both in nats a token, over the ids that both models have.
 
@@ -29,4 +29,4 @@ def distillation_loss(teacher: Other, divergence: Literal["forward", "reverse"])
         nats = -jnp.take_along_axis(ours, batch.targets[..., None], -1)[..., 0]
         return kl, {"loss": (nats * batch.weights).sum(), "divergence": kl}
 
-    return Loss(sums, num_answers)
+    return Loss(sums, num_targets)

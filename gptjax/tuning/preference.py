@@ -8,11 +8,11 @@ from jax import Array
 
 from gptjax.data.objectives import Batch
 from gptjax.model.gpt import GPT
-from gptjax.training.step import Loss, Metrics, Rngs, num_texts, token_nats
-from gptjax.tuning.other import Other
+from gptjax.training.step import Loss, Metrics, Rngs, num_texts, token_nll
+from gptjax.tuning.reference import ReferenceModel
 
 
-def preference_loss(reference: Other, beta: float) -> Loss:
+def preference_loss(reference: ReferenceModel, beta: float) -> Loss:
     """-ln sigmoid(beta (log-ratio of the better answer - log-ratio of the worse)), a pair.
 
     A log-ratio is that of an answer's probability under the model to that under `reference`, where training starts.
@@ -34,5 +34,5 @@ def preference_loss(reference: Other, beta: float) -> Loss:
 
 def _log_probability(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> Array:
     """ln of the probability of each row's answer: float32 [rows]."""
-    nats, _ = token_nats(params, batch, model, rngs)
+    nats, _ = token_nll(params, batch, model, rngs)
     return -(nats * batch.weights).sum(-1)

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.data.examples import examples, uses_samples
 from gptjax.data.tasks import Example, Side, Task, baseline
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError, PromptError
 from gptjax.inference import scoring
+from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.rules import Sampling
+from gptjax.inference.sampling import SamplingParams
 from gptjax.inference.scoring import Scorer, first_token
-from gptjax.inference.writer import Writer
 from gptjax.tuning.classes import Told, check_labels, tell
 from gptjax.tuning.scores import METRICS, Score, difference, ratio, score
 
@@ -67,7 +67,7 @@ def evaluate_task(
     """
     began = time.perf_counter()
     source = f"task:{task.name}"
-    questions = _drawn(list(examples(source, Data(), side)), limit, seed)
+    questions = _drawn(list(examples(source, DataConfig(), side)), limit, seed)
     if not questions:
         raise DataError(f"{source}: its {side} side has no example (limit = {limit})")
     groups = _groups(questions)
@@ -76,13 +76,13 @@ def evaluate_task(
         if not model.labels:
             return _in_text(model, task, questions, batch_size, dtype, temperature, seed)
         check_labels(model, task)
-        labelled = _drawn(list(examples(source, Data(answers="classes"), side)), limit, seed)
+        labelled = _drawn(list(examples(source, DataConfig(answers="classes"), side)), limit, seed)
         return tell(model, task, labelled, batch_size, dtype)
 
     predictions, nats, counts, shortened = zip(*told_by(pretrained), strict=True)
     references = [tuple(r.strip() for r in q.references or (q.answer,)) for q in questions]
     if against is None:
-        trivial = list(map(baseline(task, examples(source, Data(), "train")), questions))
+        trivial = list(map(baseline(task, examples(source, DataConfig(), "train")), questions))
     else:
         trivial = [answer for answer, *_ in told_by(against)]
 
@@ -90,9 +90,9 @@ def evaluate_task(
     figures: dict[str, Any] = {"task": task.name, "side": side} | of_sample
     for metric in task.metrics:
         of = METRICS[metric]
-        model, other = (of(texts, references, questions).grouped(groups) for texts in (predictions, trivial))
-        figures |= _figures(metric, score(model, seed)) | {f"{metric}_baseline": other.value}
-        figures |= _figures(f"{metric}_difference", difference(model, other, seed))
+        model, reference = (of(texts, references, questions).grouped(groups) for texts in (predictions, trivial))
+        figures |= _figures(metric, score(model, seed)) | {f"{metric}_baseline": reference.value}
+        figures |= _figures(f"{metric}_difference", difference(model, reference, seed))
         figures |= {f"{metric}_signature": model.signature} if model.signature else {}
     bits, num_bytes = [x / math.log(2) for x in nats], [len(q.answer.encode()) for q in questions]
     losses = [ratio("loss", nats, counts), ratio("bits_per_byte", bits, num_bytes)]
@@ -122,7 +122,7 @@ def _in_text(
     scorer = Scorer(pretrained, batch_size, dtype)
     nats, tokens, likeliest = zip(*_likelihoods(scorer, task, questions, prompts), strict=True)
     if not task.labels:
-        rule, writer = Sampling(temperature=temperature), Writer(pretrained, dtype)
+        rule, writer = SamplingParams(temperature=temperature), Generator(pretrained, dtype)
         likeliest = tuple(_written(writer, task, questions, prompts, batch_size, rule, seed))
     yield from zip(likeliest, nats, tokens, (len(ids) > room for ids in whole), strict=True)
 
@@ -201,12 +201,12 @@ def _likelihoods(
 
 
 def _written(
-    writer: Writer,
+    writer: Generator,
     task: Task,
     questions: Sequence[Example],
     prompts: Sequence[np.ndarray],
     batch_size: int,
-    rule: Sampling,
+    rule: SamplingParams,
     seed: int,
 ) -> list[str]:
     """A continuation of each prompt; to the end of a line where no true answer is longer."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import sharding
-from gptjax.data.batches import CYCLE, Batches, mixture, prefetch
+from gptjax.data.batches import CYCLE, DataLoader, mixture, prefetch
 from gptjax.data.objectives import Windows, causal, positions_within, supervised
 from gptjax.data.store import Store, Stream, open_store
 from gptjax.data.windows import PackedStream, WindowedStream, pack, permute
@@ -68,12 +68,12 @@ def test_the_cuts_move_from_epoch_to_epoch():
     assert len({collections.Counter(phase).most_common(1)[0][0] for phase in first}) > 2
 
 
-def make_batches(sizes, weights=(), seed=0, **changes) -> Batches:
+def make_batches(sizes, weights=(), seed=0, **changes) -> DataLoader:
     streams = tuple(
         Stream(f"s{i}", np.arange(size, dtype=np.uint32) + 10_000 * i, np.array([0])) for i, size in enumerate(sizes)
     )
     e = TINY.override({"data.source": tuple(s.name for s in streams), "data.weights": weights, "seed": seed, **changes})
-    return Batches(Store(None, "key", None, streams, streams), e)
+    return DataLoader(Store(None, "key", None, streams, streams), e)
 
 
 @settings(max_examples=30, deadline=None)
@@ -170,7 +170,7 @@ def test_the_same_global_batch_lies_on_every_mesh():
 def test_a_text_shorter_than_a_window_is_refused(tmp_path):
     e = TINY.override({"data.source": str(write_corpus(tmp_path, 100)), "model.context_length": 4096})
     with pytest.raises(DataError, match="fewer than one window of"):
-        Batches(open_store(e.data), e)
+        DataLoader(open_store(e.data), e)
 
 
 def test_prefetch_keeps_the_order_runs_ahead_and_stops():
@@ -211,9 +211,9 @@ def test_nothing_of_an_epoch_depends_on_its_size_in_memory():
 def test_a_run_goes_on_from_the_example_at_which_it_stood(tmp_path):
     """Another batch size goes on in the same order; another context length begins one of its own; both are counted."""
 
-    def batches(**changes) -> Batches:
+    def batches(**changes) -> DataLoader:
         e = TINY.override({"data.source": str(write_corpus(tmp_path))} | changes)
-        return Batches(open_store(e.data), e.resolved(257))
+        return DataLoader(open_store(e.data), e.resolved(257))
 
     first = batches()
     place = first.place(10)

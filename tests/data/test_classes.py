@@ -11,9 +11,9 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.data import tasks
-from gptjax.data.batches import Batches
+from gptjax.data.batches import DataLoader
 from gptjax.data.examples import classes_of, examples, told_at
 from gptjax.data.objectives import Windows, positions_within, supervised
 from gptjax.data.store import Stream, open_store
@@ -25,10 +25,10 @@ from gptjax.errors import DataError
 LABELS = ("low", "high", "odd one")
 
 
-def table(folder, rows, **changes) -> Data:
+def table(folder, rows, **changes) -> DataConfig:
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": x, "label": y}) + "\n" for x, y in rows))
     given = dict(prompt="{text}?", answer=" {label}", answers="classes", labels=LABELS, val_fraction=0.2)
-    return Data(source=str(folder / "rows.jsonl"), **(given | changes))
+    return DataConfig(source=str(folder / "rows.jsonl"), **(given | changes))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def register(monkeypatch, tmp_path):
     return make
 
 
-def asked_of(batches: Batches, steps) -> collections.Counter:
+def asked_of(batches: DataLoader, steps) -> collections.Counter:
     """(text of an example as far as it is read, label told there), of all windows of some steps."""
     found = collections.Counter()
     labels = batches.experiment.data.labels
@@ -71,9 +71,9 @@ def test_a_label_is_told_at_the_end_of_its_prompt_once_an_epoch(tmp_path):
     rows = [("x" * (i % 16) + chr(97 + i % 26), LABELS[i % 3]) for i in range(200)]
     e = TINY.override(model=dict(context_length=17), train=dict(batch_size=1, sample_tokens=0))
     data = table(tmp_path, rows)
-    e = e.override({f"data.{name}": getattr(data, name) for name in Data.__dataclass_fields__})
+    e = e.override({f"data.{name}": getattr(data, name) for name in DataConfig.__dataclass_fields__})
     e = e.override({"objective.name": "supervised"}).resolved(257, classes_of(data))
-    batches = Batches(open_store(e.data), e)
+    batches = DataLoader(open_store(e.data), e)
     stream = batches.train_streams[0]
     expected = collections.Counter((ex.parts[0].text, ex.parts[0].label) for ex in examples(data.source, data, "train"))
     assert max(len(text) for text, _ in expected) == 17, "as long as the context"
@@ -90,7 +90,7 @@ def stream_labels(batches):
 def test_every_word_has_its_tag_at_its_last_token(register):
     rows = [{"x": "ab| cde| f", "y": "O|X|O"}, {"x": "é|!", "y": "X|X"}, {"x": "g", "y": "O"}]
     register(rows)
-    data = Data(source="task:ours", answers="classes")
+    data = DataConfig(source="task:ours", answers="classes")
     (stream,) = open_store(data).train
     assert bytes(stream.ids.tolist()).decode() == "ab cde fé!g"
     #                                   a   b      c   d  e      f   é     !  g
@@ -159,7 +159,7 @@ def test_the_same_row_with_another_tag_is_other_data(register):
     keys = set()
     for tags in ("O|X", "X|O"):
         register([{"x": "a| b", "y": tags}] * 2)
-        keys.add(open_store(Data(source="task:ours", answers="classes")).key)
+        keys.add(open_store(DataConfig(source="task:ours", answers="classes")).key)
     assert len(keys) == 2
 
 
@@ -179,23 +179,23 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
 def test_tags_outside_the_set_and_words_without_tokens_are_named(register):
     register([{"x": "a", "y": "O"}, {"x": "b", "y": "Y"}])
     with pytest.raises(DataError, match=r"rows.txt:2: the label 'Y' of 'b' is none of O, X"):
-        open_store(Data(source="task:ours", answers="classes"))
+        open_store(DataConfig(source="task:ours", answers="classes"))
     register([{"x": "a|", "y": "O|X"}])
     with pytest.raises(DataError, match=r"rows.txt:1: '' has no token in this tokenizer at which 'X' could be told"):
-        open_store(Data(source="task:ours", answers="classes"))
+        open_store(DataConfig(source="task:ours", answers="classes"))
 
 
 def test_a_model_tells_one_set_of_labels(register):
-    assert classes_of(Data(source="task:sentiment", answers="classes")) == ("negative", "positive")
-    assert classes_of(Data(source="task:sentiment", labels=("a",))) == (), "answers are text"
+    assert classes_of(DataConfig(source="task:sentiment", answers="classes")) == ("negative", "positive")
+    assert classes_of(DataConfig(source="task:sentiment", labels=("a",))) == (), "answers are text"
     with pytest.raises(DataError, match=r"task:dialogue: its answers are text without labels"):
-        open_store(Data(source="task:dialogue", answers="classes"))
+        open_store(DataConfig(source="task:dialogue", answers="classes"))
     with pytest.raises(DataError, match=r"task:sentiment: its labels are negative, positive, not a, b"):
-        classes_of(Data(source="task:sentiment", answers="classes", labels=("a", "b")))
+        classes_of(DataConfig(source="task:sentiment", answers="classes", labels=("a", "b")))
     with pytest.raises(DataError, match=r"task:entities: its labels are O, .*, not negative, positive"):
-        classes_of(Data(source=("task:sentiment", "task:entities"), answers="classes"))
+        classes_of(DataConfig(source=("task:sentiment", "task:entities"), answers="classes"))
     register([], labels=("negative", "positive"))
-    both = Data(source="task:sentiment", val_source="task:ours", answers="classes")
+    both = DataConfig(source="task:sentiment", val_source="task:ours", answers="classes")
     assert classes_of(both) == ("negative", "positive")
 
 
@@ -208,10 +208,10 @@ def test_labels_stand_at_the_parts_that_have_one():
 
 @pytest.mark.usefixtures("real_data")
 def test_messages_are_words_with_tags_and_answers_again():
-    task, data = TASKS["entities"], Data(answers="classes")
+    task, data = TASKS["entities"], DataConfig(answers="classes")
     assert task.classes == TAGS and len(TAGS) == 13
     for side in ("train", "validation", "test"):
-        in_text = list(examples("task:entities", Data(), side))
+        in_text = list(examples("task:entities", DataConfig(), side))
         tagged = list(examples("task:entities", data, side))
         for text, words in zip(in_text, tagged, strict=True):
             assert text.where == words.where and words.prompt == text.values["tokens"]

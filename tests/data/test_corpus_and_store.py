@@ -16,9 +16,9 @@ from conftest import TINY, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.data import corpus, store
-from gptjax.data.batches import Batches
+from gptjax.data.batches import DataLoader
 from gptjax.data.store import open_store
 from gptjax.errors import DataError
 
@@ -26,7 +26,7 @@ DOCUMENTS = [f"document {i}: " + "words and more " * (i % 5 + 1) for i in range(
 
 
 def texts(source, **settings):
-    return list(corpus.read(str(source), Data(**settings)))
+    return list(corpus.read(str(source), DataConfig(**settings)))
 
 
 def write_tables(folder):
@@ -61,12 +61,12 @@ def test_the_rows_of_a_table_are_exact_and_know_their_lines(rows, data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         path.write_text(written.getvalue(), encoding="utf-8")
-        found = list(corpus.rows(str(path), Data()))
+        found = list(corpus.rows(str(path), DataConfig()))
         assert [(x["a"], x["b"]) for x, _ in found] == rows
         assert [where for _, where in found] == [f"{path}, line {n}" for n in lines]
         path = path.with_suffix(".jsonl")
         path.write_text("\n".join(json.dumps({"a": a}) + "\n" * (len(b) % 2) for a, b in rows))
-        found, at = list(corpus.rows(str(path), Data())), 1
+        found, at = list(corpus.rows(str(path), DataConfig())), 1
         for (a, b), (x, where) in zip(rows, found, strict=True):
             assert x == {"a": a} and where == f"{path}, line {at}"
             at += 1 + len(b) % 2
@@ -86,7 +86,7 @@ def test_tables_that_are_not_what_they_say_are_refused_with_the_line(tmp_path):
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError) as caught:
-            list(corpus.read(str(tmp_path / name), Data(column="a")))
+            list(corpus.read(str(tmp_path / name), DataConfig(column="a")))
         assert name in str(caught.value) and message in str(caught.value), name
 
 
@@ -112,7 +112,9 @@ def test_a_hub_data_set_is_read_whole_and_streamed(tmp_path, monkeypatch):
     (folder / "a.parquet").unlink()
     for streaming in (False, True):  # the hub's own reader also takes a local folder for a name
         assert texts(f"hub:{folder}", streaming=streaming) == DOCUMENTS
-    prints = [corpus.fingerprint(f"hub:{folder}", Data(hub_split=part)) for part in ("train", "train", "train[:1%]")]
+    prints = [
+        corpus.fingerprint(f"hub:{folder}", DataConfig(hub_split=part)) for part in ("train", "train", "train[:1%]")
+    ]
     assert prints[0] == prints[1] != prints[2]
     with pytest.raises(DataError, match="hub_split = 'nowhere': cannot be read"):
         texts(f"hub:{folder}", hub_split="nowhere")
@@ -156,60 +158,60 @@ def test_what_is_wrong_with_a_source_is_named(tmp_path, monkeypatch):
 
 
 def test_a_store_is_built_once_and_found_again(tmp_path):
-    data = Data(source=str(write_corpus(tmp_path)))
+    data = DataConfig(source=str(write_corpus(tmp_path)))
     first = store.open_store(data)
     before = (first.folder / "store.json").stat().st_mtime_ns
     assert store.open_store(data).key == first.key
     assert (first.folder / "store.json").stat().st_mtime_ns == before
     elsewhere = tmp_path / "copy.txt"
     elsewhere.write_bytes((tmp_path / "corpus.txt").read_bytes())
-    assert store.open_store(Data(source=str(elsewhere))).key == first.key, "the content counts, not the path"
+    assert store.open_store(DataConfig(source=str(elsewhere))).key == first.key, "the content counts, not the path"
     elsewhere.write_bytes(elsewhere.read_bytes()[:-1] + b"!")
-    assert store.open_store(Data(source=str(elsewhere))).key != first.key, "one byte makes another corpus"
+    assert store.open_store(DataConfig(source=str(elsewhere))).key != first.key, "one byte makes another corpus"
 
 
 @pytest.mark.parametrize("changes", [dict(tokenizer="char"), dict(val_fraction=0.2), dict(split="document"),
                                      dict(max_documents=1)])  # fmt: skip
 def test_whatever_decides_the_tokens_decides_the_key(tmp_path, changes):
     source = str(write_corpus(tmp_path))
-    assert store._key(Data(source=source)) != store._key(Data(source=source, **changes))
+    assert store._key(DataConfig(source=source)) != store._key(DataConfig(source=source, **changes))
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "sentencepiece"])
 def test_the_store_holds_exactly_the_text(tmp_path, kind):
     path = write_corpus(tmp_path)
     text = path.read_text()
-    opened = store.open_store(Data(source=str(path), tokenizer=kind, tokenizer_vocab_size=300, val_fraction=0.25))
+    opened = store.open_store(DataConfig(source=str(path), tokenizer=kind, tokenizer_vocab_size=300, val_fraction=0.25))
     train, val = opened.train[0].ids, opened.validation[0].ids
     cut = int(len(text) * 0.75)
     assert opened.tokenizer.decode(train) == text[:cut]
     assert opened.tokenizer.decode(val) == text[cut:]
-    assert opened.tokenizer.end_of_text not in train, "the cut document does not end in the training part"
+    assert opened.tokenizer.eos_id not in train, "the cut document does not end in the training part"
 
 
 def documents_of(opened, stream):
-    """The documents of a stream as text; each must be closed by `end_of_text`."""
+    """The documents of a stream as text; each must be closed by `eos_id`."""
     ends = [*stream.documents[1:], len(stream.ids)]
-    assert all(stream.ids[end - 1] == opened.tokenizer.end_of_text for end in ends)
+    assert all(stream.ids[end - 1] == opened.tokenizer.eos_id for end in ends)
     return [opened.tokenizer.decode(stream.ids[a:b]) for a, b in zip(stream.documents, ends, strict=True)]
 
 
 def test_a_split_by_document_keeps_documents_whole(tmp_path):
     write_tables(tmp_path)
-    opened = store.open_store(Data(source=str(tmp_path / "a.jsonl"), split="document", val_fraction=0.3))
+    opened = store.open_store(DataConfig(source=str(tmp_path / "a.jsonl"), split="document", val_fraction=0.3))
     train, validation = (documents_of(opened, s) for s in (opened.train[0], opened.validation[0]))
     assert sorted(train + validation) == sorted(DOCUMENTS) and len(validation) > 3
     # one document more moves none of the others to the other side
     more = tmp_path / "more.jsonl"
     more.write_text((tmp_path / "a.jsonl").read_text() + json.dumps({"text": "new", "other": 0}) + "\n")
-    grown = store.open_store(Data(source=str(more), split="document", val_fraction=0.3))
+    grown = store.open_store(DataConfig(source=str(more), split="document", val_fraction=0.3))
     assert [d for d in documents_of(grown, grown.validation[0]) if d != "new"] == validation
 
 
 def test_validation_text_of_its_own(tmp_path):
     (tmp_path / "train.txt").write_text("training text " * 20)
     (tmp_path / "val.txt").write_text("validation text " * 5)
-    opened = store.open_store(Data(source=str(tmp_path / "train.txt"), val_source=str(tmp_path / "val.txt")))
+    opened = store.open_store(DataConfig(source=str(tmp_path / "train.txt"), val_source=str(tmp_path / "val.txt")))
     assert opened.tokenizer.decode(opened.train[0].ids) == "training text " * 20
     assert opened.tokenizer.decode(opened.validation[0].ids) == "validation text " * 5
 
@@ -217,7 +219,7 @@ def test_validation_text_of_its_own(tmp_path):
 def test_no_text_on_one_side_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("ab")
     with pytest.raises(DataError, match="no training text is left"):
-        store.open_store(Data(source=str(tmp_path / "short.txt"), val_fraction=0.9))
+        store.open_store(DataConfig(source=str(tmp_path / "short.txt"), val_fraction=0.9))
 
 
 def test_a_build_that_is_killed_leaves_no_store(tmp_path):
@@ -245,7 +247,7 @@ def test_a_build_that_is_killed_leaves_no_store(tmp_path):
 
 def test_a_store_that_lost_bytes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))  # what is harmed here is not for other tests
-    data = Data(source=str(write_corpus(tmp_path, 3000)))
+    data = DataConfig(source=str(write_corpus(tmp_path, 3000)))
     opened = store.open_store(data)
     path = opened.folder / "0.train.tokens"
     os.truncate(path, path.stat().st_size - 2)
@@ -264,7 +266,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_refused_at_the_start_or_when_
     with pytest.raises(DataError, match=r"holds the id 32\d\d\d, and the vocabulary has only 257"):
         open_store(e.data)
     monkeypatch.setattr(store, "LOOKED_AT", 10)  # as in a corpus too large to be looked through
-    batches = Batches(open_store(e.data), e.resolved(257))
+    batches = DataLoader(open_store(e.data), e.resolved(257))
     with pytest.raises(DataError, match=r"holds the id 32\d\d\d"):
         for step in range(50):
             batches.batch(step)
@@ -281,10 +283,10 @@ def test_chunks_of_a_text_without_line_breaks():
 @pytest.mark.parametrize("kind", ["char", "sentencepiece"])
 def test_the_tokenizer_of_a_run_can_be_named_by_its_folder(tmp_path, kind):
     path = write_corpus(tmp_path)
-    first = open_store(Data(str(path), tokenizer=kind, tokenizer_vocab_size=280))
+    first = open_store(DataConfig(str(path), tokenizer=kind, tokenizer_vocab_size=280))
     folder = tmp_path / "run/tokenizer"
     folder.mkdir(parents=True)
     first.tokenizer.save(folder)
-    again = open_store(Data(str(path), tokenizer=str(folder)))
+    again = open_store(DataConfig(str(path), tokenizer=str(folder)))
     assert again.tokenizer.kind == kind and again.tokenizer.pieces == first.tokenizer.pieces
     assert (again.train[0].ids == first.train[0].ids).all()

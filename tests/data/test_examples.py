@@ -3,14 +3,14 @@
 import pytest
 
 from gptjax.checks import check
-from gptjax.config import Data, Experiment
+from gptjax.config import DataConfig, Experiment
 from gptjax.data.examples import examples, fingerprint
 from gptjax.errors import ConfigError, DataError
 
 
-def table(folder, *rows: str) -> Data:
+def table(folder, *rows: str) -> DataConfig:
     (folder / "table.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    return Data(
+    return DataConfig(
         source=str(folder / "table.csv"), prompt="Q: {text}\nA:", answer=" {label}", labels=("good", "bad"),
         val_fraction=0.2,
     )  # fmt: skip
@@ -65,5 +65,5 @@ def test_all_that_is_wrong_is_told_together_and_a_missing_column_once(tmp_path):
 )
 def test_templates_that_make_no_example_are_refused_with_the_config(changes, message):
     with pytest.raises(ConfigError, match=message):
-        check(Experiment(data=Data(**changes)))
-    check(Experiment(data=Data(prompt="{{a}} {b}:", answer=" {c}", labels=("x",))))
+        check(Experiment(data=DataConfig(**changes)))
+    check(Experiment(data=DataConfig(prompt="{{a}} {b}:", answer=" {c}", labels=("x",))))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import Objective
+from gptjax.config import ObjectiveConfig
 from gptjax.data.objectives import (
     Windows,
     causal,
@@ -116,7 +116,7 @@ def test_the_prefix_of_an_example_ends_where_its_first_answer_begins(windows):
 
 
 def masked_batch(windows, seed=0, tokenizer=BYTES, others=None, **fields):
-    objective = Objective(name="masked", **fields)
+    objective = ObjectiveConfig(name="masked", **fields)
     return make_objective(objective, tokenizer)(windows, rngs(len(windows.ids), seed), others)
 
 
@@ -207,7 +207,7 @@ WORDPIECE = json.dumps(
 
 def test_words_of_wordpiece_go_on_with_its_endings_only():
     tokenizer = WordPieceTokenizer(WORDPIECE)
-    objective = Objective(name="masked", whole_words=True, next_sentence=True)
+    objective = ObjectiveConfig(name="masked", whole_words=True, next_sentence=True)
     v = vocabulary_of(objective, tokenizer)
     assert np.flatnonzero(v.goes_on).tolist() == [5, 6]
     assert np.flatnonzero(v.text).tolist() == [4, 5, 6, 7, 8]
@@ -223,8 +223,8 @@ def test_next_sentence_takes_the_second_half_from_elsewhere_half_of_the_time():
     rows, length = 2000, 20
     here = np.tile(np.arange(length + 1, dtype=np.int32), (rows, 1))
     windows, others = (Windows(ids, np.ones(ids.shape, bool), None) for ids in (here, here + 100))
-    objective = Objective(name="masked", next_sentence=True, mask_rate=0.2)
-    assert needs_others(objective) and not needs_others(Objective(name="masked"))
+    objective = ObjectiveConfig(name="masked", next_sentence=True, mask_rate=0.2)
+    assert needs_others(objective) and not needs_others(ObjectiveConfig(name="masked"))
     _, classify, separate, follows, elsewhere = extra_ids(objective, BYTES)
     batch = make_objective(objective, BYTES)(windows, rngs(rows), others)
     assert np.all(batch.tokens[:, 0] == classify) and np.all(batch.tokens[:, 10] == separate), "never masked"
@@ -253,7 +253,7 @@ def test_the_length_of_a_pair_does_not_tell_whether_it_is_one(windows, others, s
 @given(packed(), st.booleans(), st.integers(0, 1000))
 def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
     tokenizer = BYTES if has_end else CharTokenizer("".join(map(chr, range(256))), has_end_of_text=False)
-    objective = Objective(name="fill_in", fill_in_rate=1.0)
+    objective = ObjectiveConfig(name="fill_in", fill_in_rate=1.0)
     marks = extra_ids(objective, tokenizer)
     assert marks == [tokenizer.vocab_size + i for i in range(3)]
     batch = make_objective(objective, tokenizer)(windows, rngs(len(windows.ids), seed), None)
@@ -274,7 +274,7 @@ def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
 
 
 def test_fill_in_rearranges_its_share_and_cuts_everywhere():
-    objective = Objective(name="fill_in", fill_in_rate=0.3)
+    objective = ObjectiveConfig(name="fill_in", fill_in_rate=0.3)
     tokens = make_objective(objective, BYTES)(text_windows(3000, 12), rngs(3000), None).tokens
     changed = tokens[:, 0] == 257
     assert abs(changed.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 3000)
@@ -285,10 +285,10 @@ def test_fill_in_rearranges_its_share_and_cuts_everywhere():
 
 
 def test_every_objective_names_the_ids_it_needs():
-    assert extra_tokens(Objective()) == extra_tokens(Objective(name="prefix")) == ()
-    assert extra_tokens(Objective(name="masked")) == ("mask",)
+    assert extra_tokens(ObjectiveConfig()) == extra_tokens(ObjectiveConfig(name="prefix")) == ()
+    assert extra_tokens(ObjectiveConfig(name="masked")) == ("mask",)
     for name in ("causal", "supervised"):
-        make = make_objective(Objective(name=name), BYTES)
+        make = make_objective(ObjectiveConfig(name=name), BYTES)
         windows = text_windows(2, 6)._replace(asked=np.ones((2, 7), bool))
         unused = (pytest.fail("a generator was made for nothing") for _ in range(2))
         np.testing.assert_array_equal(make(windows, unused, None).targets, windows.ids[:, 1:])

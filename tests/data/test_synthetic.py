@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.data import corpus
 from gptjax.data.store import cache_folder, open_store
 from gptjax.errors import DataError, RunError
@@ -43,7 +43,7 @@ def module(tmp_path, monkeypatch):
 
 
 def data(name, count=20, **more):
-    return Data(source=f"function:made_up:{name}", max_documents=count, **more)
+    return DataConfig(source=f"function:made_up:{name}", max_documents=count, **more)
 
 
 def test_documents_are_those_of_the_function_in_their_order(module):
@@ -91,14 +91,14 @@ def test_a_store_of_documents_and_one_of_examples(module):
 )
 def test_what_gives_no_text_is_refused_with_its_place(module, source, message):
     with pytest.raises(DataError, match=message):
-        list(corpus.read(source, Data(source=source, max_documents=4)))
+        list(corpus.read(source, DataConfig(source=source, max_documents=4)))
 
 
 def test_text_has_no_columns_and_no_end(module):
     with pytest.raises(DataError, match="a dict of columns is needed"):
         list(corpus.rows("function:made_up:text", data("text")))
     with pytest.raises(DataError, match=r"data\.max_documents"):
-        next(corpus.read("function:made_up:text", Data()))
+        next(corpus.read("function:made_up:text", DataConfig()))
 
 
 def test_a_run_folder_never_makes_a_function_run(module, tmp_path, single_device):

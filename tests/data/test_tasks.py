@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.data.examples import SAMPLES, _tell_of_sample, examples
 from gptjax.data.tasks import TASKS, baseline, find_task
 from gptjax.data.tasks.entities import tags_of
@@ -27,11 +27,11 @@ def test_a_task_that_is_not_there_is_named():
 def test_data_that_is_not_there_is_named_with_where_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setenv("GPTJAX_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"no such file, and task:translation reads it from \$GPTJAX_DATA; get it from"):
-        list(examples("task:translation", Data(), "train"))
+        list(examples("task:translation", DataConfig(), "train"))
     monkeypatch.delenv("GPTJAX_DATA")
     monkeypatch.setattr("gptjax.data.examples.SAMPLES", tmp_path)
     with pytest.raises(DataError, match=r"task:sentiment: has no sample in gptjax; set GPTJAX_DATA to the folder"):
-        list(examples("task:sentiment", Data(), "train"))
+        list(examples("task:sentiment", DataConfig(), "train"))
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.source])
@@ -57,9 +57,9 @@ def test_a_task_reads_its_data(name):
 def check_sides(name: str, least: int) -> dict:
     """Reads all sides of a task twice: the same examples, with prompts, answers, right labels and a trivial answer."""
     task = find_task(name)
-    sides = {side: list(examples(f"task:{name}", Data(), side)) for side in ("train", "validation", "test")}
+    sides = {side: list(examples(f"task:{name}", DataConfig(), side)) for side in ("train", "validation", "test")}
     assert all(len(found) >= least for found in sides.values()) and len(sides["train"]) > len(sides["test"])
-    assert sides["train"] == list(examples(f"task:{name}", Data(), "train"))
+    assert sides["train"] == list(examples(f"task:{name}", DataConfig(), "train"))
     for found in sides.values():
         assert all(any(p.asked for p in e.parts) and e.prompt.strip() and e.answer.strip() for e in found)
         assert all(not task.labels or e.answer.strip() in task.labels for e in found)
@@ -84,14 +84,14 @@ def test_the_samples_come_with_an_installed_gptjax(tmp_path):
 
 @pytest.mark.usefixtures("real_data")
 def test_sentences_of_one_text_stand_on_one_side():
-    texts = [{" ".join(e.prompt.casefold().split()) for e in examples("task:sentiment", Data(), side)}
+    texts = [{" ".join(e.prompt.casefold().split()) for e in examples("task:sentiment", DataConfig(), side)}
              for side in ("train", "validation", "test")]  # fmt: skip
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
 
 
 @pytest.mark.usefixtures("real_data")
 def test_entities_that_are_written_out_can_be_found_again():
-    found = list(examples("task:entities", Data(), "train"))
+    found = list(examples("task:entities", DataConfig(), "train"))
     same = [tags_of(e.answer, e.values["tokens"].split()) == e.values["tags"].split() for e in found]
     assert sum(same) / len(same) >= 0.99
 

@@ -64,7 +64,7 @@ def test_round_trip_is_exact(tokens, text):
     ids = tokens.encode(text)
     assert ids.dtype == np.int32
     assert tokens.decode(ids) == text
-    assert tokens.end_of_text not in ids, "text can never end a document"
+    assert tokens.eos_id not in ids, "text can never end a document"
 
 
 @every_lossless
@@ -81,7 +81,7 @@ def test_streaming_never_splits_a_character(tokens):
 def test_saved_and_loaded_is_the_same(tokens, tmp_path):
     tokens.save(tmp_path)
     loaded = tokenizer.load(tmp_path)
-    assert loaded.pieces == tokens.pieces and loaded.end_of_text == tokens.end_of_text
+    assert loaded.pieces == tokens.pieces and loaded.eos_id == tokens.eos_id
     np.testing.assert_array_equal(loaded.encode(CORPUS), tokens.encode(CORPUS))
 
 
@@ -105,7 +105,7 @@ def test_cutting_a_long_text_changes_no_token(tokens, seed, size):
 def test_char_knows_its_characters_and_names_any_other(tmp_path):
     tokens = CharTokenizer("".join(sorted(set("hello 世界😀\n"))), has_end_of_text=False)
     text = "hell 世😀\no"
-    assert tokens.decode(tokens.encode(text)) == text and tokens.end_of_text is None
+    assert tokens.decode(tokens.encode(text)) == text and tokens.eos_id is None
     for other in ("é", "\U0010ffff", "\ud800"):
         with pytest.raises(DataError, match="at character 2 is none of the"):
             tokens.encode("he" + other)
@@ -125,8 +125,8 @@ def test_sentencepiece_learns_the_same_pieces_twice_and_compresses():
 
 def test_special_tokens_are_text_in_a_text():
     tokens = LOSSLESS["bpe"]
-    assert tokens.pieces[tokens.end_of_text] == b""
-    assert tokens.decode([*tokens.encode("a"), tokens.end_of_text, *tokens.encode("b")]) == "ab"
+    assert tokens.pieces[tokens.eos_id] == b""
+    assert tokens.decode([*tokens.encode("a"), tokens.eos_id, *tokens.encode("b")]) == "ab"
 
 
 def test_a_normalising_tokenizer_says_so():
@@ -236,7 +236,7 @@ def test_bpe_that_does_more_than_cut_is_left_to_the_engine(change):
 
 def test_gpt2_vocabulary_gives_gpt2s_ids(real_data):
     tokens = BPETokenizer.from_path(real_data / "gpt2_bpe")
-    assert tokens.vocab_size == 50257 and tokens.end_of_text == 50256
+    assert tokens.vocab_size == 50257 and tokens.eos_id == 50256
     # ids as published in the examples of openai/gpt-2 and transformers
     assert tokens.encode("Hello world").tolist() == [15496, 995]
     assert tokens.encode("Once upon a time").tolist() == [7454, 2402, 257, 640]
@@ -384,12 +384,12 @@ def check_same(tokens, ids, expected):
 def test_what_was_written_for_hugging_face_comes_back(there_and_back, name, text):
     tokens, _, back = there_and_back(name)
     assert back.pieces == tokens.pieces
-    assert (back.begin_of_text, back.end_of_text) == (tokens.begin_of_text, tokens.end_of_text)
+    assert (back.bos_id, back.eos_id) == (tokens.bos_id, tokens.eos_id)
     if name.startswith("char"):
         text = "".join(c for c in text if c in KNOWN)
     expected, ids = tokens.encode(text), back.encode(text)
     check_same(tokens, ids, expected)
-    assert tokens.end_of_text not in expected, "text can never end a document"
+    assert tokens.eos_id not in expected, "text can never end a document"
     assert back.decode(ids) == tokens.decode(ids)
 
 
@@ -401,11 +401,11 @@ def test_transformers_gives_the_same_ids_and_texts(there_and_back, name, config)
     if config:
         (folder / "config.json").write_text(json.dumps({"model_type": config}))
     auto = auto_tokenizer.from_pretrained(folder)
-    assert len(auto) == tokens.vocab_size and auto.eos_token_id == tokens.end_of_text
+    assert len(auto) == tokens.vocab_size and auto.eos_token_id == tokens.eos_id
     for text in TEXTS:
         ids = auto(text)["input_ids"]
         if name == "wordpiece":
-            assert ids.pop() == tokens.end_of_text
+            assert ids.pop() == tokens.eos_id
         check_same(tokens, ids, tokens.prompt(text))
         if name != "wordpiece":
             given = auto.decode(ids, skip_special_tokens=True)
@@ -436,9 +436,7 @@ def sentencepiece_model_of(name):
 
 def test_llama_tokenizers_write_a_space_before_a_text_which_whole_texts_drop(tmp_path):
     tokens = imported(tmp_path, "llama")
-    assert (
-        type(tokens) is PieceTokenizer and tokens.first_space and (tokens.begin_of_text, tokens.end_of_text) == (1, 2)
-    )
+    assert type(tokens) is PieceTokenizer and tokens.first_space and (tokens.bos_id, tokens.eos_id) == (1, 2)
     for text in ["the", " the", "  two", "字😀", ""]:
         ids = tokens.prompt(text)
         assert ids[0] == 1 and tokens.decode(ids, whole=True) == text == "".join(tokens.stream(ids, whole=True))
@@ -450,7 +448,7 @@ def test_llama_tokenizers_write_a_space_before_a_text_which_whole_texts_drop(tmp
 def test_special_words_are_text_except_in_a_template(tmp_path):
     tokens = imported(tmp_path, "llama3")
     begin, end = (tokens.special_tokens[word] for word in ("<|begin_of_text|>", "<|eot_id|>"))
-    assert (tokens.begin_of_text, tokens.end_of_text) == (begin, end)
+    assert (tokens.bos_id, tokens.eos_id) == (begin, end)
     text = "<|begin_of_text|>hi<|eot_id|>"
     assert tokens.encode_special(text).tolist() == [begin, *tokens.encode("hi"), end]
     assert tokens.decode(tokens.encode(text)) == text and begin not in tokens.encode(text)
@@ -463,30 +461,30 @@ def test_a_foreign_tokenizer_saved_and_loaded_is_the_same(there_and_back, name, 
     tokens.save(tmp_path)
     loaded = tokenizer.load(tmp_path)
     assert type(loaded) is type(tokens) and loaded.pieces == tokens.pieces and loaded.caveat == tokens.caveat
-    assert (loaded.begin_of_text, loaded.end_of_text) == (tokens.begin_of_text, tokens.end_of_text)
+    assert (loaded.bos_id, loaded.eos_id) == (tokens.bos_id, tokens.eos_id)
     np.testing.assert_array_equal(loaded.prompt(CORPUS), tokens.prompt(CORPUS))
 
 
 def test_descriptions_of_older_versions_load(tmp_path):
     LOSSLESS["bpe"].save(tmp_path)
     assert json.loads((tmp_path / tokenizer.DESCRIPTION).read_text()) == {"format": 1, "kind": "bpe"}
-    assert tokenizer.load(tmp_path).begin_of_text is None
+    assert tokenizer.load(tmp_path).bos_id is None
 
 
 def test_bert_words(tmp_path):
     tokens = imported(tmp_path, "wordpiece")
-    assert type(tokens) is WordPieceTokenizer and tokens.special_tokens["[CLS]"] == tokens.begin_of_text
+    assert type(tokens) is WordPieceTokenizer and tokens.special_tokens["[CLS]"] == tokens.bos_id
     assert tokens.decode(tokens.prompt("The  QUICK foxes"), whole=True) == "the quick foxes"
     assert "lower case" in tokens.caveat
     bert = pytest.importorskip("transformers").BertTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert bert(text)["input_ids"] == [*tokens.prompt(text), tokens.end_of_text]
+        assert bert(text)["input_ids"] == [*tokens.prompt(text), tokens.eos_id]
 
 
 def test_llama_and_gpt2_of_transformers_agree(tmp_path, real_data):
     transformers = pytest.importorskip("transformers")
     gpt2 = from_huggingface(real_data / "gpt2_bpe")
-    assert gpt2.begin_of_text is None and gpt2.end_of_text == 50256
+    assert gpt2.bos_id is None and gpt2.eos_id == 50256
     assert gpt2.special_tokens == {"<|endoftext|>": 50256}
     reference = transformers.GPT2Tokenizer.from_pretrained(real_data / "gpt2_bpe")
     llama = imported(tmp_path, "llama")
@@ -497,7 +495,7 @@ def test_llama_and_gpt2_of_transformers_agree(tmp_path, real_data):
         if not text.startswith((" ", "▁")):  # transformers 5 writes no space before one; SentencePiece and Llama 2 do
             assert other(text)["input_ids"] == llama.prompt(text).tolist()
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    assert from_huggingface(tmp_path).begin_of_text is None
+    assert from_huggingface(tmp_path).bos_id is None
 
 
 def test_words_beside_the_files_of_gpt2_are_added(tmp_path):
@@ -508,7 +506,7 @@ def test_words_beside_the_files_of_gpt2_are_added(tmp_path):
     config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>", "lstrip": False}}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(config))
     tokens = from_huggingface(tmp_path)
-    assert (tokens.begin_of_text, tokens.end_of_text, tokens.vocab_size) == (None, 258, 259)
+    assert (tokens.bos_id, tokens.eos_id, tokens.vocab_size) == (None, 258, 259)
     assert tokens.encode_special("<|im_start|>a<|im_end|>").tolist() == [257, *tokens.encode("a"), 258]
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 999}')
     with pytest.raises(DataError, match=r"'<\|im_end\|>' should be 999, and is 257"):

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from gptjax.config import Data
+from gptjax.config import DataConfig
 from gptjax.data.examples import examples
 from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer, SentencePieceTokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.chat import Chat
+from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.rules import Sampling
-from gptjax.inference.writer import Writer
+from gptjax.inference.sampling import SamplingParams
 from gptjax.model.gpt import init_params
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}
@@ -32,13 +32,13 @@ def chat_tokenizer():
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     engine.add_special_tokens([AddedToken(word, special=True) for word in ("<|begin|>", "<|start|>", "<|end|>")])
-    return BPETokenizer(engine.to_str(), begin_of_text=256, end_of_text=258)
+    return BPETokenizer(engine.to_str(), bos_id=256, eos_id=258)
 
 
 def writer_of(tokenizer, template=None, context=96):
     model = tiny_model(vocab_size=tokenizer.vocab_size, context_length=context)
     params = init_params(model, jax.random.key(0))
-    return Writer(Pretrained("talker", model, params, tokenizer, chat_template=template))
+    return Generator(Pretrained("talker", model, params, tokenizer, chat_template=template))
 
 
 def test_the_prompt_is_what_the_template_says():
@@ -55,7 +55,7 @@ def test_the_prompt_is_what_the_template_says():
 def test_a_dialogue_in_chat_is_one_that_the_dialogue_task_trains_on(monkeypatch):
     """Token for token up to where the agent speaks; and the agent learns to stop where chat listens for it."""
     monkeypatch.delenv("GPTJAX_DATA", raising=False)  # so that it is the sample
-    found = list(examples("task:dialogue", Data(), "train"))
+    found = list(examples("task:dialogue", DataConfig(), "train"))
     texts = ["".join(part.text for part in example.parts) for example in found]
     for tokenizer in (ByteTokenizer(), SentencePieceTokenizer.train(texts, 400)):
         chat = Chat(writer_of(tokenizer), new_tokens=8)
@@ -82,7 +82,7 @@ def test_a_user_who_writes_special_tokens_writes_text():
 def test_history_is_kept_and_forgotten_from_its_beginning():
     chat = Chat(writer_of(ByteTokenizer(), context=96), system="Speak.", new_tokens=10)
     for turn in range(5):
-        answer = "".join(chat.reply(f"question {turn}", Sampling(), seed=turn))
+        answer = "".join(chat.reply(f"question {turn}", SamplingParams(), seed=turn))
         assert chat.messages[-2:] == [
             {"role": "user", "content": f"question {turn}"},
             {"role": "assistant", "content": answer.strip()},
@@ -96,14 +96,14 @@ def test_history_is_kept_and_forgotten_from_its_beginning():
 
 def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came():
     chat = Chat(writer_of(ByteTokenizer()), new_tokens=20)
-    parts = chat.reply("hello", Sampling(logit_bias=tuple((i, 60.0) for i in b"abc")))
+    parts = chat.reply("hello", SamplingParams(logit_bias=tuple((i, 60.0) for i in b"abc")))
     heard = next(parts) + next(parts)
     parts.close()
     assert chat.messages[-1]["content"] == heard.strip()
 
 
 def test_an_answer_begins_with_its_first_visible_character():
-    sampling = Sampling(logit_bias=tuple((i, 60.0) for i in b" a"))
+    sampling = SamplingParams(logit_bias=tuple((i, 60.0) for i in b" a"))
     chat = Chat(writer_of(ByteTokenizer()), new_tokens=20)
     answers = ["".join(chat.reply("hello", sampling, seed)) for seed in range(6)]
     assert any(" " in a for a in answers) and not any(a.startswith(" ") for a in answers)
@@ -115,8 +115,8 @@ def test_what_cannot_be_said_is_refused():
     with pytest.raises(PromptError, match=r"max_new_tokens = 96: leaves no room"):
         Chat(writer, new_tokens=96)
     with pytest.raises(PromptError, match="that is more than the context of 96"):
-        list(Chat(writer, new_tokens=10).reply("x" * 90, Sampling()))
+        list(Chat(writer, new_tokens=10).reply("x" * 90, SamplingParams()))
     for template, message in [("{% if %}", "refuses"), ("{{ raise_exception('no system') }}", "no system"),
                               ("{{ ''.__class__.__mro__ }}", "refuses")]:  # fmt: skip
         with pytest.raises(PromptError, match=message):
-            list(Chat(writer_of(ByteTokenizer(), template), new_tokens=10).reply("hi", Sampling()))
+            list(Chat(writer_of(ByteTokenizer(), template), new_tokens=10).reply("hi", SamplingParams()))

@@ -14,10 +14,10 @@ from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.constrained import Grammar
 from gptjax.inference.generate import generate
+from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.rules import Sampling
+from gptjax.inference.sampling import SamplingParams
 from gptjax.inference.speculative import PromptLookup, speculate
-from gptjax.inference.writer import Writer
 from gptjax.model.gpt import init_params
 
 SCHEMA = {
@@ -35,7 +35,7 @@ SCHEMA = {
 
 def writer_of(tokenizer):
     model = tiny_model(vocab_size=tokenizer.vocab_size + 3, context_length=64, positions="rope")
-    return Writer(Pretrained("random", model, init_params(model, jax.random.key(0)), tokenizer))
+    return Generator(Pretrained("random", model, init_params(model, jax.random.key(0)), tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def writer():
 
 def texts(writer, grammar, count=12, sampling=None, new_tokens=400):
     guides = [grammar.guide() for _ in range(count)]
-    done = writer.complete(["The answer: "], new_tokens, sampling or Sampling(), count=count, guides=guides)
+    done = writer.complete(["The answer: "], new_tokens, sampling or SamplingParams(), count=count, guides=guides)
     assert all(c.ended for c in done) and all(g.complete for g in guides)
     return [c.text for c in done]
 
@@ -62,9 +62,9 @@ def test_every_sample_fits_the_json_schema(writer):
 
 @pytest.mark.parametrize("pattern", [r"[0-9]{3}-[a-z]{2,5}", r"(yes|no|né)!?", r"[0-9]{1,4}\.[^a-y]{2}"])
 def test_every_sample_matches_the_expression(writer, pattern):
-    made = texts(writer, Grammar(writer.tokenizer, "regex", pattern), sampling=Sampling(temperature=2.0))
+    made = texts(writer, Grammar(writer.tokenizer, "regex", pattern), sampling=SamplingParams(temperature=2.0))
     assert all(re.fullmatch(pattern, text) for text in made) and len(set(made)) > 1
-    greedy = texts(writer, Grammar(writer.tokenizer, "regex", pattern), 2, Sampling(temperature=0))
+    greedy = texts(writer, Grammar(writer.tokenizer, "regex", pattern), 2, SamplingParams(temperature=0))
     assert greedy[0] == greedy[1] and re.fullmatch(pattern, greedy[0])
 
 
@@ -77,7 +77,7 @@ def test_every_sample_is_of_the_grammar_even_without_an_end_of_text():
 
 def test_a_text_that_was_broken_off_is_not_called_whole(writer):
     guide = Grammar(writer.tokenizer, "regex", "[a-z]{20}").guide()
-    (done,) = writer.complete(["x"], 5, Sampling(), guides=[guide])
+    (done,) = writer.complete(["x"], 5, SamplingParams(), guides=[guide])
     assert not done.ended and not guide.complete and re.fullmatch("[a-z]{5}", done.text)
 
 

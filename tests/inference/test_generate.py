@@ -12,11 +12,11 @@ from gptjax.inference.cache import bucket, slots_for
 from gptjax.inference.engine import make_engine
 from gptjax.inference.generate import Request, generate
 from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.rules import Sampling
+from gptjax.inference.sampling import SamplingParams
 from gptjax.model.gpt import GPT, init_params
 
 MODEL = tiny_model(vocab_size=257, context_length=32)
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def pretrained_of(model, scale=12.0):
@@ -101,8 +101,8 @@ def test_a_text_depends_on_its_seed_and_not_on_its_company(engine):
 def test_each_text_has_rules_and_a_length_of_its_own(engine):
     requests = [
         ask([1, 2, 3], 4, sampling=GREEDY),
-        ask([1, 2, 3], 9, sampling=Sampling(temperature=5.0, top_k=3), seed=2),
-        ask([1, 2, 3], 6, sampling=Sampling(temperature=0, logit_bias=((65, 1e4),))),
+        ask([1, 2, 3], 9, sampling=SamplingParams(temperature=5.0, top_k=3), seed=2),
+        ask([1, 2, 3], 6, sampling=SamplingParams(temperature=0, logit_bias=((65, 1e4),))),
     ]
     texts = made(engine, requests)
     assert [len(t) for t in texts] == [4, 9, 6] and texts[2] == [65] * 6
@@ -111,7 +111,7 @@ def test_each_text_has_rules_and_a_length_of_its_own(engine):
 
 
 def test_log_probabilities_are_those_of_the_model(engine):
-    request = ask([1, 2, 3], 6, sampling=Sampling(temperature=2.0, top_k=5, repetition_penalty=1.5))
+    request = ask([1, 2, 3], 6, sampling=SamplingParams(temperature=2.0, top_k=5, repetition_penalty=1.5))
     steps = list(generate(engine, [request]))
     ids = [1, 2, 3] + [int(s.tokens[0]) for s in steps]
     logits = GPT(MODEL).apply({"params": pretrained_of(MODEL).params}, jnp.array([ids]))
@@ -124,8 +124,8 @@ def test_nothing_is_compiled_for_a_token_or_a_prompt(engine):
 
     made(engine, [ask([1, 2, 3], 8)])
     before = _read_and_choose._cache_size()
-    made(engine, [ask([5] * 11, 20, seed=9, sampling=Sampling(0.3))])
-    made(engine, [ask([5] * 11, 20, seed=9, sampling=Sampling(0.4))])
+    made(engine, [ask([5] * 11, 20, seed=9, sampling=SamplingParams(0.3))])
+    made(engine, [ask([5] * 11, 20, seed=9, sampling=SamplingParams(0.4))])
     assert _read_and_choose._cache_size() == before + 2, "once to read and once to write, for the new rule alone"
 
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_continued_is_refused(engine):
             generate(engine, [request])
     assert [len(t) for t in made(engine, [ask([1] * 30, 2), ask([1], 0)])] == [2, 0]
     with pytest.raises(PromptError, match="leave no token"):
-        made(engine, [ask([1], 5, sampling=Sampling(logit_bias=tuple((i, -np.inf) for i in range(257))))])
+        made(engine, [ask([1], 5, sampling=SamplingParams(logit_bias=tuple((i, -np.inf) for i in range(257))))])
 
 
 def test_a_model_that_sees_everything_cannot_generate():

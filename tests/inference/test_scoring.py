@@ -55,7 +55,7 @@ def test_every_token_is_scored_once_as_one_pass_for_each_token_would(tiny, strid
     ids, context = random_ids(41), tiny.model.context_length
     scored = score(tiny, ids, stride, batch_size=3)
     assert len(scored.nats) == len(scored.seen) == 41
-    whole = np.concatenate([[tiny.tokenizer.end_of_text], ids])  # a text begins after the end of another
+    whole = np.concatenate([[tiny.tokenizer.eos_id], ids])  # a text begins after the end of another
     padded = np.zeros(context, np.int32)
     for i in range(41):
         seen = scored.seen[i]

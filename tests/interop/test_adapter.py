@@ -14,18 +14,18 @@ import pytest
 from conftest import TINY
 from test_huggingface import CASES, TEXT, drawn, edit, made, named, with_tokenizer
 
+from gptjax.commands.exchange import export, import_
 from gptjax.errors import Disagreement, ExchangeError, GptjaxError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.adapter import WEIGHTS, save_adapter
-from gptjax.interop.agreement import agreement, logits
 from gptjax.interop.huggingface import load_folder, read_config
 from gptjax.interop.layout import nested
+from gptjax.interop.logit_check import agreement, logits
 from gptjax.interop.open import open_model
 from gptjax.interop.saving import choose_family, save_folder
 from gptjax.model.gpt import init_params
 from gptjax.model.weights import merged
 from gptjax.training import train
-from gptjax.verbs.exchange import export, import_
 
 TARGETS = ("tokens", "query", "key", "value", "out", "up", "down", "gate")
 
@@ -244,7 +244,7 @@ def test_a_base_of_another_shape_is_refused_before_anything_is_written(tmp_path)
 
 
 def test_without_peft_gptjax_reads_the_adapter_again(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("gptjax.interop.agreement.find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr("gptjax.interop.logit_check.find_spec", lambda name: None if name == "peft" else name)
     found = agreement(adapted(made({}), 0), tmp_path / "base", adapter)
     assert found.difference < 1e-5 and found.other.endswith("as peft is not installed")
 

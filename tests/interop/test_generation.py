@@ -5,10 +5,10 @@ import pytest
 
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.data.tokenizer_formats import to_huggingface
-from gptjax.inference.beams import Beams, beam_search
+from gptjax.inference.beams import BeamConfig, beam_search
 from gptjax.inference.engine import make_engine
 from gptjax.inference.generate import Request, generate
-from gptjax.inference.rules import Sampling
+from gptjax.inference.sampling import SamplingParams
 from gptjax.interop.huggingface import load_folder
 
 torch = pytest.importorskip("torch")
@@ -78,13 +78,13 @@ def ours(engine, prompts, sampling):
 def test_greedy_texts_are_those_of_transformers(pair, rules):
     model, engine = pair
     alone = [theirs(model, [p], **rules)[0] for p in PROMPTS]
-    assert ours(engine, PROMPTS, Sampling(temperature=0, **rules)) == alone
+    assert ours(engine, PROMPTS, SamplingParams(temperature=0, **rules)) == alone
     if not rules:
         assert theirs(model, PROMPTS) == alone, "ragged batches there as here"
 
 
-LONG = Beams(5, 2.0)
-OTHERS = [Beams(2), Beams(4, -0.5), Beams(3, 1.0, True), Beams(4, 0.7, "never")]
+LONG = BeamConfig(5, 2.0)
+OTHERS = [BeamConfig(2), BeamConfig(4, -0.5), BeamConfig(3, 1.0, True), BeamConfig(4, 0.7, "never")]
 SEARCHES = [(family, LONG) for family in FAMILIES] + [(gpt2, beams) for beams in OTHERS]  # which know no family
 
 
@@ -93,10 +93,13 @@ def test_beams_are_those_of_transformers(pair, beams):
     """With a stop token that the texts often reach, and all that were found, in their order."""
     model, engine = pair
     for prompt, penalty in [(PROMPTS[0], 1.0), (PROMPTS[2], 1.3)]:
-        free = ours(engine, [prompt], Sampling(temperature=0))[0]
+        free = ours(engine, [prompt], SamplingParams(temperature=0))[0]
         stop = free[4]
         found = beam_search(
-            engine, Request(np.array(prompt, np.int32), NEW, Sampling(0, repetition_penalty=penalty)), beams, (stop,)
+            engine,
+            Request(np.array(prompt, np.int32), NEW, SamplingParams(0, repetition_penalty=penalty)),
+            beams,
+            (stop,),
         )
         expected = theirs(
             model, [prompt], num_beams=beams.count, num_return_sequences=beams.count, eos_token_id=stop,

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from conftest import tiny_model, tiny_run
 
-from gptjax.config import Experiment, Model
-from gptjax.data.batches import Place
+from gptjax.config import Experiment, ModelConfig
+from gptjax.data.batches import DataPosition
 from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.errors import Disagreement, ExchangeError, GptjaxError, RunError
 from gptjax.inference.pretrained import Pretrained
-from gptjax.interop.agreement import Agreement, agreement, insist, logits, rounded
 from gptjax.interop.huggingface import load_folder
 from gptjax.interop.layout import nested, weight_shapes
+from gptjax.interop.logit_check import Agreement, agreement, insist, logits, rounded
 from gptjax.interop.open import fetch, open_model
 from gptjax.interop.runs import import_run
 from gptjax.interop.saving import choose_family, save_folder
@@ -35,12 +35,12 @@ from gptjax.training.evaluation import evaluate_run
 from gptjax.training.optim import evaluation_params
 from gptjax.training.run import open_run, start_run
 from gptjax.training.state import leaf_name
-from gptjax.training.workshop import (
+from gptjax.training.train_setup import (
+    build_train_setup,
     check_start,
     create_state,
     first_state,
     load_params,
-    prepare,
     restore_state,
 )
 
@@ -79,7 +79,7 @@ CASES = [(family, changes) for family, several in MODELS.items() for changes in 
 
 def made(changes: dict, seed: int = 0) -> Pretrained:
     """A model whose norms and biases are not what they begin as."""
-    model, rng = Model(**SMALL | changes).resolved(), np.random.default_rng(seed)
+    model, rng = ModelConfig(**SMALL | changes).resolved(), np.random.default_rng(seed)
     shapes = weight_shapes(model)
     layers = {name: (model.num_layers,) if name.startswith("blocks.") else () for name in shapes}
     weights = {name: rng.normal(0.2, 0.3, (*layers[name], *shape)).astype(np.float32) for name, shape in shapes.items()}
@@ -604,29 +604,29 @@ def test_training_starts_from_an_imported_run_and_never_in_it(tmp_path):
     changes = {name: getattr(model, name) for name in SMALL}
     ours = made(changes)
     imported = import_run(ours, tmp_path / "imported", "ours")
-    shop = prepare(e.override(init=str(imported.folder)), one_device())
+    setup = build_train_setup(e.override(init=str(imported.folder)), one_device())
     for refused in (
-        lambda: start_run(imported.folder, shop.experiment, shop.store),
+        lambda: start_run(imported.folder, setup.experiment, setup.store),
         lambda: evaluate_run(imported),
         lambda: replay(imported, 1),
     ):
         with pytest.raises(RunError, match=r"holds weights imported from ours.*--init"):
             refused()
     with pytest.raises(RunError, match=r"holds imported weights and nothing to train on from; name this run as init"):
-        restore_state(checkpoint.choose(imported.checkpoints), shop.abstract, shop.experiment)
-    check_start(shop)
-    assert_same_bits(first_state(shop, None).params, ours.params)
+        restore_state(checkpoint.choose(imported.checkpoints), setup.abstract, setup.experiment)
+    check_start(setup)
+    assert_same_bits(first_state(setup, None).params, ours.params)
 
 
 @pytest.mark.parametrize("changes", [{"optim.ema_decay": 0.5}, SCHEDULE_FREE, {}])
 def test_only_the_weights_are_read_from_a_full_checkpoint(tmp_path, monkeypatch, changes):
-    shop = prepare(tiny_run(tmp_path, **changes), one_device())
-    state = create_state(shop.experiment, shop.tx, shop.abstract)
-    start_run(tmp_path, shop.experiment, shop.store)
+    setup = build_train_setup(tiny_run(tmp_path, **changes), one_device())
+    state = create_state(setup.experiment, setup.tx, setup.abstract)
+    start_run(tmp_path, setup.experiment, setup.store)
     run = open_run(tmp_path)
-    writer = checkpoint.Writer(run.checkpoints, 1, 0)
+    writer = checkpoint.CheckpointWriter(run.checkpoints, 1, 0)
     moved = jax.tree.map(lambda x: x + 1 if x.ndim > 1 else x, state.opt_state)
-    writer.save(state._replace(opt_state=moved), Place())
+    writer.save(state._replace(opt_state=moved), DataPosition())
     writer.close()
     seen, restore = [], checkpoint.restore
     monkeypatch.setattr(checkpoint, "restore", lambda c, abstract: seen.append(abstract) or restore(c, abstract))
@@ -670,7 +670,7 @@ def test_disagreement_has_an_exit_code_of_its_own(folder):
 
 
 def test_without_transformers_gptjax_reads_the_folder_again(folder, monkeypatch):
-    monkeypatch.setattr("gptjax.interop.agreement.find_spec", lambda name: None)
+    monkeypatch.setattr("gptjax.interop.logit_check.find_spec", lambda name: None)
     found = agreement(made({}), folder)
     assert found.difference == 0 and "not installed" in found.other
     assert rounded(made({}), "bfloat16").params["final_norm"]["scale"].dtype == jnp.bfloat16

@@ -14,9 +14,9 @@ from made_runs import BASE, make_run, make_sweep
 from gptjax.errors import GptjaxError
 from gptjax.lab.comparison import compare, judge
 from gptjax.lab.progress import note
+from gptjax.lab.text_report import as_json, as_text
 from gptjax.lab.trials import read_sweep, trials_of, write_sweep
 from gptjax.lab.variants import variants_of
-from gptjax.lab.words import as_json, as_text
 from gptjax.tuning.intervals import over_runs
 
 

@@ -45,7 +45,7 @@ def run(monkeypatch, capfd):
     def one(*arguments):
         monkeypatch.setattr(sys, "argv", ["gptjax", "repro", *map(str, arguments)])
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-        monkeypatch.setattr("gptjax.verbs.repro.start_jax", lambda: None)
+        monkeypatch.setattr("gptjax.commands.repro.start_jax", lambda: None)
         monkeypatch.setattr("os._exit", sys.exit)
         code = 0
         try:

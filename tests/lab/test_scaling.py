@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from processes import ROOT
 from scipy.optimize import least_squares
 
+from gptjax.commands.scale import scale
 from gptjax.config import zip_
 from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.lab import laws, scaling
 from gptjax.lab.laws import Law, bootstrap, can_fit, fit, interval
 from gptjax.lab.trials import Trial
-from gptjax.verbs.scale import scale
 
 COMPUTE = np.geomspace(1e11, 3e12, 7)[:, None]
 FAR = np.array([[1e13]])  # 100 times the smallest

@@ -19,21 +19,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import PATIENCE, QUICK, ROOT
 
-from gptjax.config import Between, Experiment, Search, grid, zip_
+from gptjax.commands.sweep import sweep
+from gptjax.config import Experiment, Search, Uniform, grid, zip_
 from gptjax.errors import ConfigError, GptjaxError, Interrupted, RunError
 from gptjax.lab import local
 from gptjax.lab.comparison import compare
-from gptjax.lab.live import Progress
+from gptjax.lab.live_table import Progress
 from gptjax.lab.local import Local, places
 from gptjax.lab.progress import memory_needed, note, noted, seconds_needed, state_of
-from gptjax.lab.search import Searched
-from gptjax.lab.sweep import Fixed, train_missing
+from gptjax.lab.search import SearchPlan
+from gptjax.lab.sweep import FixedPlan, train_missing
 from gptjax.lab.trials import Trial, read_sweep, trials_of, write_sweep
 from gptjax.lab.variants import variants_of
 from gptjax.loading import load_experiment, load_sweep
 from gptjax.training.lock import holder
 from gptjax.training.metrics import num_params
-from gptjax.verbs.sweep import sweep
 
 LEARNER = """
 import json, signal, sys, time
@@ -155,7 +155,7 @@ def test_the_machine_is_divided_evenly(workers, cores, cards):
 def test_a_failing_trial_does_not_stop_the_others_and_is_tried_again(tmp_path, learner, capsys):
     trials = made(tmp_path / "s", ("good", "bad"))
     with Progress() as show:
-        states = train_missing(Fixed(trials), Local(2), show)
+        states = train_missing(FixedPlan(trials), Local(2), show)
     assert {name: s.status for name, s in states.items()} == {
         "good-seed0": "done", "bad-seed0": "failed", "good-seed1": "done", "bad-seed1": "failed"
     }  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_failing_trial_does_not_stop_the_others_and_is_tried_again(tmp_path, l
     assert "bad-seed0 failed (exit code 2), and ended with\n    what went wrong" in told
     notes = {t.name: noted(t) for t in trials}
     learner.write_text(LEARNER.replace('"bad"', '"worse"'))  # mended
-    states = train_missing(Fixed(trials), Local(1), silent)
+    states = train_missing(FixedPlan(trials), Local(1), silent)
     assert all(s.done for s in states.values())
     assert {t.name for t in trials if noted(t) != notes[t.name]} == {"bad-seed0", "bad-seed1"}, "only what was missing"
 
@@ -173,7 +173,7 @@ def test_a_trial_that_is_killed_has_failed_unless_we_killed_it(tmp_path, learner
         LEARNER.replace("sys.exit(2)", "os.kill(os.getpid(), signal.SIGKILL)").replace("json,", "json, os,")
     )
     trials = made(tmp_path / "s", ("bad", "good"), seeds=1)
-    states = train_missing(Fixed(trials), Local(1), silent)
+    states = train_missing(FixedPlan(trials), Local(1), silent)
     assert states["bad-seed0"].status == "failed" and "for want of memory" in states["bad-seed0"].why
     assert states["good-seed0"].done
     trial = made(tmp_path / "t", ("slow",), seeds=1, steps=4000)[0]
@@ -191,12 +191,14 @@ def test_no_more_than_fit_run_at_once(tmp_path, learner, monkeypatch):
     monkeypatch.setattr(local, "memory_available", lambda: 2.5 * needed)
     seen = []
     train_missing(
-        Fixed(trials), Local(4), lambda _, states, __: seen.append(sum(s.status == "running" for s in states.values()))
+        FixedPlan(trials),
+        Local(4),
+        lambda _, states, __: seen.append(sum(s.status == "running" for s in states.values())),
     )
     assert max(seen) == 2
     trials = made(tmp_path / "t", seeds=1)
     monkeypatch.setattr(local, "memory_available", lambda: 0.0)
-    states = train_missing(Fixed(trials), Local(2), silent)
+    states = train_missing(FixedPlan(trials), Local(2), silent)
     assert all(s.done for s in states.values()), "one at a time is always tried"
 
 
@@ -219,7 +221,7 @@ def test_ctrl_c_saves_every_trial_and_the_same_command_goes_on(tmp_path, learner
     assert [state_of(t).status for t in trials] == ["stopped", "stopped"]
     assert not any(holder(t.folder) for t in trials)
     learner.write_text(LEARNER.replace("time.sleep(0.02)", "pass"))
-    assert all(s.done for s in train_missing(Fixed(trials), Local(2), silent).values())
+    assert all(s.done for s in train_missing(FixedPlan(trials), Local(2), silent).values())
     for trial in trials:
         steps = [json.loads(line)["step"] for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 401)), "nothing is made twice"
@@ -234,7 +236,7 @@ def test_a_request_to_stop_is_passed_on_whenever_it_comes(tmp_path, learner):
             signal.raise_signal(signal.SIGTERM)  # while the table is drawn, not in the pause between two looks
 
     with pytest.raises(Interrupted, match="every trial of this command is saved"):
-        train_missing(Fixed(trials), Local(2), show)
+        train_missing(FixedPlan(trials), Local(2), show)
     assert all(3 < state_of(t).step < 4000 for t in trials)
     assert not any(holder(t.folder) for t in trials)
 
@@ -247,7 +249,7 @@ def test_after_kill_9_the_same_command_waits_for_what_still_runs_and_runs_nothin
     process.wait()
     assert [state_of(t).status for t in trials] == ["running", "running", "new", "new"]
     assert "process" in state_of(trials[0]).why
-    states = train_missing(Fixed(trials), Local(2), silent)
+    states = train_missing(FixedPlan(trials), Local(2), silent)
     assert all(s.done for s in states.values())
     for trial in trials:
         steps = [json.loads(line)["step"] for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
@@ -380,9 +382,9 @@ SEARCHER = LEARNER.replace(
 ).replace('"val_loss": 0.5', '"val_loss": (experiment["optim"]["learning_rate"] - 0.3) ** 2')  # best at 0.3
 
 
-def searched(folder: Path, method: str, count: int, workers: int = 2) -> Searched:
+def searched(folder: Path, method: str, count: int, workers: int = 2) -> SearchPlan:
     e = TINY.override(name="s", train=dict(steps=30, eval_every=5, checkpoint_every=5))
-    return Searched(Search(e, {"optim.learning_rate": Between(0.01, 1.0)}), method, count, workers, folder)
+    return SearchPlan(Search(e, {"optim.learning_rate": Uniform(0.01, 1.0)}), method, count, workers, folder)
 
 
 def test_a_search_finds_the_best_values_and_goes_on(tmp_path, learner):
@@ -444,11 +446,11 @@ def test_a_search_goes_on_in_its_own_folder_only(tmp_path, monkeypatch):
     (trial,) = read_sweep(tmp_path / "s")
     assert trial.file.exists(), "what was asked for before the kill is written after it"
     e = TINY.override(name="s", train=dict(steps=31, eval_every=5, checkpoint_every=5))
-    space = {"optim.learning_rate": Between(0.01, 1.0)}
+    space = {"optim.learning_rate": Uniform(0.01, 1.0)}
     with pytest.raises(RunError, match="holds another sweep"):
-        Searched(Search(e, space), "random", 2, 1, tmp_path / "s")
+        SearchPlan(Search(e, space), "random", 2, 1, tmp_path / "s")
     with pytest.raises(RunError, match="holds a search for the least val_loss, not for the most val_accuracy"):
-        Searched(Search(e, space, "val_accuracy", lower_is_better=False), "random", 2, 1, tmp_path / "s")
+        SearchPlan(Search(e, space, "val_accuracy", lower_is_better=False), "random", 2, 1, tmp_path / "s")
 
 
 def test_two_commands_may_make_the_same_search(tmp_path, learner):
@@ -486,11 +488,11 @@ def test_a_search_says_what_is_wrong_with_it(tmp_path):
         with pytest.raises(ConfigError, match=message):
             Search(TINY, space)
     with pytest.raises(ConfigError, match="low must be less"):
-        Between(2, 1)
+        Uniform(2, 1)
     with pytest.raises(ConfigError, match="halving compares"):
-        Searched(Search(TINY.override(train=dict(eval_every=0)), {"seed": [1, 2]}), "halving", 2, 1, tmp_path)
+        SearchPlan(Search(TINY.override(train=dict(eval_every=0)), {"seed": [1, 2]}), "halving", 2, 1, tmp_path)
     with pytest.raises(ConfigError, match="does not divide"):
-        Searched(Search(TINY, {"model.num_heads": [3, 4]}), "random", 2, 1, tmp_path)
+        SearchPlan(Search(TINY, {"model.num_heads": [3, 4]}), "random", 2, 1, tmp_path)
 
 
 @pytest.mark.slow

@@ -11,24 +11,24 @@ from hypothesis import strategies as st
 from gptjax import sharding
 from gptjax.data.objectives import Batch
 from gptjax.model import attention, chunks
-from gptjax.model.chunks import by_chunks, count
+from gptjax.model.chunks import map_in_chunks, num_chunks
 from gptjax.model.gpt import GPT, init_params
 from gptjax.training import step
-from gptjax.training.step import token_nats
+from gptjax.training.step import token_nll
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 4000))
 def test_the_fewest_parts_that_fit_are_taken(size, each, most):
-    n = count(size, each, most)
-    fits = [k for k in range(1, size + 1) if -(-size // k) * each <= most]
-    assert n == (fits[0] if fits else size)
+    n = num_chunks(size, each, most)
+    limit_for_backend = [k for k in range(1, size + 1) if -(-size // k) * each <= most]
+    assert n == (limit_for_backend[0] if limit_for_backend else size)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 2))
 def test_parts_are_joined_in_their_order(size, chunks, axis):
     x = np.arange(2 * 3 * 5).reshape(2, 3, 5).repeat(size, axis)
-    one, other = by_chunks(lambda pair: (pair[0] + 1, pair[1] * 2), (jnp.array(x), jnp.array(x)), chunks, axis)
+    one, other = map_in_chunks(lambda pair: (pair[0] + 1, pair[1] * 2), (jnp.array(x), jnp.array(x)), chunks, axis)
     np.testing.assert_array_equal(one, x + 1)
     np.testing.assert_array_equal(other, x * 2)
 
@@ -55,8 +55,8 @@ def test_parts_give_the_losses_and_gradients_of_the_whole(monkeypatch, changes, 
         batch = batch._replace(prefix=places < 4) if m.causal and m.window is None else batch
 
     def made():
-        total = jax.jit(jax.value_and_grad(lambda p: jnp.square(token_nats(p, batch, GPT(m), {})[0]).sum()))
-        return total(params), str(jax.make_jaxpr(total)(params)).count("scan[")
+        total = jax.jit(jax.value_and_grad(lambda p: jnp.square(token_nll(p, batch, GPT(m), {})[0]).sum()))
+        return total(params), str(jax.make_jaxpr(total)(params)).num_chunks("scan[")
 
     whole, loops = made()
     monkeypatch.setattr(attention, "LEAST_BLOCK", 6)
@@ -72,7 +72,7 @@ def test_parts_give_the_losses_and_gradients_of_the_whole(monkeypatch, changes, 
 def test_blocks_of_a_causal_text_give_what_the_whole_gives_for_less(monkeypatch, changes, dtype):
     m = tiny_model(context_length=64, dtype=dtype, **changes)
     layer, x = attention.Attention(m), jax.random.normal(jax.random.key(0), (2, 64, m.embed_dim), dtype)
-    sight = attention.ops.Sight(jnp.arange(64), jnp.arange(64))
+    sight = attention.ops.AttentionMask(jnp.arange(64), jnp.arange(64))
     rope = attention.ops.rope_table(m, jnp.arange(64)) if m.positions == "rope" else None
     params = layer.init(jax.random.key(1), x, rope, sight)
 
@@ -95,7 +95,7 @@ def test_every_part_drops_out_other_weights(monkeypatch):
     m = tiny_model(dropout=0.5, context_length=64, positions="none", causal=False)  # every query sees the same
     monkeypatch.setattr(attention, "SCORES", attention.DROPPED_ROWS * m.num_heads * 64 * 16)
     layer, x = attention.Attention(m), jnp.ones((1, 64, m.embed_dim))
-    sight = attention.ops.Sight(jnp.arange(64), jnp.arange(64))
+    sight = attention.ops.AttentionMask(jnp.arange(64), jnp.arange(64))
     params = layer.init(jax.random.key(0), x, None, sight)
     y, _ = layer.apply(params, x, None, sight, rngs={"dropout": jax.random.key(1)})
     parts = np.asarray(y[0]).reshape(4, 16, -1)
@@ -111,7 +111,7 @@ def test_memory_grows_linearly_with_the_context(monkeypatch, layers):
         m = tiny_model(vocab_size=256, context_length=length, positions="rope", layers=layers)
         params = jax.eval_shape(lambda: init_params(m, jax.random.key(0)))
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        gradient = jax.jit(jax.grad(lambda p, t: token_nats(p, Batch(t, t, t), GPT(m), {})[0].sum()))
+        gradient = jax.jit(jax.grad(lambda p, t: token_nll(p, Batch(t, t, t), GPT(m), {})[0].sum()))
         return gradient.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 
     short, long = needed(512), needed(2048)
@@ -130,7 +130,7 @@ def test_a_layer_keeps_neither_its_scores_nor_what_is_active(monkeypatch, layers
                        ffn_dim=4 * width, num_layers=num_layers)  # fmt: skip
         params = jax.eval_shape(lambda: init_params(m, jax.random.key(0)))
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        gradient = jax.jit(jax.grad(lambda p, t: token_nats(p, Batch(t, t, t), GPT(m), {})[0].sum()))
+        gradient = jax.jit(jax.grad(lambda p, t: token_nll(p, Batch(t, t, t), GPT(m), {})[0].sum()))
         options = sharding.compiler_options(sharding.one_device())  # else XLA would join what is made twice
         return gradient.lower(params, tokens).compile(options).memory_analysis().temp_size_in_bytes
 

@@ -13,7 +13,7 @@ from conftest import tiny_model
 from gptjax.inference.cache import cache_bytes, empty_cache
 from gptjax.model import attention, ops
 from gptjax.model.attention import choose_kernel
-from gptjax.model.gpt import GPT, decode, init_params, layers_apart, read_out, weight_axes
+from gptjax.model.gpt import GPT, decode, init_params, unembed, unstack_layers, weight_axes
 from gptjax.training.metrics import flops_per_token, num_params
 
 VARIANTS = {
@@ -69,7 +69,7 @@ def influence(model, params, tokens, segments=None, positions=None, prefix=None)
 
     def from_embeddings(module, x):
         rope = ops.rope_table(model, angles) if model.positions == "rope" else None
-        y, _ = module.blocks(x, rope, ops.Sight(places, places, segments, segments, prefix))
+        y, _ = module.blocks(x, rope, ops.AttentionMask(places, places, segments, segments, prefix))
         logits = module.logits(module.final_norm(y) if model.norm_placement == "pre" else y)
         return logits[0].astype(jnp.float32)
 
@@ -106,8 +106,8 @@ def test_documents_do_not_leak(changes):
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3]])
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 0]])
     seen = influence(model, params, random_tokens(model, rows=1, length=8), segments, positions)
-    apart = np.array(segments[0][:, None] != segments[0][None, :])
-    assert np.all(seen[apart] == 0)
+    gradient_barrier = np.array(segments[0][:, None] != segments[0][None, :])
+    assert np.all(seen[gradient_barrier] == 0)
 
     tokens = random_tokens(model, rows=1, length=8)
     packed = logits_of(model, params, tokens, segments=segments, positions=positions)
@@ -176,9 +176,9 @@ def test_the_cache_changes_nothing(changes):
     @partial(jax.jit, static_argnames="empty")
     def go_on(params, tokens, places, cache, empty=False):
         x, cache = decode(model, params, tokens, places, cache, empty)
-        return read_out(model, params, x), cache
+        return unembed(model, params, x), cache
 
-    params = layers_apart(params)
+    params = unstack_layers(params)
     ahead = np.array([[2], [0]])
     places = np.arange(7) + 0 * ahead
     places[1, 5:] = -1

@@ -38,12 +38,15 @@ def test_logits_are_a_linear_layer_on_what_the_head_for_tokens_reads(changes):
     seen = dataclasses.replace(
         model, num_classes=0, tie_embeddings=False, head="linear", vocab_size=model.embed_dim, logit_softcap=None
     )
-    body = {name: part for name, part in params.items() if name != "classifier"}
+    backbone_params = {name: part for name, part in params.items() if name != "classifier"}
     rows = np.zeros((model.embed_dim, model.embed_dim), np.float32)
     rows[: model.vocab_size] = params["embedding"]["tokens"]
-    body["embedding"] = params["embedding"] | {"tokens": rows, "head": np.eye(model.embed_dim, dtype=np.float32)}
+    backbone_params["embedding"] = params["embedding"] | {
+        "tokens": rows,
+        "head": np.eye(model.embed_dim, dtype=np.float32),
+    }
     tokens = tokens_of(model)
-    x = np.float64(GPT(seen).apply({"params": body}, tokens))
+    x = np.float64(GPT(seen).apply({"params": backbone_params}, tokens))
     expected = x @ np.float64(params["classifier"]["weight"]) + np.float64(params["classifier"]["bias"])
     expected = ops.softcap(expected, model.logit_softcap)
     logits = GPT(model).apply({"params": params}, tokens)

@@ -76,7 +76,7 @@ def test_attention_and_its_gradients_are_the_float64_loop(
 
     places = jnp.arange(5)
     segments = None if segments is None else jnp.array(segments)
-    mask = ops.visible(ops.Sight(places, places, segments, segments), causal, window)
+    mask = ops.visible(ops.AttentionMask(places, places, segments, segments), causal, window)
     dropped = jnp.asarray(factors, jnp.float32) if dropout else None
 
     def ours(query, key, value, bias):
@@ -124,7 +124,7 @@ def test_a_key_is_seen_where_the_rules_of_one_pair_say_so(causal, window, docume
 
     expected = [[[sees(row, q, k) for k in range(6)] for q in range(6)] for row in range(2)]
     inputs = [None if x is None else jnp.array(x) for x in (segments, segments, begun)]
-    mask = ops.visible(ops.Sight(jnp.arange(6), jnp.arange(6), *inputs), causal, window)
+    mask = ops.visible(ops.AttentionMask(jnp.arange(6), jnp.arange(6), *inputs), causal, window)
     mask = np.ones((1, 1, 6, 6), bool) if mask is None else mask
     np.testing.assert_array_equal(np.broadcast_to(mask, (2, 1, 6, 6))[:, 0], expected)
 
@@ -142,7 +142,7 @@ def test_rope_scores_depend_on_distance_only(scaling, base, shift, seed):
     query, key = jax.random.normal(jax.random.key(seed), (2, 1, 6, 1, 8))
     places = jnp.arange(6)
     scores = [
-        jnp.einsum("bqnh,bknh->bqk", ops.rotate(query, table), ops.rotate(key, table))
+        jnp.einsum("bqnh,bknh->bqk", ops.apply_rope(query, table), ops.apply_rope(key, table))
         for table in (ops.rope_table(model, places), ops.rope_table(model, places + shift))
     ]
     np.testing.assert_allclose(scores[0], scores[1], atol=3e-4)
@@ -151,7 +151,7 @@ def test_rope_scores_depend_on_distance_only(scaling, base, shift, seed):
 def test_rope_keeps_lengths_and_leaves_place_zero_alone():
     model = tiny_model(positions="rope")
     x = jax.random.normal(jax.random.key(0), (1, 9, 2, 8))
-    turned = ops.rotate(x, ops.rope_table(model, jnp.arange(9)))
+    turned = ops.apply_rope(x, ops.rope_table(model, jnp.arange(9)))
     np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     np.testing.assert_array_equal(turned[:, 0], x[:, 0])
 

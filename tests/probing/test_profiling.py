@@ -8,20 +8,20 @@ import jax
 import pytest
 from conftest import one_device, tiny_run
 
+from gptjax.commands.profile import as_text
+from gptjax.commands.profile import profile as verb
 from gptjax.errors import GptjaxError
 from gptjax.probing import profiling
 from gptjax.probing.profiling import profile
-from gptjax.training.workshop import first_state, prepare
-from gptjax.verbs.profile import as_text
-from gptjax.verbs.profile import profile as verb
+from gptjax.training.train_setup import build_train_setup, first_state
 
 
 @pytest.mark.parametrize("layers", ["scan", "unrolled"])
 def test_every_module_of_the_step_is_found_both_ways(tmp_path, layers):
-    shop = prepare(tiny_run(tmp_path, **{"model.layers": layers}), one_device())
-    with jax.set_mesh(shop.mesh):
-        state = first_state(shop, None)
-    found = profile(shop, state, tmp_path / "trace", steps=2)
+    setup = build_train_setup(tiny_run(tmp_path, **{"model.layers": layers}), one_device())
+    with jax.set_mesh(setup.mesh):
+        state = first_state(setup, None)
+    found = profile(setup, state, tmp_path / "trace", steps=2)
     times = found.by("module", "way")
     for module in ("attention", "ffn", "head"):
         assert times[module, "forward"] > 0 and times[module, "backward"] > 0
@@ -55,7 +55,7 @@ ENTRY %main {
 
 def test_time_inside_an_operation_counts_once_and_over_the_devices_of_this_process(tmp_path, monkeypatch):
     seconds = {"dot.1": 6.0, "call_fusion": 2.0, "while.2": 8.0, "cond.3": 1.0, "inside": 3.0}
-    shop = SimpleNamespace(
+    setup = SimpleNamespace(
         mesh=SimpleNamespace(size=4, local_devices=["a", "b"]),  # of two processes
         batch=lambda state, step: (None, {}),
         lower=lambda *_: SimpleNamespace(compile=lambda: SimpleNamespace(as_text=lambda: PROGRAM)),
@@ -64,7 +64,7 @@ def test_time_inside_an_operation_counts_once_and_over_the_devices_of_this_proce
     monkeypatch.setattr(jax, "set_mesh", lambda _: nullcontext())
     monkeypatch.setattr(jax.profiler, "trace", lambda _: nullcontext())
     monkeypatch.setattr(profiling, "_events", lambda _: (seconds, dict.fromkeys(seconds, 6)))
-    found = profile(shop, SimpleNamespace(step=0), tmp_path, steps=3)
+    found = profile(setup, SimpleNamespace(step=0), tmp_path, steps=3)
     assert [(o.name, o.module, o.seconds, o.calls) for o in found.operations] == [
         ("dot.1", "attention", 1.0, 1.0),
         ("call_fusion", "loss and the rest", pytest.approx(1 / 3), 1.0),

@@ -81,7 +81,7 @@ def test_who_remembers_so_many_tokens_is_right_up_to_that_distance(monkeypatch):
             answers.append(tokenizer.encode(found[-1])[0] if found else own[0])
         return np.array(answers)
 
-    monkeypatch.setattr(module, "from_the_left", reads)
+    monkeypatch.setattr(module, "predict_left_to_right", reads)
     right = recall(Pretrained("reader", tiny_model(), {}, tokenizer), (2, 28, 30, 90), 200, 64, seed=1)
     assert right[:2].all()
     for row in right[2:]:

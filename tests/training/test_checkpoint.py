@@ -19,15 +19,15 @@ from processes import PATIENCE, QUICK, ROOT, start, write_experiment
 
 from gptjax import sharding
 from gptjax.config import Experiment
-from gptjax.data.batches import Place
+from gptjax.data.batches import DataPosition
 from gptjax.errors import RunError, TrainingFailed
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint, train
 from gptjax.training.run import open_run
-from gptjax.training.workshop import create_state, load_params, prepare, restore_state
+from gptjax.training.train_setup import build_train_setup, create_state, load_params, restore_state
 
 pytestmark = pytest.mark.usefixtures("single_device")
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -213,9 +213,9 @@ def test_other_shapes_and_dtypes_are_refused_by_name(run):
     chosen, e = checkpoint.choose(run / "checkpoints"), open_run(run).experiment
 
     def refusal(experiment: Experiment, chosen=chosen) -> str:
-        shop = prepare(experiment, one_device())
+        setup = build_train_setup(experiment, one_device())
         with pytest.raises(RunError) as caught:
-            restore_state(chosen, shop.abstract, shop.experiment)
+            restore_state(chosen, setup.abstract, setup.experiment)
         return str(caught.value)
 
     wide = refusal(e.override({"model.ffn_dim": 32}))
@@ -226,11 +226,11 @@ def test_other_shapes_and_dtypes_are_refused_by_name(run):
         e.override({"optim.name": "lion"})
     )
     # Orbax would round float32 weights to bfloat16, or the other way, without a word
-    shop = prepare(e, one_device())
-    state = restore_state(chosen, shop.abstract, shop.experiment)
+    setup = build_train_setup(e, one_device())
+    state = restore_state(chosen, setup.abstract, setup.experiment)
     half = state._replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params))
-    writer = checkpoint.Writer(run / "half", 1, 0)
-    writer.save(half, Place(step=6))
+    writer = checkpoint.CheckpointWriter(run / "half", 1, 0)
+    writer.save(half, DataPosition(step=6))
     writer.close()
     message = refusal(e, checkpoint.choose(run / "half"))
     assert "params.blocks.attention.key: bfloat16[2, 16, 2, 8] saved, float32[2, 16, 2, 8] now" in message
@@ -238,17 +238,17 @@ def test_other_shapes_and_dtypes_are_refused_by_name(run):
 
 def test_numbers_that_are_not_finite_are_never_saved(run, tmp_path):
     e = open_run(run).experiment
-    shop = prepare(e, one_device())
-    state = restore_state(checkpoint.choose(run / "checkpoints"), shop.abstract, e)
-    writer = checkpoint.Writer(tmp_path / "checkpoints", 2, 1)
-    writer.save(state, Place(step=6), 1.0)
+    setup = build_train_setup(e, one_device())
+    state = restore_state(checkpoint.choose(run / "checkpoints"), setup.abstract, e)
+    writer = checkpoint.CheckpointWriter(tmp_path / "checkpoints", 2, 1)
+    writer.save(state, DataPosition(step=6), 1.0)
     up = state.params["blocks"]["ffn"]["up"].at[1, 2, 3].set(jnp.nan)
     params = state.params | {"blocks": state.params["blocks"] | {"ffn": state.params["blocks"]["ffn"] | {"up": up}}}
     later = state._replace(step=state.step + 1, params=params)
     with pytest.raises(TrainingFailed, match=r"step 7: params\.blocks\.ffn\.up .* not finite; it is not saved"):
-        writer.save(later, Place(step=7), 0.5)
+        writer.save(later, DataPosition(step=7), 0.5)
     with pytest.raises(TrainingFailed, match="step 6 is there already; step 5 is not saved beside it"):
-        writer.save(state._replace(step=state.step - 1), Place(step=5))
+        writer.save(state._replace(step=state.step - 1), DataPosition(step=5))
     writer.close()
     for which in ("last", "best"):
         assert checkpoint.choose(tmp_path / "checkpoints", which).step == 6
@@ -262,12 +262,12 @@ def test_a_checkpoint_of_release_0_1_loads_and_trains_on(tmp_path, monkeypatch):
     expected = json.loads((tmp_path / "expected.json").read_text())
     assert {name: hashlib.sha256(x.tobytes()).hexdigest() for name, x in state.items() if name in expected} == expected
     assert state.keys() - expected.keys() == {"health.skipped", "health.in_row", "health.losses"}
-    lines, shop = open_run(tmp_path / "run").metrics(), prepare(open_run(tmp_path / "run").experiment)
+    lines, setup = open_run(tmp_path / "run").metrics(), build_train_setup(open_run(tmp_path / "run").experiment)
     chosen, by_hand = checkpoint.choose(tmp_path / "run" / "checkpoints", "4"), []
-    with jax.set_mesh(shop.mesh):
-        made = restore_state(chosen, shop.abstract, shop.experiment)
+    with jax.set_mesh(setup.mesh):
+        made = restore_state(chosen, setup.abstract, setup.experiment)
         for step in range(4, 8):
-            made, metrics = shop.train_step(made, shop.batches.on_devices(step, shop.mesh))
+            made, metrics = setup.train_step(made, setup.batches.on_devices(step, setup.mesh))
             by_hand.append(float(metrics["loss"]))
     figures = train.train(open_run(tmp_path / "run").experiment, tmp_path / "run")
     assert figures["steps"] == 8 and figures["samples"] == 64
@@ -293,22 +293,22 @@ def test_a_state_moves_between_meshes_bit_for_bit(tmp_path, names):
     e = tiny_run(tmp_path, **{"model.num_heads": 4, "model.dropout": 0.1, "optim.ema_decay": 0.9})
     losses, arrays, previous = {}, {}, ""
     for number, name in enumerate(names):
-        shop = prepare(e, sharding.mesh_of(*meshes[name]))
-        with jax.set_mesh(shop.mesh):
+        setup = build_train_setup(e, sharding.mesh_of(*meshes[name]))
+        with jax.set_mesh(setup.mesh):
             if number == 0:
-                state = create_state(shop.experiment, shop.tx, shop.abstract)
-                state, _ = shop.train_step(state, shop.batches.on_devices(0, shop.mesh))
+                state = create_state(setup.experiment, setup.tx, setup.abstract)
+                state, _ = setup.train_step(state, setup.batches.on_devices(0, setup.mesh))
             else:
-                state = restore_state(checkpoint.choose(tmp_path / previous), shop.abstract, shop.experiment)
+                state = restore_state(checkpoint.choose(tmp_path / previous), setup.abstract, setup.experiment)
             arrays[name] = jax.tree.map(np.array, state)
-            writer = checkpoint.Writer(tmp_path / name, 1, 0)
-            writer.save(state, shop.batches.place(1))
+            writer = checkpoint.CheckpointWriter(tmp_path / name, 1, 0)
+            writer.save(state, setup.batches.place(1))
             writer.close()
             losses[name] = []
             for step in (1, 2):
-                batch = shop.batches.on_devices(step, shop.mesh)
-                np.testing.assert_array_equal(np.asarray(batch.tokens), shop.batches.batch(step).tokens)
-                state, metrics = shop.train_step(state, batch)
+                batch = setup.batches.on_devices(step, setup.mesh)
+                np.testing.assert_array_equal(np.asarray(batch.tokens), setup.batches.batch(step).tokens)
+                state, metrics = setup.train_step(state, batch)
                 losses[name].append(float(metrics["loss"]))
         previous = name
         jax.tree.map(np.testing.assert_array_equal, arrays["1"], arrays[name])
@@ -319,20 +319,20 @@ LEAVES = """
 import resource, signal, sys
 from pathlib import Path
 import conftest, jax
-from gptjax.data.batches import Place
+from gptjax.data.batches import DataPosition
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
-from gptjax.training.workshop import prepare, restore_state
+from gptjax.training.train_setup import build_train_setup, restore_state
 source, target, how = sys.argv[1:]
 e = open_run(Path(source)).experiment
-shop = prepare(e, one_device())
-state = restore_state(checkpoint.choose(Path(source) / "checkpoints"), shop.abstract, e)
+setup = build_train_setup(e, one_device())
+state = restore_state(checkpoint.choose(Path(source) / "checkpoints"), setup.abstract, e)
 writer = checkpoint.Writer(Path(target), 1, 0)
 if how == "full":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-writer.save(state, Place(step=6))
+writer.save(state, DataPosition(step=6))
 if how == "raise":
     raise SystemError("something else went wrong")
 """

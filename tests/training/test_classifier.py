@@ -15,24 +15,24 @@ from gptjax import sharding
 from gptjax.data.objectives import Batch, positions_within
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.errors import ConfigError, DataError, Interrupted, PromptError, RunError
+from gptjax.inference.generator import CheckpointWriter
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.scoring import Scorer
-from gptjax.inference.writer import Writer
 from gptjax.interop.saving import save_folder
 from gptjax.model.gpt import GPT, init_params
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint, loop, train
 from gptjax.training.evaluation import evaluate_run
-from gptjax.training.initial import body, fitted, misfits
+from gptjax.training.initial import backbone_params, merge_params, weight_mismatches
 from gptjax.training.optim import make_optimizer, trained
 from gptjax.training.run import open_run
 from gptjax.training.state import create_state, leaf_name
 from gptjax.training.step import batch_loss
-from gptjax.training.workshop import (
+from gptjax.training.train_setup import (
+    build_train_setup,
     check_start,
     first_state,
     open_trained,
-    prepare,
     restore_state,
 )
 
@@ -81,9 +81,9 @@ def test_the_accuracy_is_counted_over_all_that_is_asked(tmp_path, letters):
     e = letters.override({"train.steps": 2, "optim.warmup_steps": 0, "train.microbatches": 2})
     figures = train.train(e, tmp_path / "run")
     run = open_run(tmp_path / "run")
-    shop, model = prepare(run.experiment), open_trained(run)
+    setup, model = build_train_setup(run.experiment), open_trained(run)
     right, nats, asked = 0.0, 0.0, 0.0
-    for batch in shop.batches.validation():
+    for batch in setup.batches.validation():
         logits = np.float64(GPT(model.model).apply({"params": model.params}, batch.tokens, batch.positions,
                                                    batch.segments))  # fmt: skip
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -142,10 +142,10 @@ def of_tokens(model) -> Pretrained:
 def test_the_body_of_any_model_gets_a_new_head(letters, model):
     first = of_tokens(model)
     e = letters.override({"init": "theirs", "data.tokenizer": "init"})
-    shop = prepare(e, one_device(), open_init=lambda name: first)
-    check_start(shop)
-    assert (shop.experiment.model.causal, shop.experiment.model.num_classes) == (model.causal, 3)
-    ours, theirs = names(first_state(shop, None).params), names(first.params)
+    setup = build_train_setup(e, one_device(), open_init=lambda name: first)
+    check_start(setup)
+    assert (setup.experiment.model.causal, setup.experiment.model.num_classes) == (model.causal, 3)
+    ours, theirs = names(first_state(setup, None).params), names(first.params)
     assert ours.keys() - theirs.keys() == {"classifier.weight", "classifier.bias"}
     left_out = {n for n in theirs if n.startswith(("embedding.head", "embedding.transform"))}
     assert theirs.keys() - ours.keys() == left_out != set()
@@ -170,8 +170,8 @@ def test_a_run_from_a_masked_model_goes_on_bit_for_bit(tmp_path, letters):
 def stored(folder) -> dict:
     """Everything in the last checkpoint of a run whose `init` is not there to be opened."""
     run = open_run(folder)
-    shop = prepare(run.experiment, one_device(), run=run)
-    return names(restore_state(checkpoint.choose(run.checkpoints, "last"), shop.abstract, shop.experiment))
+    setup = build_train_setup(run.experiment, one_device(), run=run)
+    return names(restore_state(checkpoint.choose(run.checkpoints, "last"), setup.abstract, setup.experiment))
 
 
 @pytest.mark.usefixtures("single_device")
@@ -210,14 +210,14 @@ def test_the_head_has_the_full_rate():
 def test_a_mesh_of_eight_gives_the_same_losses(letters):
     def losses(data, model):
         mesh = sharding.mesh_of(jax.devices()[: data * model], data, model)
-        shop = prepare(letters.override({"train.batch_size": 8}), mesh)
+        setup = build_train_setup(letters.override({"train.batch_size": 8}), mesh)
         with jax.set_mesh(mesh):
-            state, found = create_state(shop.experiment, shop.tx, shop.abstract), []
+            state, found = create_state(setup.experiment, setup.tx, setup.abstract), []
             for step in range(2):
-                state, metrics = shop.train_step(state, shop.batches.on_devices(step, mesh))
+                state, metrics = setup.train_step(state, setup.batches.on_devices(step, mesh))
                 found.append(float(metrics["loss"]))
-            batch = sharding.place(next(shop.batches.validation()), ("batch", "length"), mesh)
-            found += map(float, jax.tree.leaves(shop.eval_step(state, batch)))
+            batch = sharding.place(next(setup.batches.validation()), ("batch", "length"), mesh)
+            found += map(float, jax.tree.leaves(setup.eval_step(state, batch)))
         if data > 1:
             assert state.params["classifier"]["weight"].sharding.spec == jax.P("data", None)
         return found
@@ -235,23 +235,23 @@ def test_a_head_stays_where_the_labels_do(letters):
     ours = init_params(theirs.model, jax.random.key(0))
     for labels, kept in [(LABELS, True), (LABELS[::-1], False)]:
         e = letters.override({"data.labels": labels})
-        params = names(fitted(body(theirs, e), ours))
+        params = names(merge_params(backbone_params(theirs, e), ours))
         head = "classifier.weight"
         np.testing.assert_array_equal(params[head], names(theirs.params if kept else ours)[head])
-        assert misfits(body(theirs, e), ours, theirs.model) == []
+        assert weight_mismatches(backbone_params(theirs, e), ours, theirs.model) == []
     two = letters.override({"data.labels": LABELS[:2]})
     small = init_params(model_of(LABELS[:2]).model, jax.random.key(0))
-    assert misfits(body(theirs, two), small, model_of(LABELS[:2]).model) == []
+    assert weight_mismatches(backbone_params(theirs, two), small, model_of(LABELS[:2]).model) == []
     text = letters.override({"data.answers": "text"})
     tokens = tiny_model(vocab_size=257)
     fresh = init_params(tokens, jax.random.key(0))
-    assert misfits(body(theirs, text), fresh, tokens) == [], "tokens may be told again"
-    assert names(fitted(body(theirs, text), fresh)).keys() == names(fresh).keys()
+    assert weight_mismatches(backbone_params(theirs, text), fresh, tokens) == [], "tokens may be told again"
+    assert names(merge_params(backbone_params(theirs, text), fresh)).keys() == names(fresh).keys()
 
 
 def test_what_needs_tokens_refuses_a_model_of_classes(tmp_path):
     message = r"ours: tells classes \(first, second, third\) in the place of tokens.* gptjax eval"
-    for refuses in (Writer, Scorer, lambda model: save_folder(model, tmp_path / "out")):
+    for refuses in (CheckpointWriter, Scorer, lambda model: save_folder(model, tmp_path / "out")):
         with pytest.raises(PromptError, match=message):
             refuses(model_of())
     assert not (tmp_path / "out").exists()

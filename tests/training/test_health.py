@@ -16,7 +16,7 @@ from gptjax.training.optim import make_schedule
 from gptjax.training.run import open_run
 from gptjax.training.state import RECENT
 from gptjax.training.step import usual_loss
-from gptjax.training.workshop import create_state, prepare
+from gptjax.training.train_setup import build_train_setup, create_state
 
 pytestmark = pytest.mark.usefixtures("single_device")
 RARE = ord("~")
@@ -38,10 +38,10 @@ def poisoned_run(folder, monkeypatch, **changes):
         embedding = state.params["embedding"] | {"tokens": table.at[RARE].set(1e38)}
         return state._replace(params=state.params | {"embedding": embedding})
 
-    monkeypatch.setattr("gptjax.training.workshop.create_state", poison)
+    monkeypatch.setattr("gptjax.training.train_setup.create_state", poison)
     for place in range(500, 5000, 500):
         (folder / "corpus.txt").write_text(text[:place] + "~" + text[place + 1 :])
-        batches = prepare(e, one_device()).batches
+        batches = build_train_setup(e, one_device()).batches
         first = next(step for step in range(1000) if (batches.batch(step).tokens == RARE).any())
         if 3 <= first <= 12:
             break
@@ -115,15 +115,15 @@ def test_a_run_that_diverges_stops_and_saves_nothing_that_is_not_finite(tmp_path
 def test_a_diagnosis_names_the_module_and_the_layer(tmp_path, where):
     """Infinite weights in layer 1: the first output that is not finite is that module's, in either direction."""
     e = tiny_run(tmp_path, **{"train.microbatches": 2, "model.dropout": 0.1, "model.remat": "full"})
-    shop = prepare(e, one_device())
-    with jax.set_mesh(shop.mesh):
-        state = create_state(shop.experiment, shop.tx, shop.abstract)
-        assert diagnose(shop, state, 0).healthy
+    setup = build_train_setup(e, one_device())
+    with jax.set_mesh(setup.mesh):
+        state = create_state(setup.experiment, setup.tx, setup.abstract)
+        assert diagnose(setup, state, 0).healthy
         module, weight = where.split(".")
         blocks = state.params["blocks"]
         harmed = blocks[module] | {weight: blocks[module][weight].at[1].set(jnp.inf)}
         state = state._replace(params=state.params | {"blocks": blocks | {module: harmed}})
-        found = diagnose(shop, state, 0)
+        found = diagnose(setup, state, 0)
     assert found.forward == f"blocks.{module} of layer 1"
     assert found.backward == "final_norm", "the loss itself is not finite, so all gradients are not"
     assert len(found.samples) == 8
@@ -132,14 +132,14 @@ def test_a_diagnosis_names_the_module_and_the_layer(tmp_path, where):
 def test_a_gradient_alone_that_is_not_finite_is_named(tmp_path):
     """Queries that are exactly 0 stay so in their norm, however they are scaled, but their gradient is too large."""
     e = tiny_run(tmp_path, **{"model.qk_norm": True, "model.norm_epsilon": 1e-36})
-    shop = prepare(e, one_device())
-    with jax.set_mesh(shop.mesh):
-        state = create_state(shop.experiment, shop.tx, shop.abstract)
+    setup = build_train_setup(e, one_device())
+    with jax.set_mesh(setup.mesh):
+        state = create_state(setup.experiment, setup.tx, setup.abstract)
         blocks = state.params["blocks"]
         query, scale = blocks["attention"]["query"].at[1].set(0.0), blocks["attention"]["query_scale"].at[1].set(1e30)
         attention = blocks["attention"] | {"query": query, "query_scale": scale}
         state = state._replace(params=state.params | {"blocks": blocks | {"attention": attention}})
-        found = diagnose(shop, state, 0)
+        found = diagnose(setup, state, 0)
     assert np.isfinite(found.loss) and found.forward is None and not found.samples
     assert found.backward == "blocks.attention of layer 1"
     norm_alone = dataclasses.replace(found, backward=None, grad_norm=float("inf"))
@@ -148,8 +148,8 @@ def test_a_gradient_alone_that_is_not_finite_is_named(tmp_path):
 
 def test_usual_loss_is_the_mean_of_the_losses_taken_and_the_limit_is_in_sigma(tmp_path):
     e = tiny_run(tmp_path)
-    shop = prepare(e, one_device())
-    state = create_state(shop.experiment, shop.tx, shop.abstract)
+    setup = build_train_setup(e, one_device())
+    state = create_state(setup.experiment, setup.tx, setup.abstract)
     assert usual_loss(state, 6.0)[0] == np.inf and usual_loss(state, 6.0)[1] == np.inf
     losses = np.random.default_rng(0).normal(5, 0.1, RECENT).astype(np.float32)
     for taken in (3, RECENT - 1, RECENT, RECENT + 50):
@@ -173,21 +173,21 @@ def spiking_run(folder, **changes):
 
 @pytest.mark.parametrize("skip", [pytest.param(None, marks=pytest.mark.slow), 6.0])
 def test_a_spike_is_told_of_and_skipped_where_that_is_asked_for(tmp_path, monkeypatch, capfd, skip):
-    prepared = train.prepare
+    prepared = train.build_train_setup
     surprise = 140  # steps before it: the window of recent losses is full
 
     def surprising(experiment, **how):
-        shop = prepared(experiment, **how)
-        on_devices = shop.batches.on_devices
+        setup = prepared(experiment, **how)
+        on_devices = setup.batches.on_devices
 
         def other(step, mesh):
             batch = on_devices(step, mesh)
             return batch._replace(targets=batch.targets * 0 + 7) if step == surprise else batch
 
-        shop.batches.on_devices = other
-        return shop
+        setup.batches.on_devices = other
+        return setup
 
-    monkeypatch.setattr(train, "prepare", surprising)
+    monkeypatch.setattr(train, "build_train_setup", surprising)
     figures = train.train(spiking_run(tmp_path, **{"train.skip_spikes": skip}), tmp_path / "run")
     (event,) = [line for line in open_run(tmp_path / "run").metrics() if "event" in line]
     assert event["step"] == surprise + 1 and event["examples"] == [surprise * 8, surprise * 8 + 7]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, assert_same, fine_tuning, restored, tiny_model
 
-from gptjax.config import Experiment, Model
+from gptjax.config import Experiment, ModelConfig
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.errors import ConfigError, Interrupted, RunError
 from gptjax.inference.pretrained import Pretrained
@@ -19,11 +19,11 @@ from gptjax.model.weights import merged
 from gptjax.training import loop, train
 from gptjax.training.diagnosis import replay
 from gptjax.training.evaluation import evaluate_run
-from gptjax.training.initial import adopt, fitted, misfits
+from gptjax.training.initial import inherit_config, merge_params, weight_mismatches
 from gptjax.training.optim import make_optimizer, trained
 from gptjax.training.run import open_run
 from gptjax.training.state import leaf_name
-from gptjax.training.workshop import load_params, open_trained
+from gptjax.training.train_setup import load_params, open_trained
 
 
 def names(tree) -> dict:
@@ -32,16 +32,16 @@ def names(tree) -> dict:
 
 def test_the_shape_is_that_of_the_model_it_starts_from():
     theirs = tiny_model(positions="rope", ffn="swiglu", dropout=0.1, layers="unrolled", vocab_size=99)
-    e = adopt(Experiment(init="x"), theirs)
+    e = inherit_config(Experiment(init="x"), theirs)
     assert e.model.resolved() == dataclasses.replace(theirs, dropout=0.0, vocab_size=None)
-    e = adopt(Experiment(init="x", model=Model(dropout=0.2, context_length=8, lora_rank=4)), theirs)
+    e = inherit_config(Experiment(init="x", model=ModelConfig(dropout=0.2, context_length=8, lora_rank=4)), theirs)
     assert (e.model.dropout, e.model.context_length, e.model.lora_rank, e.model.embed_dim) == (0.2, 8, 4, 16)
     assert e.model.resolved().rope_original_length == 8
-    assert adopt(dataclasses.replace(e, model=e.model.resolved()), e.model.resolved()).model.resolved() == (
+    assert inherit_config(dataclasses.replace(e, model=e.model.resolved()), e.model.resolved()).model.resolved() == (
         e.model.resolved()
     ), "a run that goes on finds itself"
     with pytest.raises(ConfigError) as caught:
-        adopt(Experiment(init="x", model=Model(num_layers=7, ffn="relu")), theirs)
+        inherit_config(Experiment(init="x", model=ModelConfig(num_layers=7, ffn="relu")), theirs)
     assert "model.num_layers = 7: the model of init = 'x' has 2; leave it out" in str(caught.value)
     assert "model.ffn = relu" in str(caught.value), "all at once"
 
@@ -49,8 +49,8 @@ def test_the_shape_is_that_of_the_model_it_starts_from():
 def test_weights_fit_where_they_can():
     theirs, ours = tiny_model(vocab_size=11), tiny_model(vocab_size=14, context_length=9, lora_rank=2)
     loaded, fresh = init_params(theirs, jax.random.key(0)), init_params(ours, jax.random.key(1))
-    assert misfits(loaded, fresh, ours) == []
-    params = fitted(loaded, fresh)
+    assert weight_mismatches(loaded, fresh, ours) == []
+    params = merge_params(loaded, fresh)
     np.testing.assert_array_equal(params["embedding"]["tokens"][:11], loaded["embedding"]["tokens"])
     np.testing.assert_array_equal(params["embedding"]["tokens"][11:], fresh["embedding"]["tokens"][11:])
     np.testing.assert_array_equal(params["embedding"]["positions"], loaded["embedding"]["positions"][:9])
@@ -64,7 +64,7 @@ def test_weights_fit_where_they_can():
     after = GPT(ours).apply({"params": params}, tokens)
     np.testing.assert_allclose(before, after[..., :11], atol=1e-6, err_msg="LoRA changes nothing at the start")
     smaller = init_params(tiny_model(vocab_size=7, context_length=20, ffn_dim=8), jax.random.key(0))
-    assert [line.partition(":")[0] for line in misfits(loaded, smaller, tiny_model())] == [
+    assert [line.partition(":")[0] for line in weight_mismatches(loaded, smaller, tiny_model())] == [
         "blocks.ffn.down", "blocks.ffn.up", "blocks.ffn.up_bias", "embedding.positions", "embedding.tokens",
     ]  # fmt: skip
 

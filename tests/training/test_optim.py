@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 from optax import contrib
 
-from gptjax.config import Optim
+from gptjax.config import OptimConfig
 from gptjax.training.optim import (
     decayed,
     evaluation_params,
@@ -139,12 +139,12 @@ def test_every_optimiser_descends(name):
 
     @jax.jit
     def descend(params):
-        def body(_, carry):
+        def backbone_params(_, carry):
             params, state = carry
             updates, state = tx.update(jax.grad(distance)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        params, state = jax.lax.fori_loop(0, 40, body, (params, tx.init(params)))
+        params, state = jax.lax.fori_loop(0, 40, backbone_params, (params, tx.init(params)))
         return distance(params), distance(evaluation_params(params, state))
 
     start = float(distance(params))
@@ -154,7 +154,7 @@ def test_every_optimiser_descends(name):
 
 def test_schedules_are_their_formulas():
     def rates(**changes):
-        o = Optim(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10, **changes)
+        o = OptimConfig(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10, **changes)
         return np.array(jax.vmap(make_schedule(o, 110))(jnp.arange(110)), np.float64)
 
     warm = np.arange(1, 11) / 11

@@ -21,18 +21,18 @@ from scipy import stats
 
 from gptjax.checks import check
 from gptjax.config import Experiment
-from gptjax.data.batches import Draws
+from gptjax.data.batches import PoissonSampler
 from gptjax.data.objectives import Batch
 from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.model.gpt import GPT
 from gptjax.sharding import one_device
 from gptjax.training.diagnosis import replay
-from gptjax.training.privacy import Noise, add_noise, spent, spent_by
+from gptjax.training.privacy import DPConfig, add_noise, spent, spent_by
 from gptjax.training.run import open_run
 from gptjax.training.state import init_state
 from gptjax.training.step import TOKENS, loss_and_gradient, train_step
 from gptjax.training.train import train
-from gptjax.training.workshop import prepare
+from gptjax.training.train_setup import build_train_setup
 
 QUIET, KEY = 1e-12, (1, 2)  # too little noise to be seen, and what it is drawn from
 PRIVATE = {"optim.noise_multiplier": 1.0, "optim.clip_norm": 0.5}
@@ -131,7 +131,7 @@ def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
     assert norms.min() == 0 < limit < norms.max(), "some are to be clipped, some are not, and one is empty"
     scale = np.minimum(1, limit / np.maximum(norms, 1e-30))
     expected = jax.tree.map(lambda *g: sum(s * x for s, x in zip(scale, g, strict=True)) / 5.5, *alone)
-    shown, grads = private(tiny, batch, Noise(limit, QUIET, 5.5, KEY))
+    shown, grads = private(tiny, batch, DPConfig(limit, QUIET, 5.5, KEY))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
     assert float(shown["loss"]) == pytest.approx(nats / batch.weights.sum(), rel=1e-5)
 
@@ -144,7 +144,7 @@ def test_no_window_moves_the_gradient_by_more_than_the_norm(library, tiny, row, 
     tokens[row // 4, row % 4] = np.random.default_rng(seed).integers(0, 11, 16)
     weights[row // 4, row % 4] = 0
     there, changed, empty = (
-        private(tiny, b, Noise(limit, QUIET, 4.0, KEY))[1]
+        private(tiny, b, DPConfig(limit, QUIET, 4.0, KEY))[1]
         for b in (batch, batch._replace(tokens=tokens), batch._replace(weights=weights))
     )
     for other, times in [(empty, 1), (changed, 2)]:
@@ -154,7 +154,7 @@ def test_no_window_moves_the_gradient_by_more_than_the_norm(library, tiny, row, 
 
 def test_noise_is_normal_and_its_own_in_every_weight_and_step(library):
     zeros = {"a": np.zeros((40, 50), np.float32), "b": np.zeros(2000, np.float32)}
-    drawn = [add_noise(zeros, step, Noise(0.5, 3.0, 6.0, KEY)) for step in range(4)]
+    drawn = [add_noise(zeros, step, DPConfig(0.5, 3.0, 6.0, KEY)) for step in range(4)]
     samples = np.array([np.asarray(x).ravel() for noise in drawn for x in noise.values()])
     assert stats.kstest(samples.ravel() / (3.0 * 0.5 / 6.0), "norm").pvalue > 1e-3
     correlations = np.corrcoef(samples)[np.triu_indices(len(samples), 1)]
@@ -168,7 +168,7 @@ def test_the_noise_is_in_every_update_and_on_what_is_learnt_alone(library, tiny)
     state = state._replace(opt_state=tx.init(state.params))
 
     def update(step, multiplier):
-        own = dict(model=model, tx=tx, learnt=learnt, noise=Noise(0.5, multiplier, 4.0, KEY))
+        own = dict(model=model, tx=tx, learnt=learnt, noise=DPConfig(0.5, multiplier, 4.0, KEY))
         return jax.jit(partial(train_step, **own))(state._replace(step=jnp.int32(step)), batch)[0].params
 
     moved = []
@@ -183,7 +183,7 @@ def test_the_noise_is_in_every_update_and_on_what_is_learnt_alone(library, tiny)
 
 
 def test_of_too_many_windows_some_are_left_out_by_chance():
-    draws = Draws(windows=40, rate=1.0, most=10)
+    draws = PoissonSampler(windows=40, rate=1.0, most=10)
     drawn = np.array([draws.at(0, step) for step in range(4000)])
     assert drawn.shape == (4000, 10) and all(len(set(row)) == 10 for row in drawn.tolist())
     counts = np.bincount(drawn.ravel(), minlength=40)
@@ -201,7 +201,7 @@ def test_what_is_left_over_asks_for_nothing_also_of_masked_text(length, tmp_path
     val.write_text("some other text, to look at" * 3)
     e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32, "model.context_length": length, "model.causal": False})
     e = e.override({"objective.name": "masked", "train.sample_tokens": 0, "data.val_source": str(val)})
-    batches = prepare(e.override({"data.source": tuple(map(str, texts))}), one_device()).batches
+    batches = build_train_setup(e.override({"data.source": tuple(map(str, texts))}), one_device()).batches
     empty = batches.rows(np.full(4, batches.draws.windows))
     assert not empty.weights.any()
     every = batches.rows(np.arange(batches.draws.windows))
@@ -212,7 +212,7 @@ def test_what_is_left_over_asks_for_nothing_also_of_masked_text(length, tmp_path
 
 def test_an_example_has_a_window_of_its_own(tmp_path, finished_run):
     e = fine_tuning(tmp_path, finished_run, **PRIVATE | {"train.batch_size": 32})
-    batches = prepare(e, one_device()).batches
+    batches = build_train_setup(e, one_device()).batches
     assert batches.experiment.model.attention_kernel == "xla"
     (stream,) = batches.train_streams
     assert batches.draws.windows == len(stream.ends) == stream.windows
@@ -222,8 +222,8 @@ def test_an_example_has_a_window_of_its_own(tmp_path, finished_run):
 
 def test_draws_go_on_after_a_change_of_what_is_asked_for(tmp_path):
     e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32})
-    before = prepare(e, one_device()).batches
-    after = prepare(e.override({"data.document_mask": True}), one_device()).batches
+    before = build_train_setup(e, one_device()).batches
+    after = build_train_setup(e.override({"data.document_mask": True}), one_device()).batches
     after.start_at(before.place(100))
     assert after.place(100).next == 0
     np.testing.assert_array_equal(after.samples(100), before.samples(100))
@@ -232,7 +232,7 @@ def test_draws_go_on_after_a_change_of_what_is_asked_for(tmp_path):
 
 def test_every_window_is_drawn_by_itself_and_none_beyond_the_room(library, tmp_path):
     e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32})
-    batches = prepare(e, one_device()).batches
+    batches = build_train_setup(e, one_device()).batches
     draws, steps = batches.draws, 3000
     drawn = np.array([batches.samples(step).ravel() for step in range(steps)])
     assert drawn.shape == (steps, 32) and drawn.max() <= draws.windows
@@ -255,8 +255,10 @@ def test_every_window_is_drawn_by_itself_and_none_beyond_the_room(library, tmp_p
 
 
 def test_what_a_run_spends(library):
-    assert spent_by(Draws.of(20, 32), 2.0, 5)[0] == pytest.approx(spent(1.0, 2.0, 5, 0.1 / 20).epsilon, rel=1e-6)
-    draws = Draws.of(2000, 64)
+    assert spent_by(PoissonSampler.of(20, 32), 2.0, 5)[0] == pytest.approx(
+        spent(1.0, 2.0, 5, 0.1 / 20).epsilon, rel=1e-6
+    )
+    draws = PoissonSampler.of(2000, 64)
     epsilon, delta = spent_by(draws, 1.0, 300)
     assert delta == 0.1 / 2000
     roomy = spent(draws.rate, 1.0, 300, delta).epsilon
@@ -268,7 +270,7 @@ def test_a_private_run_says_what_it_promises_and_goes_on_bitwise(library, tmp_pa
     e = tiny_run(tmp_path, **PRIVATE | {"model.dropout": 0.1, "train.batch_size": 32})
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     result = train(e, whole)
-    epsilon, delta = spent_by(prepare(e, one_device()).batches.draws, 1.0, 6)
+    epsilon, delta = spent_by(build_train_setup(e, one_device()).batches.draws, 1.0, 6)
     assert (result["epsilon"], result["delta"]) == (epsilon, delta)
     assert f"privacy  epsilon {epsilon:.3g} at delta {delta:.2g}, for each of" in capfd.readouterr().err
     shutil.copytree(whole, halved)

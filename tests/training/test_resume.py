@@ -36,16 +36,16 @@ class Recorder:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.seen: dict[int, str] = {}  # step -> hash of what was read and what came out, never twice another one
         self.stop: tuple[int, str] | None = None
-        self._prepare, self._asked = train.prepare, False
-        patch.setattr(train, "prepare", self.prepare)
+        self._prepare, self._asked = train.build_train_setup, False
+        patch.setattr(train, "build_train_setup", self.build_train_setup)
         patch.setattr(loop, "stop_requests", self.stop_requests)
 
-    def prepare(self, experiment, **how):
-        shop = self._prepare(experiment, **how)
+    def build_train_setup(self, experiment, **how):
+        setup = self._prepare(experiment, **how)
 
         def step(state, batch):
-            number, samples = int(state.step), shop.batches.samples(int(state.step))
-            state, metrics = shop.train_step(state, batch)
+            number, samples = int(state.step), setup.batches.samples(int(state.step))
+            state, metrics = setup.train_step(state, batch)
             content = [*map(np.asarray, jax.tree.leaves((state, batch))), samples]
             bits = hashlib.sha256(b"".join(x.tobytes() for x in content)).hexdigest()
             assert self.seen.setdefault(number + 1, bits) == bits, f"step {number + 1} differs from the unbroken run's"
@@ -53,7 +53,7 @@ class Recorder:
                 raise Crash
             return state, metrics
 
-        return dataclasses.replace(shop, train_step=step)
+        return dataclasses.replace(setup, train_step=step)
 
     def stop_requests(self):
         recorder = self
@@ -145,7 +145,7 @@ def test_a_run_stopped_three_times_is_the_unbroken_run_bit_for_bit(finished_run,
 @pytest.mark.slow
 def test_a_run_stopped_exactly_at_an_epochs_end_is_the_unbroken_run_bit_for_bit(tmp_path):
     e = tiny_run(tmp_path)
-    windows = train.prepare(e).batches.train_streams[0].windows
+    windows = train.build_train_setup(e).batches.train_streams[0].windows
     rows = next(n for n in range(8, windows + 1) if windows % n == 0)  # a batch that divides the epoch
     end = windows // rows
     changes = {"train.batch_size": rows, "train.steps": end + 2, "train.checkpoint_every": end, "train.eval_every": 0}
@@ -172,17 +172,17 @@ def test_the_speed_of_a_run_in_pieces_is_that_of_its_steps(tmp_path, monkeypatch
 
     recorder = Recorder(monkeypatch)
 
-    def prepare(experiment, **how):
-        shop = recorder.prepare(experiment, **how)
+    def build_train_setup(experiment, **how):
+        setup = recorder.build_train_setup(experiment, **how)
         compiling = [100.0]
 
         def step(state, batch):
             tick(1 + (compiling.pop() if compiling else 0))
-            return shop.train_step(state, batch)
+            return setup.train_step(state, batch)
 
-        return dataclasses.replace(shop, train_step=step)
+        return dataclasses.replace(setup, train_step=step)
 
-    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "build_train_setup", build_train_setup)
     monkeypatch.setattr(loop, "prefetch", slowly)
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
     changes = {"train.steps": 9, "train.log_every": 2, "train.checkpoint_every": 4, "train.eval_every": 0}
@@ -215,22 +215,22 @@ def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twic
         train.train(more, tmp_path / "run")
 
     read: list[int] = []
-    prepared = train.prepare
+    prepared = train.build_train_setup
 
     def recording(experiment, **how):
-        shop = prepared(experiment, **how)
-        samples = shop.batches.samples
+        setup = prepared(experiment, **how)
+        samples = setup.batches.samples
 
         def train_step(state, batch):
             numbers = samples(int(state.step)).ravel()
             read.extend(numbers.tolist())
-            np.testing.assert_array_equal(np.asarray(batch.tokens).reshape(-1, 16), shop.batches.rows(numbers).tokens)
-            return shop.train_step(state, batch)
+            np.testing.assert_array_equal(np.asarray(batch.tokens).reshape(-1, 16), setup.batches.rows(numbers).tokens)
+            return setup.train_step(state, batch)
 
-        return dataclasses.replace(shop, train_step=train_step)
+        return dataclasses.replace(setup, train_step=train_step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "prepare", recording)
+        patch.setattr(train, "build_train_setup", recording)
         figures = train.train(more, tmp_path / "run", allow_changes=True)
     assert read == list(range(4 * 8, 4 * 8 + 4 * 12))
     assert figures["samples"] == 4 * 8 + 4 * 12 and figures["tokens"] == 16 * figures["samples"]
@@ -251,7 +251,7 @@ def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twic
     last = again.override({"train.steps": 10})
     read.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "prepare", recording)
+        patch.setattr(train, "build_train_setup", recording)
         assert train.train(last, tmp_path / "run", allow_changes=True)["samples"] == 4 * 8 + 6 * 12
     assert read == list(range(12))
 
@@ -371,14 +371,14 @@ from gptjax import sharding
 sharding.join_cluster()
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
-from gptjax.training.workshop import prepare, restore_state
+from gptjax.training.train_setup import build_train_setup, restore_state
 assert jax.process_count() == 2
 run = open_run(Path(sys.argv[1]))
-shop = prepare(run.experiment)
+setup = build_train_setup(run.experiment)
 found = checkpoint.choose(run.checkpoints)
-with jax.set_mesh(shop.mesh):
+with jax.set_mesh(setup.mesh):
     writer = checkpoint.Writer(Path(sys.argv[2]), 1, 0)
-    writer.save(restore_state(found, shop.abstract, shop.experiment), found.place)
+    writer.save(restore_state(found, setup.abstract, setup.experiment), found.place)
     writer.close()
 """
 

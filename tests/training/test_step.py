@@ -16,10 +16,10 @@ from gptjax.data.objectives import Batch
 from gptjax.model import attention
 from gptjax.model.gpt import GPT
 from gptjax.training import step as step_module
-from gptjax.training.optim import Average, evaluation_params, make_optimizer
+from gptjax.training.optim import EmaState, evaluation_params, make_optimizer
 from gptjax.training.state import init_state, named_key
 from gptjax.training.step import batch_loss, eval_step, token_loss, train_step
-from gptjax.training.workshop import first_state, prepare
+from gptjax.training.train_setup import build_train_setup, first_state
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
 
@@ -27,15 +27,15 @@ MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
 def losses_on(e, data, model, steps=4, cores=1):
     """The losses of the first steps on a data x model mesh, the state after them, and the workshop."""
     mesh = sharding.mesh_of(jax.devices()[: cores * data * model], data, model)
-    shop = prepare(e, mesh)
+    setup = build_train_setup(e, mesh)
     with jax.set_mesh(mesh):
-        state, losses = first_state(shop, None), []
+        state, losses = first_state(setup, None), []
         for step in range(steps):
-            state, metrics = shop.train_step(state, shop.batches.on_devices(step, mesh))
+            state, metrics = setup.train_step(state, setup.batches.on_devices(step, mesh))
             losses.append(float(metrics["loss"]))
-        part = sharding.place(next(shop.batches.validation()), ("batch", "length"), mesh)
-        shown, count = shop.eval_step(state, part)
-    return [*losses, float(np.sum(shown["loss"]) / np.sum(count))], state, shop
+        part = sharding.place(next(setup.batches.validation()), ("batch", "length"), mesh)
+        shown, count = setup.eval_step(state, part)
+    return [*losses, float(np.sum(shown["loss"]) / np.sum(count))], state, setup
 
 
 PLAIN = {"model.dropout": 0.2, "train.microbatches": 1}
@@ -54,9 +54,9 @@ def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
     expected, reference, _ = losses_on(e, 1, 1)
     meshes = [dict(data=data, model=model) for data, model in MESHES[1:]] + [dict(data=1, model=1, cores=4)]
     for mesh in meshes:
-        losses, state, shop = losses_on(e, **mesh)
+        losses, state, setup = losses_on(e, **mesh)
         np.testing.assert_allclose(losses, expected, atol=1e-5)
-        assert shop.train_step._cache_size() == 1, "the layout of the state changed from step to step"
+        assert setup.train_step._cache_size() == 1, "the layout of the state changed from step to step"
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, reference.params)
 
 
@@ -83,12 +83,12 @@ def test_cores_wait_for_each_other_at_one_place_at_a_time(tmp_path):
     """Two sums that could be made at once take all threads of a CPU, and leave none to a core that is waited for."""
     e = tiny_run(tmp_path, **{"train.microbatches": 1, "model.dropout": 0.1})
     mesh = sharding.mesh_of(jax.devices()[:4], 1, 1)
-    shop = prepare(e, mesh)
+    setup = build_train_setup(e, mesh)
     with jax.set_mesh(mesh):
-        state, batch = first_state(shop, None), shop.batches.on_devices(0, mesh)
-        part = sharding.place(next(shop.batches.validation()), ("batch", "length"), mesh)
+        state, batch = first_state(setup, None), setup.batches.on_devices(0, mesh)
+        part = sharding.place(next(setup.batches.validation()), ("batch", "length"), mesh)
         step, look = (
-            f.lower(state, x).compile().as_text() for f, x in ((shop.train_step, batch), (shop.eval_step, part))
+            f.lower(state, x).compile().as_text() for f, x in ((setup.train_step, batch), (setup.eval_step, part))
         )
     assert step.count(" all-reduce(") == 2, "the count, and then all that is divided by it"
     assert not re.search("all-reduce|all-gather|permute|all-to-all", look)
@@ -99,10 +99,10 @@ def test_what_comes_back_to_a_layer_is_added_up_once(tmp_path):
     most = []
     for layers in (3, 9):
         e = tiny_run(tmp_path, **{"model.num_layers": layers, "model.layers": "unrolled", "train.microbatches": 1})
-        shop = prepare(e, sharding.mesh_of(jax.devices()[:1], 1, 1))
-        with jax.set_mesh(shop.mesh):
-            state, batch = first_state(shop, None), shop.batches.on_devices(0, shop.mesh)
-            program = shop.train_step.lower(state, batch).compile().as_text()
+        setup = build_train_setup(e, sharding.mesh_of(jax.devices()[:1], 1, 1))
+        with jax.set_mesh(setup.mesh):
+            state, batch = first_state(setup, None), setup.batches.on_devices(0, setup.mesh)
+            program = setup.train_step.lower(state, batch).compile().as_text()
         joined = re.findall(r"%(\S+) = \S+ fusion\(([^)]*)\), kind=kLoop.*transpose\(jvp", program)
         most.append(max(inputs.count("%") for name, inputs in joined if "concatenate" not in name))
     assert most[0] == most[1] < 16  # 54 and 141
@@ -115,7 +115,7 @@ def test_moments_lie_where_their_weights_lie(tmp_path):
     query = state.params["blocks"]["attention"]["query"]
     assert query.sharding.spec == jax.P(None, "data", "model", None)
     assert query.addressable_shards[0].data.size == query.size // 8
-    kinds = (optax.ScaleByAdamState, Average)
+    kinds = (optax.ScaleByAdamState, EmaState)
     kept = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, kinds))
     adam, average = (next(s for s in kept if isinstance(s, kind)) for kind in kinds)
     assert layout(adam.mu) == layout(adam.nu) == layout(average.params) == layout(state.params)

@@ -15,7 +15,7 @@ from gptjax.training import checkpoint, metrics, train
 from gptjax.training.evaluation import evaluate_run
 from gptjax.training.metrics import flops_per_token, num_params, peak_flops
 from gptjax.training.run import open_run
-from gptjax.training.workshop import load_params
+from gptjax.training.train_setup import load_params
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -58,8 +58,8 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path):
 
 def test_nothing_is_recompiled_in_a_run_with_evaluation(tmp_path, monkeypatch):
     shops = []
-    prepared = train.prepare
-    monkeypatch.setattr(train, "prepare", lambda e, **how: shops.append(prepared(e, **how)) or shops[-1])
+    prepared = train.build_train_setup
+    monkeypatch.setattr(train, "build_train_setup", lambda e, **how: shops.append(prepared(e, **how)) or shops[-1])
     train.train(tiny_run(tmp_path, **{"train.microbatches": 2}), tmp_path / "run")
     assert shops[0].train_step._cache_size() == 1
     assert shops[0].eval_step._cache_size() == 1

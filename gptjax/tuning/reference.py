@@ -1,0 +1,49 @@
+"""Another model beside the one that learns: the teacher, or the one to stay near."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import sharding
+from gptjax.inference.pretrained import Pretrained
+from gptjax.model.gpt import GPT, weight_axes
+
+
+class ReferenceModel:
+    """A model that is opened when it is first needed, and laid out over the mesh once."""
+
+    def __init__(self, name: str, open_it: Callable[[], Pretrained], mesh: jax.sharding.Mesh):
+        self.name, self._open, self.mesh = name, open_it, mesh
+
+    @functools.cached_property
+    def pretrained(self) -> Pretrained:
+        """Raises `GptjaxError` where it cannot be had."""
+        return self._open()
+
+    @property
+    def gpt(self) -> GPT:
+        """To apply without dropout: it is never given a key to draw it by."""
+        return GPT(self.pretrained.model)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the shape and the weights: what is learnt beside it depends on all of them."""
+        digest = hashlib.sha256(repr(self.pretrained.model).encode())
+        for x in jax.tree.leaves(self.pretrained.params):
+            digest.update(np.asarray(x, np.float32).tobytes())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """Its weights on the devices, in float32."""
+
+        def place(axes: tuple[str, ...], x: Any) -> jax.Array:
+            return jax.device_put(jnp.asarray(x, jnp.float32), sharding.sharding(axes, x.shape, self.mesh))
+
+        axes = weight_axes(self.pretrained.model)
+        return jax.tree.map(place, axes, self.pretrained.params, is_leaf=lambda x: isinstance(x, tuple))

@@ -1,0 +1,149 @@
+"""Every rule against an independent reference: transformers' own processors, definitions in NumPy, and chi-square."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.errors import PromptError
+from gptjax.inference.sampling import SamplingParams, TokenHistory, batch_params, choose, likeliest, penalised, warped
+
+VOCAB, ROWS, LENGTH = 23, 3, 12
+
+
+def history_of(tokens, prompts, lengths):
+    return TokenHistory(
+        jnp.asarray(tokens, jnp.int32), jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    )
+
+
+def case(seed):
+    """Random logits, and texts of several lengths that repeat themselves; what lies behind a text must not matter."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
+    tokens = rng.integers(0, 5, (ROWS, LENGTH))
+    lengths = rng.integers(1, LENGTH + 1, ROWS)
+    prompts = np.array([rng.integers(1, n + 1) for n in lengths])
+    return logits, tokens, prompts, lengths
+
+
+settings_drawn = st.builds(
+    SamplingParams,
+    temperature=st.floats(0.2, 3),
+    top_k=st.none() | st.integers(1, VOCAB + 3),
+    top_p=st.none() | st.floats(0.05, 0.999),
+    min_p=st.none() | st.floats(0.01, 0.9),
+    repetition_penalty=st.sampled_from([1.0, 0.7, 1.3]),
+    no_repeat_ngram_size=st.integers(0, 4),
+    logit_bias=st.just(()) | st.lists(st.tuples(st.integers(0, VOCAB - 1), st.floats(-5, 5)), max_size=3).map(tuple),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), samplings=st.lists(settings_drawn, min_size=ROWS, max_size=ROWS))
+def test_every_rule_is_that_of_transformers(seed, samplings):
+    torch = pytest.importorskip("torch")
+    g = pytest.importorskip("transformers.generation")
+
+    logits, tokens, prompts, lengths = case(seed)
+    rules = batch_params(samplings, VOCAB, VOCAB)
+    kept = penalised(jnp.asarray(logits), rules, history_of(tokens, prompts, lengths))
+    ours = np.array(warped(kept, rules))
+    for row, s in enumerate(samplings):
+        ids = torch.tensor(tokens[row : row + 1, : lengths[row]])
+        bias = {}
+        for token, value in s.logit_bias:
+            bias[(token,)] = bias.get((token,), 0.0) + value
+        processors = [
+            bool(bias) and g.SequenceBiasLogitsProcessor(bias),
+            s.repetition_penalty != 1 and g.RepetitionPenaltyLogitsProcessor(s.repetition_penalty),
+            s.no_repeat_ngram_size > 0 and g.NoRepeatNGramLogitsProcessor(s.no_repeat_ngram_size),
+            g.TemperatureLogitsWarper(s.temperature),
+            s.top_k and g.TopKLogitsWarper(s.top_k),
+            s.top_p and g.TopPLogitsWarper(s.top_p),
+            s.min_p and g.MinPLogitsWarper(s.min_p),
+        ]
+        before = theirs = torch.tensor(logits[row : row + 1])
+        for processor in filter(None, processors):
+            before = theirs if isinstance(processor, g.TopPLogitsWarper) else before
+            theirs = processor(ids, theirs)
+        theirs = theirs[0].numpy()
+        if not np.isfinite(theirs).any():
+            continue  # every token was forbidden: told apart below
+        if not _ends_between_tokens(s, before[0].numpy()):
+            np.testing.assert_array_equal(np.isfinite(ours[row]), np.isfinite(theirs), str(s))
+        both = np.isfinite(theirs) & np.isfinite(ours[row])
+        np.testing.assert_allclose(ours[row][both], theirs[both], rtol=2e-5, atol=1e-5)
+
+
+def _ends_between_tokens(s, theirs):
+    """Whether the probability of the likeliest tokens is top_p itself, to float32's digits: either answer is right."""
+    if s.top_p is None:
+        return False
+    probabilities = np.sort(np.exp(np.float64(theirs) - theirs.max()))[::-1]
+    return bool((abs(np.cumsum(probabilities) / probabilities.sum() - s.top_p) < 1e-5).any())
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), presence=st.floats(-2, 2), frequency=st.floats(-2, 2))
+def test_presence_and_frequency_count_what_was_made(seed, presence, frequency):
+    logits, tokens, prompts, lengths = case(seed)
+    sampling = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+    rules = batch_params([sampling] * ROWS, VOCAB, VOCAB)
+    ours = np.array(penalised(jnp.asarray(logits), rules, history_of(tokens, prompts, lengths)))
+    for row in range(ROWS):
+        made = np.bincount(tokens[row, prompts[row] : lengths[row]], minlength=VOCAB)
+        np.testing.assert_allclose(ours[row], logits[row] - presence * (made > 0) - frequency * made, atol=1e-5)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    logits = np.array([2.0, 1.0, 0.0, -1.0, 3.0], np.float32)
+    rules = batch_params([SamplingParams(0.7, top_k=4, min_p=0.01)] * 20_000, 5, 5)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = np.array(choose(jnp.tile(logits, (20_000, 1)), rules, keys))
+    expected = np.exp(np.where(logits >= 0, logits / 0.7, -np.inf))
+    expected = np.where(expected / expected.max() >= 0.01, expected, 0)
+    expected = expected / expected.sum() * 20_000
+    counts = np.bincount(drawn, minlength=5)
+    chosen = expected > 0
+    assert counts[~chosen].sum() == 0 and chosen.sum() == 4
+    chi_square = ((counts[chosen] - expected[chosen]) ** 2 / expected[chosen]).sum()
+    assert chi_square < 16.27, "beyond the 99.9% quantile for 3 degrees of freedom"
+
+
+def test_texts_of_all_temperatures_go_together():
+    logits = np.array([[1.0, 5.0, 2.0], [1.0, 5.0, 2.0]], np.float32)
+    rules = batch_params([SamplingParams(temperature=0), SamplingParams(temperature=1e6)], 3, 3)
+    drawn = [np.array(choose(jnp.asarray(logits), rules, jax.random.split(jax.random.key(i), 2))) for i in range(30)]
+    assert {int(d[0]) for d in drawn} == {1}, "temperature 0 takes the likeliest"
+    assert {int(d[1]) for d in drawn} == {0, 1, 2}
+
+
+def test_what_no_rule_allows_is_told_apart():
+    logits = jnp.zeros((2, 3))
+    rules = batch_params([SamplingParams(temperature=0, no_repeat_ngram_size=1)] * 2, 3, 3)
+    history = history_of([[0, 1, 2], [0, 1, 1]], [1, 1], [3, 3])
+    assert choose(penalised(logits, rules, history), rules, None).tolist() == [-1, 2]
+    allowed = jnp.array([[True, False, True], [False, False, True]])
+    plain = batch_params([SamplingParams(temperature=0)] * 2, 2, 3)  # the third id is no token
+    assert choose(penalised(logits, plain, history, allowed), plain, None).tolist() == [0, -1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=1.5),
+     dict(repetition_penalty=0.0), dict(no_repeat_ngram_size=-1)],
+)  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(PromptError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
+    with pytest.raises(PromptError, match=r"logit_bias: 7 is no token; there are ids 0 to 4"):
+        batch_params([SamplingParams(logit_bias=((7, 1.0),))], 5, 8)
+
+
+def test_of_equals_the_first_is_the_likeliest():
+    logits = np.random.default_rng(0).integers(-2, 3, (50, VOCAB)).astype(np.float32)
+    logits[0], logits[1, :5] = -np.inf, -np.inf
+    np.testing.assert_array_equal(likeliest(jnp.asarray(logits)), logits.argmax(-1) * (logits.max(-1) > -np.inf))
