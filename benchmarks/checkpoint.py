@@ -63,19 +63,19 @@ def measure(setup, folder: Path, seconds: float, saves: int) -> dict:
         nonlocal state, step
         began, first = time.perf_counter(), step
         while time.perf_counter() - began < for_seconds:
-            state, metrics = setup.train_step(state, setup.batches.on_devices(step, setup.mesh))
+            state, metrics = setup.train_step(state, setup.batches.device_batch(step, setup.mesh))
             metrics["loss"].block_until_ready()
             step += 1
         return time.perf_counter() - began, step - first
 
     run(seconds / 5)
-    writer.save(state, setup.batches.place(step))  # the first one opens files and starts threads
+    writer.save(state, setup.batches.position(step))  # the first one opens files and starts threads
     writer.wait()
     for _ in range(saves):
         alone, steps_alone = run(seconds)
         before = writer.checksum_seconds
         began = time.perf_counter()
-        writer.save(state, setup.batches.place(step))
+        writer.save(state, setup.batches.position(step))
         stall = time.perf_counter() - began
         beside, steps_beside = run(seconds - stall)
         writer.wait()

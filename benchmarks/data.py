@@ -16,7 +16,7 @@ from pathlib import Path
 from gptjax import cpu
 from gptjax.data import corpus
 from gptjax.data.batches import DataLoader
-from gptjax.data.store import CHUNK, chunks
+from gptjax.data.store import CHUNK_CHARS, text_chunks
 from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from gptjax.loading import load_experiment
 from gptjax.training import train
@@ -27,7 +27,7 @@ MEGABYTES = 8.0  # to tokenise
 
 def speed(tokenizer: Tokenizer, text: str) -> float:
     """Bytes a second, in the parts that the store makes."""
-    parts = list(chunks(text, CHUNK))
+    parts = list(text_chunks(text, CHUNK_CHARS))
     tokenizer.encode(parts[0][:1000])
     began = time.perf_counter()
     for part in parts:
@@ -48,7 +48,7 @@ def main() -> None:
     quickstart = load_experiment(str(Path(__file__).parent.parent / "experiments" / "quickstart.py"))
     e = quickstart.override(train=dict(steps=steps, eval_every=0, checkpoint_every=0), optim=dict(warmup_steps=1))
     setup = build_train_setup(e)
-    whole = "\n".join(corpus.read("pydoc", e.data))
+    whole = "\n".join(corpus.iter_documents("pydoc", e.data))
     text = whole * round(MEGABYTES * 1e6 / len(whole.encode()) + 0.5)
     kinds = [ByteTokenizer(), CharTokenizer("".join(sorted(set(whole))), False), setup.store.tokenizer]
     kinds += [BPETokenizer.from_path(options.bpe)] if options.bpe else []
@@ -58,7 +58,7 @@ def main() -> None:
     alone = DataLoader(setup.store, setup.experiment)
     began = time.perf_counter()
     for step in range(300):
-        alone.on_devices(step, setup.mesh)
+        alone.device_batch(step, setup.mesh)
     each = (time.perf_counter() - began) / 300
     with tempfile.TemporaryDirectory() as folder:
         figures = train.train(e, Path(folder) / "run")

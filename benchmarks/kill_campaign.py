@@ -54,7 +54,7 @@ def tuned(folder: Path, e: Experiment) -> Experiment:
     rows = [{"number": i, "rest": i * i % 97} for i in range(400)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = dict(source=str(folder / "rows.jsonl"), prompt="{number} is ", answer="{rest}", tokenizer="init")
-    return e.override(init=str(folder / "first"), model=dict(lora_rank=2), data=data, objective=dict(name="supervised"))
+    return e.override(init=str(folder / "first"), model=dict(lora_rank=2), data=data, objective=dict(name="sft"))
 
 
 @dataclass

@@ -60,7 +60,7 @@ def compiling() -> float:
     )
     setup = build_train_setup(e)
     with jax.set_mesh(setup.mesh):
-        state, batch = first_state(setup, None), setup.batches.on_devices(0, setup.mesh)
+        state, batch = first_state(setup, None), setup.batches.device_batch(0, setup.mesh)
         began = time.perf_counter()
         setup.lower(state, batch).compile()
     return time.perf_counter() - began

@@ -65,7 +65,7 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     update = partial(train_step, model=GPT(m), tx=tx, learnt=trained(e))
     tokens = np.random.default_rng(0).integers(0, m.vocab_size, (1, rows, m.context_length + 1)).astype(np.int32)
     data = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((1, rows, m.context_length), np.float32))
-    data = sharding.place(data, ("microbatch", "batch", "length"), mesh)
+    data = sharding.shard_from_host(data, ("microbatch", "batch", "length"), mesh)
     with jax.set_mesh(mesh):
         box = [create_state(e, tx, abstract)]
         step = jax.jit(update, compiler_options=sharding.compiler_options(mesh), **how).lower(box[0], data).compile()

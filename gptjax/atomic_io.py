@@ -1,4 +1,4 @@
-"""Files that last: written so that a crash leaves the old content or the new, read so that a bad one does no harm."""
+"""Safe file access: atomic writes that survive a crash, and reads that check untrusted files."""
 
 import contextlib
 import fcntl
@@ -12,13 +12,13 @@ from typing import Any
 
 from gptjax.errors import RunError
 
-LARGEST_TEXT = 1 << 28  # bytes: no file of JSON in a run folder comes near it
+LARGEST_TEXT = 1 << 28  # bytes: far above any JSON file in a run folder
 
 
 def write_atomic(path: Path, content: str | bytes, new: bool = False) -> None:
-    """Replaces a file so that, whatever happens, either the old or the new content is there.
+    """Replaces a file atomically: after a crash it has either the old or the new content.
 
-    With `new` nothing is replaced: raises `FileExistsError` where there is such a file, as another process made one.
+    With `new` nothing is replaced: raises `FileExistsError` if the file exists.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with scratch.open("wb") as file:
@@ -30,7 +30,7 @@ def write_atomic(path: Path, content: str | bytes, new: bool = False) -> None:
             os.link(scratch, path)
         except FileExistsError:
             raise
-        except OSError:  # a file system without links: the best that is left
+        except OSError:  # a file system without hard links: not quite atomic
             if path.exists():
                 raise FileExistsError(path) from None
             scratch.replace(path)
@@ -43,10 +43,10 @@ def write_atomic(path: Path, content: str | bytes, new: bool = False) -> None:
 
 @contextlib.contextmanager
 def directory_lock(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this machine is in here with the same folder."""
+    """Holds an exclusive lock on a folder among the processes of this machine; waits for it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a network file system that cannot lock a folder
+        with contextlib.suppress(OSError):  # some network file systems cannot lock a folder
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -54,7 +54,7 @@ def directory_lock(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when what was made, renamed or removed in a folder is on disk."""
+    """Returns when the entries of a folder (created, renamed, removed) are on disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync_folder` for everything below a folder, and its files as well."""
+    """Syncs a folder, everything below it, and all files."""
     for root, _, names in os.walk(folder):
         for name in names:
             with Path(root, name).open("rb") as file:
@@ -72,12 +72,12 @@ def sync_tree(folder: Path) -> None:
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
-    """The content of a plain file. Raises `RunError` for a link, a device or a giant: it may be a stranger's."""
+    """The content of an untrusted text file. Raises `RunError` for a link, a device or a file that is too large."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise RunError(f"{path}: is a link or a device, not a plain file; gptjax does not follow it")
+        raise RunError(f"{path}: is a link or a device, and gptjax only reads plain files here")
     if status.st_size > largest:
-        raise RunError(f"{path}: has {status.st_size:,} bytes, more than the {largest:,} that such a file may have")
+        raise RunError(f"{path}: has {status.st_size:,} bytes; at most {largest:,} are allowed")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -85,7 +85,7 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises `RunError` where it does not."""
+    """The JSON object in an untrusted file. Raises `RunError` if there is none."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:

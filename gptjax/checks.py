@@ -3,35 +3,44 @@
 from collections.abc import Callable, Mapping
 from string import Formatter
 
-from gptjax.config import DataConfig, Experiment, MeshConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from gptjax.config import (
+    RENAMED_OBJECTIVES,
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from gptjax.errors import ConfigError
 from gptjax.schema import replace_at, type_problems, value_at
 
-POSITIVE = """model.context_length model.num_layers model.embed_dim model.num_heads model.rope_base model.rope_factor
+POSITIVE = """model.context_length model.num_layers model.embed_dim model.num_heads model.rope_theta model.rope_factor
     model.norm_epsilon optim.learning_rate optim.epsilon train.steps train.batch_size train.microbatches
-    train.keep_last train.log_every train.prefetch train.max_skipped train.stuck_seconds train.skip_spikes
+    train.keep_last train.log_every train.prefetch train.max_skipped train.watchdog_seconds train.spike_sigma
     mesh.model data.tokenizer_vocab_size optim.layer_decay model.lora_alpha
-    model.mup_width model.vocab_size model.num_kv_heads
-    model.head_dim model.ffn_dim model.window model.rope_original_length
+    model.mup_base_width model.vocab_size model.num_kv_heads
+    model.head_dim model.ffn_dim model.sliding_window model.rope_original_length
     model.attention_softcap model.logit_softcap data.max_documents optim.clip_norm optim.noise_multiplier mesh.data
-    objective.samples objective.new_tokens""".split()
+    objective.num_generations objective.max_new_tokens""".split()
 NOT_NEGATIVE = """seed model.init_std model.lora_rank model.num_classes objective.z_loss objective.beta
     optim.final_learning_rate
     optim.warmup_steps optim.weight_decay train.eval_every train.checkpoint_every train.keep_best
     train.sample_tokens""".split()
 SHARES = "model.dropout optim.beta1 optim.beta2 data.val_fraction optim.cooldown_fraction".split()
-ON_POLICY = ("risk", "grpo")  # objectives for which the model writes answers of its own
+ON_POLICY = ("rloo", "grpo")  # objectives for which the model writes answers of its own
 OWNERS = {  # fields of Objective that mean something to some objectives only
-    "mask_rate": ("masked",),
-    "whole_words": ("masked",),
-    "next_sentence": ("masked",),
-    "fill_in_rate": ("fill_in",),
+    "mask_rate": ("mlm",),
+    "whole_words": ("mlm",),
+    "next_sentence": ("mlm",),
+    "fim_rate": ("fim",),
     "reference": ("dpo", "distill", *ON_POLICY),
     "beta": ("dpo", *ON_POLICY),
     "divergence": ("distill",),
-    "score": ON_POLICY,
-    "samples": ON_POLICY,
-    "new_tokens": ON_POLICY,
+    "reward": ON_POLICY,
+    "num_generations": ON_POLICY,
+    "max_new_tokens": ON_POLICY,
 }
 Need = Callable[[bool, str], None]
 
@@ -42,6 +51,9 @@ def check(experiment: Experiment, num_devices: int | None = None) -> Experiment:
     `num_devices` is the number that the mesh must fit; None leaves that out.
     """
     wrong_type = type_problems(experiment)
+    if experiment.objective.name in RENAMED_OBJECTIVES:
+        new_name = RENAMED_OBJECTIVES[experiment.objective.name]
+        wrong_type["objective.name"] = f"objective.name = {experiment.objective.name!r}: is now called {new_name!r}"
     sound = _with_defaults(experiment, wrong_type)
     out_of_range = _range_problems(sound)
     sound = _with_defaults(sound, out_of_range)
@@ -63,7 +75,7 @@ def _range_problems(e: Experiment) -> dict[str, str]:
         (NOT_NEGATIVE, lambda x: x >= 0, "must not be negative"),
         (SHARES, lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
         (["optim.ema_decay", "objective.mask_rate"], lambda x: 0 < x < 1, "must lie between 0 and 1"),
-        (["objective.fill_in_rate"], lambda x: 0 <= x <= 1, "must be at least 0 and at most 1"),
+        (["objective.fim_rate"], lambda x: 0 <= x <= 1, "must be at least 0 and at most 1"),
     ]
     found = {}
     for paths, holds, message in bounds:
@@ -100,8 +112,8 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
     _training_rules(e.optim, e.train, need)
     _privacy_rules(e, need)
     need(
-        e.model.mup_width is None or e.optim.name in ("adamw", "lion"),
-        f"optim.name = {e.optim.name!r}: the rates of muP (model.mup_width) are those of adamw and lion; choose one",
+        e.model.mup_base_width is None or e.optim.name in ("adamw", "lion"),
+        f"optim.name = {e.optim.name!r}: the rates of muP (model.mup_base_width) are those of adamw and lion; choose one",
     )
     if num_devices is not None:
         _mesh_rules(e.train, e.mesh, num_devices, need)
@@ -111,13 +123,13 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
 def _objective_rules(e: Experiment, need: Need) -> None:
     o, m, d, with_answers = e.objective, e.model, e.data, e.with_answers
     need(
-        m.causal or o.name == "masked" or d.answers == "classes",
+        m.causal or o.name == "mlm" or d.answers == "classes",
         f"model.causal = False: with objective.name = {o.name!r} every answer would be visible; "
-        "set model.causal = True, or objective.name = 'masked'",
+        "set model.causal = True, or objective.name = 'mlm'",
     )
     need(
-        not m.causal or o.name != "masked",
-        "model.causal = True: with objective.name = 'masked' a token is told by those after it too; "
+        not m.causal or o.name != "mlm",
+        "model.causal = True: with objective.name = 'mlm' a token is told by those after it too; "
         "set model.causal = False",
     )
     need(
@@ -125,7 +137,7 @@ def _objective_rules(e: Experiment, need: Need) -> None:
         f"train.sample_tokens = {e.train.sample_tokens}: a model with model.causal = False cannot write; set 0",
     )
     need(
-        o.name not in ("supervised", "dpo", "risk", "grpo") or with_answers,
+        o.name not in ("sft", "dpo", "rloo", "grpo") or with_answers,
         f"objective.name = {o.name!r}: needs examples with answers; set data.prompt and data.answer, or task:NAME",
     )
     for name, owners in OWNERS.items():
@@ -136,7 +148,7 @@ def _objective_rules(e: Experiment, need: Need) -> None:
         )
     _tuning_rules(e, need)
     need(
-        m.context_length >= 8 or not (o.next_sentence or o.name == "fill_in"),
+        m.context_length >= 8 or not (o.next_sentence or o.name == "fim"),
         f"model.context_length = {m.context_length}: leaves no room for text between the tokens that objective.name = "
         f"{o.name!r} puts in; 8 is the least",
     )
@@ -184,23 +196,27 @@ def _tuning_rules(e: Experiment, need: Need) -> None:
         o.name != "dpo" or d.rejected is not None,
         "objective.name = 'dpo': compares two answers; set data.rejected",
     )
-    rows = 2 if o.name == "dpo" else o.samples if o.name in ON_POLICY else 1
+    rows = 2 if o.name == "dpo" else o.num_generations if o.name in ON_POLICY else 1
     need(
         t.batch_size % (rows * t.microbatches if o.name == "dpo" else rows) == 0,
         f"train.batch_size = {t.batch_size}: objective.name = {o.name!r} reads {rows} rows together, "
-        + ("in every microbatch; choose a multiple" if o.name == "dpo" else "objective.samples; choose a multiple"),
+        + (
+            "in every microbatch; choose a multiple"
+            if o.name == "dpo"
+            else "objective.num_generations; choose a multiple"
+        ),
     )
     need(
         rows == 1 or isinstance(d.source, str) or len(d.source) == 1,
         f"data.source = {d.source!r}: objective.name = {o.name!r} reads rows that belong together; give one source",
     )
     need(
-        o.name not in ON_POLICY or o.samples > 1,
-        f"objective.samples = {o.samples}: answers are compared with others to the same prompt; 2 is the least",
+        o.name not in ON_POLICY or o.num_generations > 1,
+        f"objective.num_generations = {o.num_generations}: answers are compared with others to the same prompt; 2 is the least",
     )
     need(
-        o.name not in ON_POLICY or not _knows_shape(e) or o.new_tokens < e.model.context_length,
-        f"objective.new_tokens = {o.new_tokens}: leaves nothing of model.context_length = {e.model.context_length} "
+        o.name not in ON_POLICY or not _knows_shape(e) or o.max_new_tokens < e.model.context_length,
+        f"objective.max_new_tokens = {o.max_new_tokens}: leaves nothing of model.context_length = {e.model.context_length} "
         "for the prompt; ask for fewer",
     )
 
@@ -219,9 +235,9 @@ def _class_rules(e: Experiment, need: Need) -> None:
     if d.answers == "text":
         return
     need(
-        e.objective.name == "supervised",
+        e.objective.name == "sft",
         f"objective.name = {e.objective.name!r}: with data.answers = 'classes' the labels alone are asked for; set "
-        "objective.name = 'supervised'",
+        "objective.name = 'sft'",
     )
     need(
         e.objective.z_loss == 0,
@@ -275,13 +291,13 @@ def _model_rules(m: ModelConfig, need: Need, knows_shape: bool) -> None:
     need(
         m.positions != "rope"
         or head_dim % 2 != 0
-        or (0 < m.rope_fraction <= 1 and round(head_dim * m.rope_fraction) % 2 == 0),
-        f"model.rope_fraction = {m.rope_fraction}: must be above 0, at most 1, and turn an even part of the "
+        or (0 < m.partial_rotary_factor <= 1 and round(head_dim * m.partial_rotary_factor) % 2 == 0),
+        f"model.partial_rotary_factor = {m.partial_rotary_factor}: must be above 0, at most 1, and turn an even part of the "
         f"{head_dim} numbers of a head",
     )
     need(
-        m.rope_fraction == 1 or m.positions == "rope",
-        f"model.rope_fraction = {m.rope_fraction}: there is no RoPE; set model.positions = 'rope'",
+        m.partial_rotary_factor == 1 or m.positions == "rope",
+        f"model.partial_rotary_factor = {m.partial_rotary_factor}: there is no RoPE; set model.positions = 'rope'",
     )
     need(
         not m.parallel_residual or m.norm_placement == "pre",
@@ -331,7 +347,7 @@ def _kernel_rules(e: Experiment, need: Need) -> None:
         "; use 'auto'",
     )
     need(
-        m.context_length % 2 == 0 or not (e.masks_tokens or m.window is not None or m.positions == "alibi"),
+        m.context_length % 2 == 0 or not (e.masks_tokens or m.sliding_window is not None or m.positions == "alibi"),
         f"model.attention_kernel = 'cudnn': needs an even context_length to learn under a mask or with ALiBi, and it "
         f"is {m.context_length}; use 'auto'",
     )
@@ -437,8 +453,8 @@ def _privacy_rules(e: Experiment, need: Need) -> None:
         f"data.weights = {e.data.weights}: {private} draws every window with the same probability; leave them out",
     )
     need(
-        e.train.skip_spikes is None,
-        f"train.skip_spikes = {e.train.skip_spikes}: would tell of a window that was drawn, which {private} is to "
+        e.train.spike_sigma is None,
+        f"train.spike_sigma = {e.train.spike_sigma}: would tell of a window that was drawn, which {private} is to "
         "hide; leave it out",
     )
 

@@ -1,4 +1,4 @@
-"""The command line: finds the verb, and turns its errors into messages and exit codes."""
+"""The command line: runs the command, and turns its errors into messages and exit codes."""
 
 import difflib
 import importlib
@@ -10,7 +10,8 @@ import traceback
 from gptjax import __version__
 from gptjax.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, GptjaxError
 
-VERBS = {  # verb -> the module and function that do it
+COMMANDS = {  # command -> its module and function
+    "new": ("gptjax.commands.new", "new"),
     "train": ("gptjax.commands.train", "train"),
     "sweep": ("gptjax.commands.sweep", "sweep"),
     "scale": ("gptjax.commands.scale", "scale"),
@@ -27,75 +28,77 @@ VERBS = {  # verb -> the module and function that do it
     "diff": ("gptjax.commands.compare", "diff"),
     "repro": ("gptjax.commands.repro", "repro"),
 }
-LAST_SECONDS = 2.0  # of a process that ends a job, in which the others come to say why: jax aborts them when it is gone
-HELP = f"""gptjax {__version__}: train GPTs from experiment files, and use them
+EXIT_DELAY = 2.0  # seconds before a process ends its job, in which the others report errors: jax then aborts them
+HELP = f"""gptjax {__version__}: train GPT models from experiment files, and use them
 
-  gptjax train FILE [--run-dir DIR] [--section.field VALUE ...]    train, or go on with, an experiment
-  gptjax sweep FILE [--seeds N] [--workers N] [--on slurm] [...]   train every experiment of a file with every seed
-  gptjax scale FILE [--workers N] [--wait] [--list]                predict a large run's loss from small ones
+  gptjax new NAME [--from quickstart|sweep|finetune|claim]         write a starting file NAME.py to edit
+  gptjax train FILE [--run-dir DIR] [--section.field VALUE ...]    train or resume an experiment
+  gptjax sweep FILE [--seeds N] [--workers N] [--status] [...]     train every experiment of a file with every seed
+  gptjax scale FILE [--workers N] [--external] [--status]          predict a large run's loss from small runs
   gptjax sample MODEL PROMPT [--max-length N] [...]                continue a text
-  gptjax chat MODEL                                                talk with a model in the terminal
-  gptjax eval MODEL [--data FILE ...] [--tasks TASK ...] [...]     loss on its own text or another; lm-eval's tasks
-  gptjax import MODEL RUN                                          make a run folder of a Hugging Face model
+  gptjax chat MODEL                                                chat with a model in the terminal
+  gptjax eval MODEL [--data FILE ...] [--tasks TASK ...] [...]     loss on its validation text or other text; tasks
+  gptjax import MODEL RUN [--tokenizer PATH|byte|NAME]             make a run folder from a Hugging Face model
   gptjax export RUN FOLDER [--adapter] [...]                       write a run as a Hugging Face model or PEFT adapter
-  gptjax verify RUN                                                compare every checksum of every checkpoint
-  gptjax replay RUN --step N                                       make a step again, and look for NaN and Inf in it
-  gptjax profile RUN|FILE [--steps N] [--out FOLDER] [--json]      where the time of a training step goes
-  gptjax runs [FOLDER] [--filter val_loss<3 ...] [--sort FIELD]    what is in a folder of runs
+  gptjax verify RUN                                                check the checksums of all checkpoints
+  gptjax replay RUN --step N                                       recompute a step, and find NaN and Inf in it
+  gptjax profile RUN|FILE [--steps N] [--out FOLDER] [--json]      profile training steps
+  gptjax runs [FOLDER] [--filter val_loss<3 ...] [--sort FIELD]    list the runs of a folder
   gptjax report RUN|SWEEP ... [--metric NAME] [--out FOLDER]       compare variants over seeds: a table and a page
   gptjax diff A B                                                  how two runs or experiment files differ
-  gptjax repro [CLAIM ...] [--list] [--folder DIR] [--json]        published results, reproduced: pass or fail
+  gptjax repro [CLAIM ...] [--list] [--folder DIR] [--json]        reproduce published results: pass or fail
 
   MODEL is a run folder, a Hugging Face folder, or the name of a model on the Hugging Face hub.
-  gptjax VERB --help       all options of a verb; gptjax train FILE --help lists every field with its value
+  gptjax COMMAND --help    all options of a command; gptjax train FILE --help lists every field with its value
 
-exit codes: 0 done, 1 a bug (with a traceback), 2 bad input or a damaged file, 3 training had to stop
-            or a claim does not pass,
-            75 interrupted with the state saved (the same command goes on), 130 interrupted before that
+exit codes: 0 done, 1 a bug (with a traceback), 2 bad input or a damaged file, 3 training failed
+            or a claim does not pass, 75 interrupted with the state saved (the same command resumes),
+            130 interrupted before that
 """
 
 
 def main() -> None:
     """The `gptjax` command."""
-    verb, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
-    if verb in ("-h", "--help", "help"):
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    arguments = sys.argv[2:]
+    if command in ("-h", "--help", "help"):
         print(HELP, end="")
         return
-    if verb in ("-V", "--version"):
+    if command in ("-V", "--version"):
         print(__version__)
         return
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
-        _stop(f"gptjax: no such verb: {verb!r}; {meant} (gptjax --help)", 2)
-    module, function = VERBS[verb]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        _stop(f"gptjax: no such command: {command!r}; {hint} (gptjax --help)", 2)
+    module, function = COMMANDS[command]
     try:
         getattr(importlib.import_module(module), function)(arguments)
     except GptjaxError as e:
-        _stop(f"gptjax {verb}: {e}", e.exit_code)
+        _stop(f"gptjax {command}: {e}", e.exit_code)
     except KeyboardInterrupt:
-        print(f"gptjax {verb}: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # at once: threads that still save are not waited for
-    except BrokenPipeError:  # the reader of our output went away: nothing more to say
+        print(f"gptjax {command}: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # immediately, without waiting for threads that still save
+    except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception:
-        if not _is_one_of_several():
+        if not _is_distributed():
             raise
         _stop(traceback.format_exc(), EXIT_BUG)
 
 
 def _stop(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
-    if code == EXIT_FAILED or (_is_one_of_several() and code != EXIT_INTERRUPTED):
+    if code == EXIT_FAILED or (_is_distributed() and code != EXIT_INTERRUPTED):
         sys.stdout.flush()
-        if code != EXIT_FAILED:  # which has waited for the others already
-            time.sleep(LAST_SECONDS)
-        os._exit(code)  # at once: on the usual way out jax waits for the other processes, which may be gone
+        if code != EXIT_FAILED:  # training has already waited for the others
+            time.sleep(EXIT_DELAY)
+        os._exit(code)  # a normal exit would make jax wait for the other processes, which may be gone
     sys.exit(code)
 
 
-def _is_one_of_several() -> bool:
+def _is_distributed() -> bool:
     if "jax" not in sys.modules:
         return False
     import jax

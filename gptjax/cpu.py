@@ -41,7 +41,7 @@ def release_after_compiling() -> None:
 
 
 @functools.cache
-def multiplies_bfloat16() -> bool:
+def bfloat16_matmul_is_fast() -> bool:
     """Whether XLA multiplies large bfloat16 matrices no slower than the same ones in float32.
 
     It does with AMX, and on AMD's processors with AVX-512's bfloat16 instructions. On Intel's with these alone it takes

@@ -1,4 +1,4 @@
-"""The errors that a user can mend, and the exit code of each; and warnings, where it is not certain that one is due.
+"""The errors that a user can fix, with their exit codes, and warnings.
 
 Every message says what was wrong, where, what was expected and what to do. The command line prints it without
 a traceback; anything that is not a `GptjaxError` is a bug and keeps its traceback.
@@ -6,26 +6,26 @@ a traceback; anything that is not a `GptjaxError` is a bug and keeps its traceba
 
 import sys
 
-EXIT_DONE = 0  # the verb did all it was asked
+EXIT_DONE = 0  # the command succeeded
 EXIT_BUG = 1  # an unexpected exception, with its traceback
-EXIT_BAD_INPUT = 2  # config, data, path or prompt refused
-EXIT_FAILED = 3  # training had to stop (non-finite numbers, a failed save, a process gone), or logits disagree
-EXIT_INTERRUPTED = 75  # Ctrl-C or SIGTERM: state saved, the same command continues (sysexits' EX_TEMPFAIL)
+EXIT_BAD_INPUT = 2  # invalid config, data, path or prompt
+EXIT_FAILED = 3  # training failed (non-finite numbers, a failed save, a lost process), or logits disagree
+EXIT_INTERRUPTED = 75  # Ctrl-C or SIGTERM: state saved, the same command resumes (sysexits' EX_TEMPFAIL)
 
 
 def warn(message: str) -> None:
-    """Tells the user on stderr what may be wrong; the work goes on."""
+    """Prints a warning on stderr."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class GptjaxError(Exception):
-    """Something that the user can mend."""
+    """An error that the user can fix."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class ConfigError(GptjaxError):
-    """An experiment that cannot be run; carries every problem that was found, not only the first."""
+    """An invalid experiment, with all problems that were found, not only the first."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -34,17 +34,17 @@ class ConfigError(GptjaxError):
 
 
 class DataError(GptjaxError):
-    """Text that cannot be found, read or represented."""
+    """Data that cannot be found, read or tokenised."""
 
 
 class RunError(GptjaxError):
-    """A run folder that is not one, cannot be written, is damaged, is in use, or belongs to another experiment."""
+    """A run folder that is missing, damaged, not writable, in use, or of another experiment."""
 
 
 class ExchangeError(GptjaxError):
-    """A model of Hugging Face that cannot be read exactly, or one of gptjax that they cannot express.
+    """A Hugging Face model that cannot be imported exactly, or a model that cannot be exported exactly.
 
-    Carries every problem that was found, not only the first.
+    Carries all problems that were found, not only the first.
     """
 
     def __init__(self, where: object, problems: list[str]):
@@ -54,7 +54,7 @@ class ExchangeError(GptjaxError):
 
 
 class Disagreement(GptjaxError):
-    """A model that says something else after it was imported or exported."""
+    """A model whose logits changed when it was imported or exported."""
 
     exit_code = EXIT_FAILED
 
@@ -64,12 +64,12 @@ class PromptError(GptjaxError):
 
 
 class TrainingFailed(GptjaxError):
-    """Training that could not go on; everything up to the last checkpoint is kept."""
+    """Training that failed; everything up to the last checkpoint is kept."""
 
     exit_code = EXIT_FAILED
 
 
 class Interrupted(GptjaxError):
-    """A signal asked the run to stop; its state is saved and the same command continues."""
+    """A run stopped by a signal; its state is saved and the same command resumes it."""
 
     exit_code = EXIT_INTERRUPTED

@@ -1,4 +1,4 @@
-"""Experiment files are Python: a module that defines `experiment`. Only files that the user names are ever executed."""
+"""Loads experiment files: Python modules that define `experiment`. Only files that the user names are executed."""
 
 import importlib
 import importlib.util
@@ -9,15 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gptjax.config import Experiment, Search
+from gptjax.config import Experiment, Search, unknown_field
 from gptjax.errors import ConfigError, GptjaxError
-from gptjax.schema import leaves, unknown
 
 
 def load_experiment(name: str) -> Experiment:
     """The experiment of a file (`experiments/quickstart.py`) or of its dotted name (`experiments.quickstart`).
 
-    Also of a run's or a trial's JSON. Raises `ConfigError` for a file that is missing, fails, or has no `experiment`.
+    Also the JSON of a run or a trial. Raises `ConfigError` for a file that is missing, fails or has no `experiment`.
     """
     if name.endswith(".json") and Path(name).is_file():
         try:
@@ -25,59 +24,61 @@ def load_experiment(name: str) -> Experiment:
         except ConfigError as e:
             raise ConfigError([f"{name}: {problem}" for problem in e.problems]) from None
         except (ValueError, TypeError, AttributeError, RecursionError) as e:
-            raise ConfigError([f"{name}: is no experiment ({e})"]) from None
-    path, experiment = defined(name, "experiment")
+            raise ConfigError([f"{name}: is not an experiment ({e})"]) from None
+    path, experiment = read_attribute(name, "experiment")
     if not isinstance(experiment, Experiment):
-        more = "; it holds a sweep: gptjax sweep" if defined(name, "sweep")[1] is not None else ""
-        raise ConfigError(
-            [f"{path}: defines no `experiment`; it must hold a line `experiment = Experiment(...)`{more}"]
-        )
+        hint = ""
+        if read_attribute(name, "sweep")[1] is not None:
+            hint = f"; it has a sweep: gptjax sweep {name}"
+        raise ConfigError([f"{path}: defines no `experiment`; it needs a line `experiment = Experiment(...)`{hint}"])
     return experiment
 
 
 def load_sweep(name: str) -> list[Experiment]:
-    """The experiments of a sweep's file or of its dotted name. Raises `ConfigError` where it defines no `sweep`."""
-    path, sweep = defined(name, "sweep")
-    if sweep is None and isinstance(defined(name, "search")[1], Search):
-        raise ConfigError([f"{path}: defines a `search` and no `sweep`: choose how by --search tpe, random or halving"])
+    """The experiments of `sweep` in a file (or dotted name). Raises `ConfigError` if it defines none."""
+    path, sweep = read_attribute(name, "sweep")
+    if sweep is None and isinstance(read_attribute(name, "search")[1], Search):
+        raise ConfigError(
+            [f"{path}: defines a `search` and no `sweep`; choose a method with --search tpe, random or halving"]
+        )
     if not isinstance(sweep, list | tuple) or not sweep or not all(isinstance(e, Experiment) for e in sweep):
         raise ConfigError(
-            [f"{path}: defines no `sweep`; it must hold a line `sweep = grid(...)`, or `zip_(...)`, or experiments"]
+            [f"{path}: defines no `sweep`; it needs a line `sweep = grid(...)`, `zip_(...)` or a list of experiments"]
         )
     return list(sweep)
 
 
 def runs_folder(name: str) -> Path:
-    """Where the runs of a file, or of its dotted name, go by default."""
+    """The default folder for the runs of a file (or dotted name)."""
     return Path("runs") / name.removesuffix(".py").replace("/", ".").rpartition(".")[2]
 
 
 def load_search(name: str) -> Search:
-    """The search of a file or of its dotted name. Raises `ConfigError` where it defines no `search`."""
-    path, search = defined(name, "search")
+    """The `search` of a file (or dotted name). Raises `ConfigError` if it defines none."""
+    path, search = read_attribute(name, "search")
     if not isinstance(search, Search):
-        raise ConfigError([f"{path}: defines no `search`; it must hold a line `search = Search(experiment, ...)`"])
+        raise ConfigError([f"{path}: defines no `search`; it needs a line `search = Search(experiment, ...)`"])
     return search
 
 
-def defined(name: str, attribute: str) -> tuple[Path, Any]:
-    """What a file calls by a name; None where there is nothing of that name."""
+def read_attribute(name: str, attribute: str) -> tuple[Path, Any]:
+    """The path of an experiment file, and a global variable of it; None if it has no such variable."""
     path = Path(name) if name.endswith(".py") or "/" in name else Path(*name.split(".")).with_suffix(".py")
     if not path.is_file():
-        raise ConfigError(
-            [f"{path}: no such experiment file; experiments/quickstart.py is one in a checkout of gptjax"]
-        )
+        new = path.stem if path.stem.isidentifier() else "mine"
+        raise ConfigError([f"{path}: no such experiment file; `gptjax new {new}` writes a new one, {new}.py"])
     try:
         return path, getattr(_import(path.resolve()), attribute, None)
     except GptjaxError:
         raise
     except Exception as e:
-        raise ConfigError([_what_failed(path.resolve(), e)]) from None
+        raise ConfigError([_describe_failure(path.resolve(), e)]) from None
 
 
 def _import(path: Path) -> ModuleType:
-    """Imports a file under its full name in its package, so that it can build on its neighbours."""
-    root, parts = path.parent, [path.stem]
+    """Imports a file under its full name in its package, so that it can import its neighbours."""
+    root = path.parent
+    parts = [path.stem]
     while (root / "__init__.py").exists():
         parts.insert(0, root.name)
         root = root.parent
@@ -93,13 +94,13 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _what_failed(path: Path, e: Exception) -> str:
+def _describe_failure(path: Path, e: Exception) -> str:
     if isinstance(e, SyntaxError):
         return f"{e.filename}, line {e.lineno}: {e.msg}"
     frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename) == path]
     where = f"{path.name}, line {frames[-1].lineno}" if frames else str(path)
     if argument := re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e)):
         section, field = argument.groups()
-        prefix = "" if section == "Experiment" else f"{section.lower()}."
-        return f"{where}: {unknown(prefix + field, list(leaves(Experiment)))}"
+        prefix = "" if section == "Experiment" else f"{section.removesuffix('Config').lower()}."
+        return f"{where}: {unknown_field(prefix + field)}"
     return f"{where}: {type(e).__name__}: {e}"

@@ -23,7 +23,7 @@ from gptjax import config, cpu
 from gptjax.errors import RunError
 
 CORES = "cores"
-BYTES_A_WEIGHT = 28  # of each core: the weight, two moments, its gradient, and that again before and after it is added
+BYTES_PER_WEIGHT = 28  # of each core: the weight, two moments, its gradient, and that again before and after it is added
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # weights: "embed" over data is FSDP, the others over model are tensor parallelism
     "layers": None,
@@ -97,10 +97,10 @@ def wait_for_all(name: str) -> None:
 
 def num_devices() -> int:
     """What a mesh is made of: GPUs, or processes' CPUs, of which one counts once however many cores are devices."""
-    return 1 if _by_cores() else jax.device_count()
+    return 1 if _cores_are_devices() else jax.device_count()
 
 
-def _by_cores() -> bool:
+def _cores_are_devices() -> bool:
     return jax.config.jax_num_cpu_devices > 1 and jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
@@ -110,9 +110,9 @@ def make_mesh(mesh: config.MeshConfig, groups: int, weights: int) -> jax.shardin
     On a CPU as many cores work at once as divide the `groups` of a batch, rows that belong together, and as copies of
     so many weights, each with its gradient and moments, take a quarter of the memory.
     """
-    if not _by_cores():
+    if not _cores_are_devices():
         return mesh_of(jax.devices(), mesh.data or jax.device_count() // mesh.model, mesh.model)
-    most = max(1, min(jax.device_count(), cpu.memory() // 4 // (BYTES_A_WEIGHT * weights)))
+    most = max(1, min(jax.device_count(), cpu.memory() // 4 // (BYTES_PER_WEIGHT * weights)))
     return mesh_of(jax.devices()[: largest_divisor(groups, most)], 1, 1)
 
 
@@ -186,7 +186,7 @@ def num_batch_devices() -> int:
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["model"]
 
 
-def row_numbers(rows: int) -> jax.Array:
+def global_row_index(rows: int) -> jax.Array:
     """Of rows that a function is given, those in the whole batch: int32 [rows]. They differ inside `sum_over_cores`."""
     numbers = jnp.arange(rows)
     manual = CORES in jax.sharding.get_abstract_mesh().manual_axes
@@ -198,7 +198,7 @@ def on_one_device(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(one_device(), PartitionSpec()))
 
 
-def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
+def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
     """Where an array with these named axes lies. An axis that its mesh axis does not divide stays whole.
 
     Raises `ValueError` where two axes of one array claim the same mesh axis.
@@ -215,9 +215,9 @@ def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh_shape: dict[st
     return PartitionSpec(*fits)
 
 
-def sharding(axes: tuple[str, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+def named_sharding(axes: tuple[str, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
     """`partition` on a mesh of devices."""
-    return NamedSharding(mesh, partition(axes, shape, dict(mesh.shape)))
+    return NamedSharding(mesh, partition_spec(axes, shape, dict(mesh.shape)))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -225,13 +225,13 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, dict(mesh.shape)))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, dict(mesh.shape)))
 
 
-def place(tree: Any, axes: tuple[str, ...], mesh: jax.sharding.Mesh) -> Any:
+def shard_from_host(tree: Any, axes: tuple[str, ...], mesh: jax.sharding.Mesh) -> Any:
     """Lays host arrays, which every process holds whole, out over the mesh; all have the same named axes."""
 
     def one(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, sharding(axes, x.shape, mesh), lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, named_sharding(axes, x.shape, mesh), lambda index: x[index])
 
     return jax.tree.map(one, tree)

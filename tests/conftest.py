@@ -66,8 +66,8 @@ def fine_tuning(folder: Path, init: Path, **changes) -> Experiment:
     (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = dict(source=str(folder / "table.jsonl"), prompt="{letter}{number}:", answer="{next}", tokenizer="init")
     model = dict(lora_rank=2, lora_targets=("query", "out", "up"), dropout=0.1)
-    e = TINY.override(init=str(init), model=model, data=data | {"val_fraction": 0.2}, objective=dict(name="supervised"))
-    return e.override({"optim.frozen": ("*.out_lora_down",), "optim.layer_decay": 0.8} | changes)
+    e = TINY.override(init=str(init), model=model, data=data | {"val_fraction": 0.2}, objective=dict(name="sft"))
+    return e.override({"optim.freeze": ("*.out_lora_down",), "optim.layer_decay": 0.8} | changes)
 
 
 @pytest.fixture(scope="session")

@@ -27,17 +27,17 @@ def write_experiment(folder: Path, experiment: Experiment) -> Path:
 
 SLOW = """
 import time
-from gptjax.data.batches import Batches
+from gptjax.data.batches import DataLoader
 
-whole = Batches.on_devices
+whole = DataLoader.device_batch
 
 
-def on_devices(*arguments, **more):
+def device_batch(*arguments, **more):
     time.sleep(0.1)
     return whole(*arguments, **more)
 
 
-Batches.on_devices = on_devices
+DataLoader.device_batch = device_batch
 from gptjax.cli import main
 
 main()

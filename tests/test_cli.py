@@ -177,7 +177,7 @@ def test_examples_that_cannot_be_learnt_are_named_with_their_line_before_trainin
         ("1.csv", {}, "1.csv, line 6: column 'label' is empty, and there is no answer to learn"),
         (
             "2.csv",
-            {"--objective.name": "supervised"},
+            {"--objective.name": "sft"},
             "2.csv, line 6: its answers are 19 tokens long, and model",
         ),
         ("rows.jsonl", {}, "rows.jsonl, line 3: has no column 'label'"),
@@ -267,14 +267,14 @@ def test_profile_shows_modules_and_operations_of_a_run_and_leaves_it_alone(finis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section, field", [("data", "source"), ("objective", "score")])
+@pytest.mark.parametrize("section, field", [("data", "source"), ("objective", "reward")])
 def test_profile_runs_no_code_that_a_run_folder_names(finished, tmp_path, section, field):
     shutil.copytree(finished[1], tmp_path / "run")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\ndef do(*given): return 'text'\n")
     file = tmp_path / "run" / "experiment.json"
     e = json.loads(file.read_text())
     e[section][field] = "function:evil:do" if field == "source" else "evil:do"
-    if field == "score":
+    if field == "reward":
         e["objective"]["name"] = "grpo"
     file.write_text(json.dumps(e))
     code, _, err = gptjax("profile", tmp_path / "run", "--steps", "2", "--out", tmp_path / "trace", PYTHONPATH=tmp_path)

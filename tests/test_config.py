@@ -9,8 +9,18 @@ from hypothesis import strategies as st
 
 from gptjax import config
 from gptjax.checks import check
-from gptjax.config import Experiment, ModelConfig, diff, grid
+from gptjax.commands import parse
+from gptjax.config import (
+    RENAMED,
+    RENAMED_OBJECTIVES,
+    Experiment,
+    ModelConfig,
+    diff,
+    grid,
+    names_of_format_1,
+)
 from gptjax.errors import ConfigError
+from gptjax.loading import load_experiment
 from gptjax.schema import leaves, type_problems, value_at
 
 BASE = Experiment()
@@ -27,7 +37,7 @@ changes = st.fixed_dictionaries(
         "model.dropout": st.floats(0, 0.9),
         "data.source": st.just("pydoc") | st.lists(st.text("xyz", min_size=1), min_size=1).map(tuple),
         "optim.learning_rate": st.floats(1e-9, 1),
-        "train.track": st.just(("tensorboard",)),
+        "train.trackers": st.just(("tensorboard",)),
     },
 )
 
@@ -81,10 +91,42 @@ def test_unknown_fields_are_reported_together():
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_an_old_field_says_its_new_name(tmp_path, old, new):
+    message = f"{old}: is now called {new}"
+    with pytest.raises(ConfigError, match=message):
+        BASE.override({old: 1})
+    with pytest.raises(ConfigError, match=f"--{message}"):
+        parse(Experiment, [f"--{old.replace('_', '-')}=1"], "train FILE")
+    section, _, name = old.partition(".")
+    (tmp_path / "e.py").write_text(
+        f"from gptjax.config import *\nexperiment = Experiment({section}={section.title()}Config({name}=1))\n"
+    )
+    with pytest.raises(ConfigError, match=f"e.py, line 2: {message}"):
+        load_experiment(str(tmp_path / "e.py"))
+
+
+@pytest.mark.parametrize("old, new", RENAMED_OBJECTIVES.items())
+def test_an_old_objective_says_its_new_name(old, new):
+    with pytest.raises(ConfigError, match=f"objective.name = '{old}': is now called '{new}'"):
+        check(BASE.override({"objective.name": old}))
+
+
+def test_names_of_format_1_are_those_that_old_hashes_were_made_of():
+    e = BASE.override({"objective.name": "rloo", "model.sliding_window": 3})
+    objective, model = names_of_format_1("objective", e.objective), names_of_format_1("model", e.model)
+    assert (
+        list(objective)
+        == """name mask_rate whole_words next_sentence fill_in_rate z_loss reference beta divergence
+        score samples new_tokens""".split()
+    )
+    assert (objective["name"], model["window"], len(model)) == ("risk", 3, len(leaves(ModelConfig)))
+
+
 CLASSES = {
     "data.source": "task:sentiment",
     "data.answers": "classes",
-    "objective.name": "supervised",
+    "objective.name": "sft",
     "train.sample_tokens": 0,
 }
 
@@ -109,52 +151,55 @@ IMPOSSIBLE = [
     ({"model.ffn": "none", "model.parallel_residual": True}, "model.parallel_residual = True"),
     ({"model.ffn": "none", "model.head": "mlm"}, "model.head = 'mlm'"),
     ({"init": "x", "model.ffn": "none", "model.lora_rank": 2, "model.lora_targets": ("up",)}, "model.lora_targets"),
-    ({"model.mup_width": 64, "optim.name": "muon"}, "optim.name = 'muon'"),
+    ({"model.mup_base_width": 64, "optim.name": "muon"}, "optim.name = 'muon'"),
     ({"data.source": "function:a.b:c"}, "data.source = 'function:a.b:c'"),
     ({"data.val_source": "function:a.b:c"}, "max_documents"),
     ({"model.attention_kernel": "cudnn"}, "model.attention_kernel = 'cudnn'"),
     (CUDNN | {"model.head_dim": 264}, "a multiple of 8 and at most 256, and it is 264"),
     (CUDNN | {"model.head_dim": 12}, "a multiple of 8 and at most 256, and it is 12"),
-    (CUDNN | {"model.context_length": 33, "model.window": 8}, "with ALiBi, and it is 33"),
+    (CUDNN | {"model.context_length": 33, "model.sliding_window": 8}, "with ALiBi, and it is 33"),
     (CUDNN | {"model.context_length": 35, "model.positions": "alibi"}, "with ALiBi, and it is 35"),
     (CUDNN | {"model.context_length": 37, "data.document_mask": True}, "under a mask or with ALiBi, and it is 37"),
-    (CUDNN | {"model.context_length": 39, "objective.name": "prefix"}, "under a mask or with ALiBi, and it is 39"),
+    (CUDNN | {"model.context_length": 39, "objective.name": "prefix_lm"}, "under a mask or with ALiBi, and it is 39"),
     ({"model.causal": False}, "model.causal = False"),
-    ({"objective.name": "masked"}, "model.causal = True"),
-    ({"objective.name": "masked", "model.causal": False}, "train.sample_tokens = 200"),
-    ({"objective.name": "supervised"}, "objective.name = 'supervised'"),
+    ({"objective.name": "mlm"}, "model.causal = True"),
+    ({"objective.name": "mlm", "model.causal": False}, "train.sample_tokens = 200"),
+    ({"objective.name": "sft"}, "objective.name = 'sft'"),
     ({"objective.name": "dpo", "data.source": "task:addition", "init": "x"}, "objective.name = 'dpo': compares two"),
     ({"objective.name": "dpo", "data.source": "task:addition", "data.rejected": "{wrong}"}, "no model to stay near"),
     ({"objective.name": "dpo", "objective.beta": 0.0}, "objective.beta = 0"),
     ({"objective.name": "dpo", "train.batch_size": 9, "init": "x"}, "reads 2 rows together, in every microbatch"),
     ({"data.rejected": "{b}"}, "data.rejected: is learnt from with objective.name = 'dpo' only"),
     ({"objective.name": "grpo", "train.batch_size": 12, "init": "x"}, "reads 8 rows together"),
-    ({"objective.name": "grpo", "objective.samples": 1, "init": "x"}, "objective.samples = 1"),
-    ({"objective.name": "risk", "objective.new_tokens": 256}, "objective.new_tokens = 256"),
+    ({"objective.name": "grpo", "objective.num_generations": 1, "init": "x"}, "objective.num_generations = 1"),
+    ({"objective.name": "rloo", "objective.max_new_tokens": 256}, "objective.max_new_tokens = 256"),
     (
-        {"objective.name": "risk", "model.dropout": 0.1, "init": "x"},
-        "model.dropout = 0.1: with objective.name = 'risk'",
+        {"objective.name": "rloo", "model.dropout": 0.1, "init": "x"},
+        "model.dropout = 0.1: with objective.name = 'rloo'",
     ),
-    ({"objective.name": "risk", "objective.beta": 0.0, "objective.reference": "x"}, "objective.reference = 'x'"),
+    ({"objective.name": "rloo", "objective.beta": 0.0, "objective.reference": "x"}, "objective.reference = 'x'"),
     ({"objective.name": "grpo", "init": "x", "data.source": ("task:addition", "task:sentiment")}, "give one source"),
     ({"objective.name": "distill"}, "there is no teacher"),
     ({"objective.name": "distill", "objective.reference": "x", "objective.z_loss": 0.1}, "objective.z_loss = 0.1"),
-    ({"objective.samples": 4}, "objective.samples = 4: has no effect; set objective.name = 'risk' or 'grpo'"),
+    (
+        {"objective.num_generations": 4},
+        "objective.num_generations = 4: has no effect; set objective.name = 'rloo' or 'grpo'",
+    ),
     ({"objective.reference": "x"}, "objective.reference = x: has no effect"),
     ({"model.num_classes": 2}, "model.num_classes = 2: has no effect; set data.answers = 'classes'"),
     (CLASSES | {"model.num_classes": -1}, "model.num_classes = -1: must not be negative"),
     (CLASSES | {"data.prompt": "{a}", "data.answer": "{b}"}, "data.labels = (): with data.answers = 'classes'"),
     (CLASSES | {"data.labels": ("a", "b", "a")}, "data.labels = ('a', 'b', 'a'): names a label twice"),
     (CLASSES | {"objective.name": "causal"}, "objective.name = 'causal': with data.answers = 'classes' the labels"),
-    (CLASSES | {"model.causal": False, "objective.name": "masked"}, "objective.name = 'masked': with data.answers"),
+    (CLASSES | {"model.causal": False, "objective.name": "mlm"}, "objective.name = 'mlm': with data.answers"),
     (CLASSES | {"objective.z_loss": 0.1}, "objective.z_loss = 0.1: has no effect with data.answers = 'classes'"),
     (CLASSES | {"train.sample_tokens": 9}, "train.sample_tokens = 9: a model that tells classes cannot write; set 0"),
-    (CLASSES | {"data.source": "pydoc"}, "objective.name = 'supervised': needs examples with answers"),
+    (CLASSES | {"data.source": "pydoc"}, "objective.name = 'sft': needs examples with answers"),
     ({"objective.mask_rate": 1.0}, "objective.mask_rate = 1.0: must lie between"),
-    ({"objective.fill_in_rate": 1.5}, "objective.fill_in_rate = 1.5: must be"),
-    ({"objective.mask_rate": 0.3}, "objective.mask_rate = 0.3: has no effect; set objective.name = 'masked'"),
+    ({"objective.fim_rate": 1.5}, "objective.fim_rate = 1.5: must be"),
+    ({"objective.mask_rate": 0.3}, "objective.mask_rate = 0.3: has no effect; set objective.name = 'mlm'"),
     ({"objective.next_sentence": True}, "objective.next_sentence = True: has no effect"),
-    ({"objective.name": "fill_in", "model.context_length": 7}, "model.context_length = 7"),
+    ({"objective.name": "fim", "model.context_length": 7}, "model.context_length = 7"),
     ({"objective.next_sentence": True, "data.document_mask": True}, "set data.document_mask = False"),
     ({"optim.warmup_steps": 1000}, "optim.warmup_steps = 1000"),
     ({"optim.final_learning_rate": 1.0}, "optim.final_learning_rate = 1.0"),
@@ -165,7 +210,7 @@ IMPOSSIBLE = [
     ({"data.streaming": True}, "data.streaming = True"),
     ({"name": "a/b"}, "name = 'a/b'"),
     ({"seed": 2**63}, "must be below 2**63"),
-    ({"data": "mytext.txt"}, "data = 'mytext.txt': Data(...) is needed"),
+    ({"data": "mytext.txt"}, "data = 'mytext.txt': DataConfig(...) is needed"),
     ({"optim.name": "schedule_free", "optim.schedule": "constant", "optim.beta1": 0.0}, "optim.beta1 = 0"),
     ({"train.microbatches": 5}, "train.microbatches = 5"),
     ({"mesh.model": 3}, "mesh = 2 x 3"),
@@ -194,7 +239,7 @@ def test_the_default_experiment_is_possible_on_any_fitting_number_of_devices():
 
 def test_cudnn_may_be_asked_for_where_some_gpu_can_do_it():
     check(BASE.override(CUDNN | {"model.context_length": 33, "model.head_dim": 256}))
-    check(BASE.override(CUDNN | {"model.context_length": 34, "model.window": 8, "data.document_mask": True}))
+    check(BASE.override(CUDNN | {"model.context_length": 34, "model.sliding_window": 8, "data.document_mask": True}))
 
 
 def test_a_model_that_looks_ahead_may_tell_classes():

@@ -1,10 +1,11 @@
-"""The house: imports go down, never up or round in a circle, and every outside library has one door."""
+"""The architecture: imports point down the layers, never up or in a cycle, and each library has one importer."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLOORS = [
+# from the lowest layer to the highest; a module may import from its own layer and from those before it
+LAYERS = [
     {
         "gptjax",
         "gptjax.errors",
@@ -14,6 +15,7 @@ FLOORS = [
         "gptjax.loading",
         "gptjax.cpu",
         "gptjax.sharding",
+        "gptjax.random_streams",
         "gptjax.atomic_io",
     },
     {"gptjax.model", "gptjax.data"},
@@ -22,18 +24,18 @@ FLOORS = [
     {"gptjax.lab"},
     {"gptjax.cli", "gptjax.__main__", "gptjax.commands"},
 ]
-# library -> the only places that may import it
-DOORS = {
-    "flax": ("gptjax/model/", "gptjax/tuning/lora.py"),
+# library -> the only files and folders that may import it
+SOLE_IMPORTERS = {
+    "flax": ("gptjax/model/",),
     "orbax": ("gptjax/training/checkpoint.py",),
-    "tyro": ("gptjax/cli.py", "gptjax/commands/"),
+    "tyro": ("gptjax/commands/",),
     "llguidance": ("gptjax/inference/constrained.py",),
     "jinja2": ("gptjax/inference/chat.py",),
-    "matplotlib": ("gptjax/lab/report.py", "gptjax/probing/"),
+    "matplotlib": ("gptjax/lab/report.py",),
     "datasets": ("gptjax/data/corpus.py",),
-    "sentencepiece": ("gptjax/data/tokenizer.py", "gptjax/data/tokenizer_formats.py"),
-    "tokenizers": ("gptjax/data/tokenizer.py", "gptjax/data/tokenizer_formats.py", "gptjax/data/words.py"),
-    "regex": ("gptjax/data/words.py",),
+    "sentencepiece": ("gptjax/data/tokenizer/builtin.py", "gptjax/data/tokenizer/huggingface_read.py"),
+    "tokenizers": ("gptjax/data/tokenizer/",),
+    "regex": ("gptjax/data/tokenizer/word_cache.py",),
     "tensorboardX": ("gptjax/training/metrics.py",),
     "wandb": ("gptjax/training/metrics.py",),
     "tqdm": ("gptjax/training/metrics.py",),
@@ -48,7 +50,6 @@ DOORS = {
     "rouge_score": ("gptjax/tuning/scores.py",),
     "seqeval": ("gptjax/tuning/scores.py",),
     "rapidfuzz": ("gptjax/tuning/scores.py",),
-    "sklearn": ("gptjax/tuning/scores.py",),
     "scipy": ("gptjax/tuning/intervals.py",),
     "dp_accounting": ("gptjax/training/privacy.py",),
     "jax_privacy": ("gptjax/training/privacy.py",),
@@ -67,7 +68,7 @@ FILES = {module_name(path): path for path in sorted((ROOT / "gptjax").rglob("*.p
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of what a file imports, wherever in it; a type-checking import counts too."""
+    """Full names of what a file imports, anywhere in it; an import for type checking counts too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -78,35 +79,62 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def floor(module: str) -> int:
-    room = module if any(module in rooms for rooms in FLOORS) else ".".join(module.split(".")[:2])
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def layer_entry(module: str) -> str:
+    """The entry of `LAYERS` that a module belongs to: the module itself or its package."""
+    if any(module in layer for layer in LAYERS):
+        return module
+    return ".".join(module.split(".")[:2])
 
 
-def test_every_file_has_a_floor_and_imports_only_from_it_or_below():
+def layer_of(module: str) -> int:
+    entry = layer_entry(module)
+    numbers = [number for number, layer in enumerate(LAYERS) if entry in layer]
+    assert len(numbers) == 1, f"{entry} is in {len(numbers)} layers of LAYERS; it must be in one"
+    return numbers[0]
+
+
+def test_every_module_has_a_layer_and_imports_only_from_it_or_below():
     for module, path in FILES.items():
         for imported in imports(path) & FILES.keys():
-            assert floor(imported) <= floor(module), f"{path} (floor {floor(module)}) imports {imported} from above"
+            assert layer_of(imported) <= layer_of(module), (
+                f"{path} (layer {layer_of(module)}) imports {imported} from a higher layer"
+            )
 
 
-def test_no_imports_go_round_in_a_circle():
+def test_every_entry_of_the_layers_is_a_module():
+    unused = set().union(*LAYERS) - {layer_entry(module) for module in FILES}
+    assert not unused, f"no module belongs to these entries of LAYERS: {sorted(unused)}"
+
+
+def test_imports_have_no_cycle():
     graph = {module: imports(path) & FILES.keys() - {module, "gptjax"} for module, path in FILES.items()}
     done: set[str] = set()
-    while ready := {m for m, needs in graph.items() if m not in done and needs <= done}:
+    while ready := {module for module, needs in graph.items() if module not in done and needs <= done}:
         done |= ready
-    packages = {m for m in graph if FILES[m].name == "__init__.py"}
-    assert done >= graph.keys() - packages, f"a circle among {sorted(graph.keys() - done)}"
+    packages = {module for module in graph if FILES[module].name == "__init__.py"}
+    assert done >= graph.keys() - packages, f"a cycle among {sorted(graph.keys() - done)}"
 
 
-def test_every_library_has_one_door():
+def test_every_library_has_a_sole_importer():
     for path in FILES.values():
         name = str(path.relative_to(ROOT))
         for imported in imports(path):
-            doors = DOORS.get(imported.split(".")[0])
-            assert doors is None or name.startswith(doors), f"{name} imports {imported}, which belongs in {doors}"
+            allowed = SOLE_IMPORTERS.get(imported.split(".")[0])
+            assert allowed is None or name.startswith(allowed), f"{name} imports {imported}, which belongs in {allowed}"
 
 
-def test_the_command_line_imports_nothing_slow_before_it_must():
+def test_every_sole_importer_imports_its_library():
+    importers: dict[str, set[str]] = {}
+    for path in FILES.values():
+        for imported in imports(path):
+            importers.setdefault(imported.split(".")[0], set()).add(str(path.relative_to(ROOT)))
+    for library, allowed in SOLE_IMPORTERS.items():
+        for place in allowed:
+            used = any(name.startswith(place) for name in importers.get(library, ()))
+            assert used, f"SOLE_IMPORTERS allows {library} in {place}, where nothing imports it; remove the entry"
+
+
+def test_the_command_line_imports_nothing_slow_at_start():
     tree = ast.parse(FILES["gptjax.cli"].read_text())
     top = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in tree.body
            if isinstance(n, ast.Import | ast.ImportFrom)}  # fmt: skip

@@ -14,12 +14,12 @@ from gptjax.config import Mesh
 
 @pytest.mark.parametrize("rows, cores", [(8, 8), (6, 6), (12, 6), (7, 7), (20, 5), (11, 1), (1, 1)])
 def test_as_many_cores_work_as_divide_the_rows(monkeypatch, rows, cores):
-    monkeypatch.setattr(sharding, "_by_cores", lambda: True)
+    monkeypatch.setattr(sharding, "_cores_are_devices", lambda: True)
     assert sharding.make_mesh(Mesh(), rows, 1000).shape == {"cores": cores, "data": 1, "model": 1}
 
 
 def test_copies_of_the_weights_take_a_quarter_of_the_memory_at_most(monkeypatch):
-    monkeypatch.setattr(sharding, "_by_cores", lambda: True)
+    monkeypatch.setattr(sharding, "_cores_are_devices", lambda: True)
     monkeypatch.setattr(cpu, "memory", lambda: 112_000)
     assert [sharding.make_mesh(Mesh(), 8, n).size for n in (2000, 1000, 500, 250, 125)] == [1, 1, 2, 4, 8]
 
@@ -44,7 +44,7 @@ def test_a_container_that_may_use_less_has_fewer_cores_and_less_memory(monkeypat
 )
 def test_a_processor_tells_whether_it_multiplies_bfloat16(monkeypatch, processor, quick):
     monkeypatch.setattr(cpu, "_processor", lambda: processor)
-    assert cpu.multiplies_bfloat16.__wrapped__() is quick
+    assert cpu.bfloat16_matmul_is_fast.__wrapped__() is quick
 
 
 def test_devices_that_are_no_cores_share_the_weights():

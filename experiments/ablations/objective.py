@@ -28,7 +28,7 @@ import numpy as np
 from gptjax.atomic_io import read_json, write_atomic
 from gptjax.commands import start_jax
 from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
-from gptjax.data.examples import examples
+from gptjax.data.examples import load_examples
 from gptjax.data.tasks import find_task
 from gptjax.errors import GptjaxError
 from gptjax.inference.pretrained import Pretrained
@@ -63,7 +63,7 @@ experiment = Experiment(
     optim=OptimConfig(learning_rate=5e-3, warmup_steps=100, beta2=0.95),
     train=TrainConfig(steps=1200, batch_size=8, eval_every=0, checkpoint_every=0, log_every=100, sample_tokens=0),
 )
-OBJECTIVES = {"causal": {}, "masked": {"objective.name": "masked", "model.causal": False}}
+OBJECTIVES = {"causal": {}, "masked": {"objective.name": "mlm", "model.causal": False}}
 RECALL = {
     "model.context_length": 64,
     "data.tokenizer": "char",
@@ -76,7 +76,7 @@ SENTIMENT = {
     "data.tokenizer": "init",
     "data.document_mask": False,
     "data.answers": "classes",
-    "objective.name": "supervised",
+    "objective.name": "sft",
     "model.dropout": 0.1,
     "optim.learning_rate": 1e-3,
     "train.steps": 400,
@@ -90,7 +90,7 @@ def write_texts(folder: Path) -> None:
     """The text of (a), and that of (b) and (c): the same bytes every time."""
     made = {"train": range(DOCUMENTS), "validation": range(DOCUMENTS, DOCUMENTS + 40)}
     for side, numbers in made.items():
-        sentences = (example.values["sentence"] for example in examples("task:sentiment", DataConfig(), side))
+        sentences = (example.values["sentence"] for example in load_examples("task:sentiment", DataConfig(), side))
         for part, texts in {"recall": (document(0, i, PAIRS) for i in numbers), "sentences": sentences}.items():
             path = folder / part / f"{side}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def recalled(model: Pretrained, seed: int) -> dict[str, float]:
 def filled_in(model: Pretrained, seed: int) -> dict[str, float]:
     """(b)"""
     tokens = model.tokenizer
-    texts = (tokens.encode(example.values["sentence"]) for example in examples("task:sentiment", DataConfig(), "test"))
+    texts = (tokens.encode(example.values["sentence"]) for example in load_examples("task:sentiment", DataConfig(), "test"))
     gaps = hide((np.append(ids, tokens.eos_id) for ids in texts), GAPS, model.model.context_length, tokens, seed)
     truth = [gap.truth for gap in gaps]
     told = {

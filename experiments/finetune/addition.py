@@ -16,7 +16,7 @@ experiment = Experiment(
         layers="unrolled",
     ),
     data=DataConfig(source="task:addition", tokenizer="char"),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, beta2=0.98),
     train=TrainConfig(steps=400, batch_size=64, eval_every=200, checkpoint_every=200, sample_tokens=0),
 )  # fmt: skip

@@ -23,7 +23,7 @@ experiment = Experiment(
         layers="unrolled",
     ),
     data=DataConfig(source="task:correction", tokenizer="byte"),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=50, beta2=0.95),
     train=TrainConfig(steps=2400, batch_size=4, eval_every=1200, checkpoint_every=1200, sample_tokens=0),
 )

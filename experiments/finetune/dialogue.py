@@ -14,7 +14,7 @@ experiment = Experiment(
     init="runs/pretraining",
     model=ModelConfig(context_length=512, dropout=0.1),
     data=DataConfig(source="task:dialogue", tokenizer="init"),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, beta2=0.95),
     train=TrainConfig(steps=200, batch_size=2, eval_every=50, checkpoint_every=50, sample_tokens=0),
 )

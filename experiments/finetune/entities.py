@@ -14,7 +14,7 @@ experiment = Experiment(
     init="runs/correction",  # it reads bytes and can copy; pieces of words never gave a name back
     model=ModelConfig(context_length=448, dropout=0.1),
     data=DataConfig(source="task:entities", tokenizer="init"),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, beta2=0.95),
     train=TrainConfig(steps=600, batch_size=4, eval_every=300, checkpoint_every=300, sample_tokens=0),
 )

@@ -13,7 +13,7 @@ experiment = Experiment(
     name="grpo",
     init="runs/addition",
     data=DataConfig(source="task:addition", tokenizer="init"),
-    objective=ObjectiveConfig(name="grpo", score="exact_match", samples=8, new_tokens=6, beta=0.01),
+    objective=ObjectiveConfig(name="grpo", reward="exact_match", num_generations=8, max_new_tokens=6, beta=0.01),
     optim=OptimConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0),
     train=TrainConfig(steps=300, batch_size=256, eval_every=50, checkpoint_every=100, sample_tokens=0),
 )

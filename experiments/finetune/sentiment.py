@@ -14,7 +14,7 @@ experiment = Experiment(
     init="runs/pretraining",
     model=ModelConfig(context_length=128, dropout=0.4),
     data=DataConfig(source="task:sentiment", tokenizer="init"),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, beta2=0.95, weight_decay=0.5, ema_decay=0.98),
     train=TrainConfig(steps=320, batch_size=16, eval_every=160, checkpoint_every=160, sample_tokens=0),
 )

@@ -14,7 +14,7 @@ experiment = Experiment(
     init="runs/pretraining",
     model=ModelConfig(context_length=768, dropout=0.1),
     data=DataConfig(source="task:summarisation", tokenizer="init"),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, beta2=0.95),
     train=TrainConfig(steps=300, batch_size=4, eval_every=100, checkpoint_every=100, sample_tokens=0),
 )

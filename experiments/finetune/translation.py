@@ -14,7 +14,7 @@ experiment = Experiment(
     init="runs/pretraining",
     model=ModelConfig(context_length=512, dropout=0.1),
     data=DataConfig(source="task:translation", tokenizer="init"),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, beta2=0.95),
     train=TrainConfig(steps=1400, batch_size=4, eval_every=350, checkpoint_every=350, sample_tokens=0),
 )

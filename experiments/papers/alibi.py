@@ -17,7 +17,7 @@ from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.data.store import open_store
 from gptjax.errors import PromptError
 from gptjax.inference.scoring import Scorer
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.run import open_run
 from gptjax.training.train_setup import open_trained
 
@@ -32,7 +32,7 @@ KINDS, WINDOWS, TOLERANCE = ("alibi", "rope", "learned"), (64, 128, 256, 512), 0
 def losses(folder: Path, kind: str) -> list[float | None]:
     """Nats a character of one kind of positions at every window; None where the model cannot read so many tokens."""
     run = experiment.override({"name": kind, "model.positions": kind})
-    trained(run, folder)
+    train_run(run, folder)
     scorer = Scorer(open_trained(open_run(folder / kind)))
     ids = open_store(experiment.data).validation[0].ids
     found: list[float | None] = []
@@ -44,15 +44,15 @@ def losses(folder: Path, kind: str) -> list[float | None]:
     return found
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     table = {kind: losses(folder, kind) for kind in KINDS}
     short, long = table["alibi"][0], table["alibi"][-1]
     assert short is not None and long is not None
-    return Measured(
+    return Measurement(
         ours=f"{long - short:+.3f} nats from 64 to 512 tokens ({short:.3f} to {long:.3f})",
         passed=long <= short + TOLERANCE and table["learned"][-1] is None,
-        figures={f"{kind}, loss by window": values for kind, values in table.items()} | {"windows": list(WINDOWS)},
-        seen=f"RoPE goes from {table['rope'][0]:.3f} to {table['rope'][-1]:.3f}; the model with learned positions "
+        metrics={f"{kind}, loss by window": values for kind, values in table.items()} | {"windows": list(WINDOWS)},
+        note=f"RoPE goes from {table['rope'][0]:.3f} to {table['rope'][-1]:.3f}; the model with learned positions "
         f"({table['learned'][0]:.3f} at 64) has none beyond 64 and is refused longer texts.",
     )
 

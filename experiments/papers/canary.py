@@ -21,7 +21,7 @@ import numpy as np
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.atomic_io import write_atomic
 from gptjax.data import corpus
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.probing.memorization import exposure, nats_of_all
 from gptjax.training.run import open_run
 from gptjax.training.train_setup import open_trained
@@ -59,7 +59,7 @@ def secrets() -> dict[str, int]:
 
 
 def text_with_canaries() -> str:
-    (whole,) = corpus.read(str(shakespeare.data.source), shakespeare.data)
+    (whole,) = corpus.iter_documents(str(shakespeare.data.source), shakespeare.data)
     lines, rng = whole[:CHARACTERS].splitlines(), np.random.default_rng(1)
     for count, names in NAMES.items():
         for name in names:
@@ -77,26 +77,26 @@ def exposures(run: Path) -> dict[int, list[float]]:
     }
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     write_atomic(folder / "text.txt", text_with_canaries())
     plain = experiment.override({"data.source": str(folder / "text.txt")})
     losses, found, mean = {}, {}, {}
     for run in (plain, plain.override(PRIVATE)):
-        losses[run.name] = trained(run, folder)
+        losses[run.name] = train_run(run, folder)
         found[run.name] = exposures(folder / run.name)
         mean[run.name] = {count: float(np.mean(values)) for count, values in found[run.name].items()}
     bits, hidden = mean[plain.name], mean["private"]
     rises = all(bits[a] < bits[b] for a, b in ((1, 4), (4, 16), (16, 64)))
     private = losses["private"]
-    return Measured(
+    return Measurement(
         ours=", ".join(f"{bits[count]:.1f}" for count in NAMES) + " bits at 0, 1, 4, 16, 64 times; "
         f"with DP-SGD {hidden[64]:.1f} at 64 times",
         passed=rises and bits[64] >= LEAST and bits[0] <= NONE and hidden[64] <= MOST,
-        figures={f"exposure, {count} times": values for count, values in found[plain.name].items()}
+        metrics={f"exposure, {count} times": values for count, values in found[plain.name].items()}
         | {f"exposure with DP-SGD, {count} times": values for count, values in found["private"].items()}
         | {"validation loss": losses[plain.name]["val_loss"], "validation loss with DP-SGD": private["val_loss"]}
         | {"epsilon": private["epsilon"], "delta": private["delta"]},
-        seen=f"A number that the model knows has {np.log2(10**DIGITS):.1f} bits, one that it has never seen 1.4 on "
+        note=f"A number that the model knows has {np.log2(10**DIGITS):.1f} bits, one that it has never seen 1.4 on "
         f"average. Each figure is the mean of two numbers. DP-SGD with epsilon {private['epsilon']:.1f} at delta "
         f"{private['delta']:.1g} costs {private['val_loss'] - losses[plain.name]['val_loss']:.2f} nats a character.",
     )

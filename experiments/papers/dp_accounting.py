@@ -9,20 +9,20 @@ Source     Abadi et al. 2016, "Deep Learning with Differential Privacy", section
 
 from pathlib import Path
 
-from gptjax.lab.repro import Claim, Measured
+from gptjax.lab.repro import Claim, Measurement
 from gptjax.training.privacy import spent
 
 SETTING = dict(sampling_rate=0.01, noise_multiplier=4.0, steps=10_000, delta=1e-5)
 PUBLISHED, TOLERANCE = 1.26, 0.01
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     found = spent(**SETTING)
-    return Measured(
+    return Measurement(
         ours=f"epsilon {found.moments:.4f}",
         passed=abs(found.moments / PUBLISHED - 1) <= TOLERANCE,
-        figures=SETTING | found._asdict(),
-        seen=f"Accounted by the whole distribution of the privacy loss, the same run spends only {found.epsilon:.4f}.",
+        metrics=SETTING | found._asdict(),
+        note=f"Accounted by the whole distribution of the privacy loss, the same run spends only {found.epsilon:.4f}.",
     )
 
 

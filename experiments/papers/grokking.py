@@ -19,7 +19,7 @@ import numpy as np
 
 from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from gptjax.data.windows import permute
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.run import open_run
 
 MODULUS, KNOWN, TIMES, BELOW = 97, 0.99, 3.0, 0.5
@@ -45,7 +45,7 @@ experiment = Experiment(
         val_fraction=0.5,
         tokenizer="char",
     ),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(schedule="constant", warmup_steps=10, beta2=0.98, weight_decay=1.0, clip_norm=None),
     train=TrainConfig(steps=3000, batch_size=512, eval_every=50, checkpoint_every=1000, keep_best=0, sample_tokens=0),
 )
@@ -61,18 +61,18 @@ def first_at(folder: Path, name: str, least: float) -> int | None:
     return int(steps[reached.argmax()]) if reached.any() else None
 
 
-def measure(folder: Path) -> Measured:
-    trained(experiment, folder)
+def measure(folder: Path) -> Measurement:
+    train_run(experiment, folder)
     seen, unseen = (first_at(folder / experiment.name, name, KNOWN) for name in ("accuracy", "val_accuracy"))
     if seen is None or unseen is None:
-        return Measured(f"{KNOWN:.0%} not reached in {experiment.train.steps} steps", False)
+        return Measurement(f"{KNOWN:.0%} not reached in {experiment.train.steps} steps", False)
     without = experiment.override({"name": "no-decay", "optim.weight_decay": 0.0, "train.steps": unseen})
-    still = trained(without, folder)["val_accuracy"]
-    return Measured(
+    still = train_run(without, folder)["val_accuracy"]
+    return Measurement(
         ours=f"{KNOWN:.0%} of the seen half at step {seen}, of the unseen at {unseen}; without decay then {still:.0%}",
         passed=unseen >= TIMES * seen and still < BELOW,
-        figures={"seen half, step": seen, "unseen half, step": unseen, "unseen without decay": still},
-        seen=f"{unseen / seen:.1f} times the steps.",
+        metrics={"seen half, step": seen, "unseen half, step": unseen, "unseen without decay": still},
+        note=f"{unseen / seen:.1f} times the steps.",
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from gptjax.inference.scoring import Part, Scorer
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.run import open_run
 from gptjax.training.train_setup import open_trained
 
@@ -53,7 +53,7 @@ experiment = Experiment(
         val_fraction=0.01,
         tokenizer="char",
     ),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=50, beta2=0.98, weight_decay=0.0),
     train=TrainConfig(steps=2000, batch_size=32, eval_every=0, checkpoint_every=1000, sample_tokens=0),
 )
@@ -75,21 +75,21 @@ def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return steps[4:], np.convolve(losses, np.ones(5) / 5, "valid")
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     losses = {}
     for layers in (1, 2):
-        trained(experiment.override({"name": f"layers-{layers}", "model.num_layers": layers}), folder)
+        train_run(experiment.override({"name": f"layers-{layers}", "model.num_layers": layers}), folder)
         losses[layers] = second_half(folder / f"layers-{layers}")
     above = curve(folder / "layers-1")[1][-1]
     steps, falling = curve(folder / "layers-2")
     way = [int(steps[(falling <= falling[-1] + share * (above - falling[-1])).argmax()]) for share in (0.75, 0.25)]
     sudden = (way[1] - way[0]) / experiment.train.steps
-    return Measured(
+    return Measurement(
         ours=f"{losses[2]:.3f} nats with two layers, {losses[1]:.2f} with one",
         passed=losses[2] <= MOST and losses[1] >= LEAST and sudden <= ABRUPT,
-        figures={"second half, one layer": losses[1], "second half, two layers": losses[2]}
+        metrics={"second half, one layer": losses[1], "second half, two layers": losses[2]}
         | {"middle half of the fall, steps": way, "share of the run": sudden},
-        seen=f"The middle half of the fall, from what one layer ends at to what two do, took steps {way[0]} to "
+        note=f"The middle half of the fall, from what one layer ends at to what two do, took steps {way[0]} to "
         f"{way[1]} of {experiment.train.steps}: {sudden:.1%} of the run.",
     )
 

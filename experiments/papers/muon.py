@@ -14,7 +14,7 @@ optimisers choose among four rates, a factor of 2 apart; everything else is equa
 from pathlib import Path
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 
 experiment = shakespeare.override(
     name="muon",
@@ -33,20 +33,20 @@ def tuned(folder: Path, name: str) -> dict[str, float]:
     for rate in RATES[name]:
         changes = {"optim.name": name, "optim.learning_rate": rate, "optim.beta1": MOMENTUM[name]}
         run = experiment.override({"name": f"{name}-{rate:g}", "train.steps": STEPS[name]} | changes)
-        losses[f"{rate:g}"] = trained(run, folder)["val_loss"]
+        losses[f"{rate:g}"] = train_run(run, folder)["val_loss"]
     return losses
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     losses = {name: tuned(folder, name) for name in STEPS}
     best = {name: min(by_rate, key=lambda rate: by_rate[rate]) for name, by_rate in losses.items()}
     adamw, muon = (losses[name][best[name]] for name in STEPS)
     inside = all(best[name] not in (f"{RATES[name][0]:g}", f"{RATES[name][-1]:g}") for name in STEPS)
-    return Measured(
+    return Measurement(
         ours=f"{muon:.4f} after {STEPS['muon']} steps of Muon, {adamw:.4f} after {STEPS['adamw']} of AdamW",
         passed=muon <= adamw and inside,
-        figures={f"{name}, val_loss by rate": by_rate for name, by_rate in losses.items()} | {"best rate": best},
-        seen=f"The best rates are {best['adamw']} for AdamW and {best['muon']} for Muon, "
+        metrics={f"{name}, val_loss by rate": by_rate for name, by_rate in losses.items()} | {"best rate": best},
+        note=f"The best rates are {best['adamw']} for AdamW and {best['muon']} for Muon, "
         + ("both inside what was tried." if inside else "one of them at the edge of what was tried: not tuned."),
     )
 

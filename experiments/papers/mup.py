@@ -18,12 +18,12 @@ import numpy as np
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.config import Experiment
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.probing.coordinates import growth, movement
 
 experiment = shakespeare.override(
     name="mup",
-    model=dict(num_layers=2, embed_dim=256, num_heads=4, mup_width=32, init_std=0.05),
+    model=dict(num_layers=2, embed_dim=256, num_heads=4, mup_base_width=32, init_std=0.05),
     optim=dict(learning_rate=2**-6, final_learning_rate=0.0, warmup_steps=20),
     train=dict(steps=150, eval_every=0, checkpoint_every=0, sample_tokens=0),
 )
@@ -33,7 +33,7 @@ FLAT, STEEP, MOST = 0.1, 0.3, 2.0
 
 
 def at(width: int, mup: bool, base: int, **changes: object) -> Experiment:
-    return experiment.override({"model.embed_dim": width, "model.mup_width": base if mup else None} | changes)
+    return experiment.override({"model.embed_dim": width, "model.mup_base_width": base if mup else None} | changes)
 
 
 def check(mup: bool) -> list[float]:
@@ -51,25 +51,25 @@ def sweep(folder: Path) -> dict[int, list[float]]:
     for width in SWEPT:
         for rate in RATES:
             run = at(width, True, SWEPT[0], **{"name": f"mup-{width}-{rate:g}", "optim.learning_rate": rate})
-            losses.setdefault(width, []).append(trained(run, folder)["val_loss"])
+            losses.setdefault(width, []).append(train_run(run, folder)["val_loss"])
     return losses
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     moved = {name: check(name == "mup") for name in ("mup", "standard")}
     slopes = {name: growth(CHECKED, values) for name, values in moved.items()}
     losses = sweep(folder)
     best = [RATES[int(np.argmin(values))] for values in losses.values()]
     shift = max(best) / min(best)
-    return Measured(
+    return Measurement(
         ours=f"exponent {slopes['mup']:.2f} with muP, {slopes['standard']:.2f} without; best rates within a factor of "
         f"{shift:g} with muP",
         passed=slopes["mup"] <= FLAT and slopes["standard"] >= STEEP and shift <= MOST,
-        figures={f"{name}, movement at {CHECKED}": values for name, values in moved.items()}
+        metrics={f"{name}, movement at {CHECKED}": values for name, values in moved.items()}
         | {f"{name}, exponent": value for name, value in slopes.items()}
         | {f"loss at width {width}": values for width, values in losses.items()}
         | {"rates": list(RATES), f"best rates at {SWEPT}": best},
-        seen=f"The best rates at widths {SWEPT[0]} to {SWEPT[-1]} are {', '.join(f'{r:g}' for r in best)}.",
+        note=f"The best rates at widths {SWEPT[0]} to {SWEPT[-1]} are {', '.join(f'{r:g}' for r in best)}.",
     )
 
 

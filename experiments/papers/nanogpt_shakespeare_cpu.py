@@ -13,7 +13,7 @@ The seed is 0. It was nanoGPT's own 1337 once, which missed the band by 0.004: t
 from pathlib import Path
 
 from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 
 experiment = Experiment(
     name="nanogpt_shakespeare_cpu",
@@ -35,14 +35,14 @@ experiment = Experiment(
 PUBLISHED, TOLERANCE = 1.88, 0.04
 
 
-def measure(folder: Path) -> Measured:
-    figures = trained(experiment, folder)
+def measure(folder: Path) -> Measurement:
+    figures = train_run(experiment, folder)
     loss = figures["val_loss"]
-    return Measured(
+    return Measurement(
         ours=f"{loss:.4f} nats a character",
         passed=abs(loss - PUBLISHED) <= TOLERANCE,
-        figures={"val_loss": loss, "val_tokens": figures["val_tokens"], "seed": experiment.seed},
-        seen=f"The loss over all {figures['val_tokens']:,} characters of the validation split after the last step.",
+        metrics={"val_loss": loss, "val_tokens": figures["val_tokens"], "seed": experiment.seed},
+        note=f"The loss over all {figures['val_tokens']:,} characters of the validation split after the last step.",
     )
 
 

@@ -11,7 +11,7 @@ Source     github.com/karpathy/nanoGPT, README, "quick start": best validation l
 from pathlib import Path
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as on_cpu
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.run import open_run
 
 experiment = on_cpu.override(
@@ -24,15 +24,15 @@ experiment = on_cpu.override(
 PUBLISHED, TOLERANCE, REACHED = 1.4697, 0.02, (1500, 2500)
 
 
-def measure(folder: Path) -> Measured:
-    trained(experiment, folder)
+def measure(folder: Path) -> Measurement:
+    train_run(experiment, folder)
     looks = [(x["val_loss"], x["step"]) for x in open_run(folder / experiment.name).metrics() if "val_loss" in x]
     loss, step = min(looks)
-    return Measured(
+    return Measurement(
         ours=f"{loss:.4f} nats a character at step {step:,}",
         passed=abs(loss - PUBLISHED) <= TOLERANCE and REACHED[0] <= step <= REACHED[1],
-        figures={"best val_loss": loss, "its step": step, "val_loss by step": {str(s): x for x, s in looks}},
-        seen=f"After the last step it is {looks[-1][0]:.4f}.",
+        metrics={"best val_loss": loss, "its step": step, "val_loss by step": {str(s): x for x, s in looks}},
+        note=f"After the last step it is {looks[-1][0]:.4f}.",
     )
 
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
-from gptjax.lab.repro import Claim, Measured
+from gptjax.lab.repro import Claim, Measurement
 from gptjax.model.gpt import GPT
 from gptjax.sharding import one_device
 from gptjax.training.step import TOKENS, loss_and_gradient
@@ -50,23 +50,23 @@ def last_gradient(placement: str, depth: int, seed: int) -> float:
     with jax.set_mesh(setup.mesh):
         state = first_state(setup, None)
         model = GPT(dataclasses.replace(setup.experiment.model, dropout=0.0))
-        _, gradient = loss_and_gradient(state, setup.batches.on_devices(0, setup.mesh), model, TOKENS)
+        _, gradient = loss_and_gradient(state, setup.batches.device_batch(0, setup.mesh), model, TOKENS)
     return float(np.linalg.norm(np.asarray(gradient["blocks"]["ffn"]["down"][-1], np.float64)))
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     norms = {
         placement: [float(np.mean([last_gradient(placement, depth, seed) for seed in SEEDS])) for depth in DEPTHS]
         for placement in ("pre", "post")
     }
     slopes = {name: float(np.polyfit(np.log(DEPTHS), np.log(values), 1)[0]) for name, values in norms.items()}
-    return Measured(
+    return Measurement(
         ours=f"log-slope {slopes['pre']:.2f} with pre-norm, {slopes['post']:.2f} with post-norm",
         passed=-0.6 <= slopes["pre"] <= -0.3 and slopes["post"] >= -0.1,
-        figures={f"{name}-norm, norm by depth": values for name, values in norms.items()}
+        metrics={f"{name}-norm, norm by depth": values for name, values in norms.items()}
         | {f"{name}-norm, log-slope": slope for name, slope in slopes.items()}
         | {"depths": list(DEPTHS), "seeds": list(SEEDS)},
-        seen=f"From {DEPTHS[0]} to {DEPTHS[-1]} layers the norm goes from {norms['pre'][0]:.3g} to "
+        note=f"From {DEPTHS[0]} to {DEPTHS[-1]} layers the norm goes from {norms['pre'][0]:.3g} to "
         f"{norms['pre'][-1]:.3g} with pre-norm, from {norms['post'][0]:.3g} to {norms['post'][-1]:.3g} with post-norm.",
     )
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 from gptjax.errors import TrainingFailed
 from gptjax.lab import scaling
-from gptjax.lab.live_table import Progress
+from gptjax.lab.live_table import LiveTable
 from gptjax.lab.local import Local
-from gptjax.lab.repro import Claim, Measured
+from gptjax.lab.repro import Claim, Measurement
 from gptjax.lab.sweep import FixedPlan, train_missing
 from gptjax.lab.trials import Trial, write_sweep
 
@@ -57,26 +57,26 @@ sweep = [of_width(width) for width in range(80, 31, -8)]  # the longest first, s
 experiment = of_width(112).override(name="predictable_scaling", seed=1)
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     study = scaling.study_of(sweep, experiment, SEEDS, folder)
-    if scaling.registered(study) is None:
+    if scaling.read_prediction(study) is None:
         write_sweep(folder, study.trials)
         train_all(study.trials, workers=2)
         scaling.register(study)
     study.large.file.write_text(study.large.experiment.to_json(), encoding="utf-8")
     train_all([study.large], workers=1)
     s = scaling.score(study)
-    return Measured(
+    return Measurement(
         ours=f"{s['predicted']:.4f} nats predicted, {s['loss']:.4f} reached: {s['relative_error']:+.2%}",
         passed=abs(s["relative_error"]) <= LARGEST_ERROR,
-        figures=s,
-        seen=f"{s['times_smallest']:.0f} times the compute of the smallest run, {s['times_largest']:.1f} times that of "
+        metrics=s,
+        note=f"{s['times_smallest']:.0f} times the compute of the smallest run, {s['times_largest']:.1f} times that of "
         f"the largest; registered {s['registered']}, begun {s['began']}.",
     )
 
 
 def train_all(trials: Sequence[Trial], workers: int) -> None:
-    with Progress() as show:
+    with LiveTable() as show:
         states = train_missing(FixedPlan(trials), Local(workers), show)
     if failed := [name for name, state in states.items() if not state.done]:
         raise TrainingFailed(f"{failed[0]}: is not done; its log lies beside it")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.errors import TrainingFailed
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 
 experiment = shakespeare.override(
     name="qk_norm",
@@ -35,13 +35,13 @@ def final_loss(folder: Path, qk_norm: bool, rate: float, seed: int) -> float:
     name = f"{'with' if qk_norm else 'without'}-{rate:g}-seed{seed}"
     run = experiment.override({"name": name, "seed": seed, "model.qk_norm": qk_norm, "optim.learning_rate": rate})
     try:
-        loss = trained(run, folder)["val_loss"]
+        loss = train_run(run, folder)["val_loss"]
     except TrainingFailed:
         return START
     return START if loss is None or not math.isfinite(loss) else min(loss, START)
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     each = {
         name: [[final_loss(folder, name == "with", rate, seed) for seed in range(SEEDS)] for rate in RATES]
         for name in ("with", "without")
@@ -49,13 +49,13 @@ def measure(folder: Path) -> Measured:
     losses = {name: [sum(of_rate) / SEEDS for of_rate in of_all] for name, of_all in each.items()}
     spread = {name: sum(values) / len(values) - min(values) for name, values in losses.items()}
     gap = losses["without"][-1] - losses["with"][-1]
-    return Measured(
+    return Measurement(
         ours=f"rate sensitivity {spread['with']:.3f} with, {spread['without']:.3f} without; {gap:+.3f} nats at 3e-1",
         passed=spread["with"] <= 0.5 * spread["without"] and gap >= GAP,
-        figures={f"{name} QK-norm, loss by rate and seed": values for name, values in each.items()}
+        metrics={f"{name} QK-norm, loss by rate and seed": values for name, values in each.items()}
         | {f"{name} QK-norm, rate sensitivity": value for name, value in spread.items()}
         | {"rates": list(RATES)},
-        seen=f"The best losses are {min(losses['with']):.3f} with and {min(losses['without']):.3f} without.",
+        note=f"The best losses are {min(losses['with']):.3f} with and {min(losses['without']):.3f} without.",
     )
 
 

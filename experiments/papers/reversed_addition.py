@@ -23,7 +23,7 @@ from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, 
 from gptjax.data.windows import permute
 from gptjax.inference.generator import Generator
 from gptjax.inference.sampling import SamplingParams
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.run import open_run
 from gptjax.training.train_setup import open_trained
 
@@ -51,7 +51,7 @@ experiment = Experiment(
         val_fraction=0.02,
         tokenizer="char",
     ),
-    objective=ObjectiveConfig(name="supervised"),
+    objective=ObjectiveConfig(name="sft"),
     optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, beta2=0.98),
     train=TrainConfig(steps=1000, batch_size=128, eval_every=0, checkpoint_every=500, sample_tokens=0),
 )
@@ -72,12 +72,12 @@ def shares(folder: Path, order: str, read: int) -> list[float]:
         changes = {"data.source": f"{experiment.data.source}:{seed}", "data.answer": f"{{{order}}}"}
         name = f"{order}-{read}-{seed}"
         run = experiment.override(changes | {"name": name, "seed": seed, "data.max_documents": read})
-        trained(run, folder)
+        train_run(run, folder)
         found.append(right(folder / name, order, seed))
     return found
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     found: dict[str, list[float]] = {}
     told = []
     for read in READ:
@@ -87,11 +87,11 @@ def measure(folder: Path) -> Measured:
         told.append(f"{read:,} sums: {reverse:.1%} and {plain:.1%}")
         if reverse >= LEAST:
             break
-    return Measured(
+    return Measurement(
         ours=f"{reverse:.1%} reversed, {plain:.1%} plain, from {read:,} sums",
         passed=reverse >= LEAST and reverse - plain >= GAP,
-        figures=found,
-        seen=f"Of {ASKED:,} sums that were not read, reversed and plain, by {len(SEEDS)} seeds: {'; '.join(told)}.",
+        metrics=found,
+        note=f"Of {ASKED:,} sums that were not read, reversed and plain, by {len(SEEDS)} seeds: {'; '.join(told)}.",
     )
 
 

@@ -24,7 +24,7 @@ from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.sampling import SamplingParams
 from gptjax.inference.scoring import Part, Scorer
 from gptjax.inference.speculative import DraftModel, Tally
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.metrics import num_params
 from gptjax.training.run import open_run
 from gptjax.training.train_setup import open_trained
@@ -91,10 +91,10 @@ def chi_square(large: Generator, small: Generator) -> tuple[float, float, int]:
     return float(statistic), float(p), len(seen) - 1
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     models = []
     for run in (experiment.override(LARGE), experiment.override(SMALL)):
-        trained(run, folder)
+        train_run(run, folder)
         models.append(open_trained(open_run(folder / run.name)))
     large, small = map(Generator, models)
     tally = Tally(GUESSES)
@@ -103,13 +103,13 @@ def measure(folder: Path) -> Measured:
     same = same_greedy_texts(large, small)
     statistic, p, degrees = chi_square(large, small)
     sizes = [num_params(model.model)["total"] for model in models]
-    return Measured(
+    return Measurement(
         ours=f"{tally.tokens_per_call:.3f} tokens a call, formula {tally.expected_tokens_per_call:.3f} ({off:+.1%})",
         passed=abs(off) <= TOLERANCE and same == 1 and p > LEAST_P,
-        figures={"tokens a call": tally.tokens_per_call, "by the formula": tally.expected_tokens_per_call}
+        metrics={"tokens a call": tally.tokens_per_call, "by the formula": tally.expected_tokens_per_call}
         | {"alpha": tally.acceptance, "guesses a call": GUESSES, "calls": tally.calls, "weights": sizes}
         | {"greedy texts that are equal": same, "chi-square": statistic, "degrees": degrees, "p": p},
-        seen=f"alpha is {tally.acceptance:.3f}; {same:.0%} of {PROMPTS} greedy texts are equal; chi-square "
+        note=f"alpha is {tally.acceptance:.3f}; {same:.0%} of {PROMPTS} greedy texts are equal; chi-square "
         f"{statistic:.1f} with {degrees} degrees of freedom, p = {p:.3f}. Weights: {sizes[0]:,} and {sizes[1]:,}.",
     )
 

@@ -14,7 +14,7 @@ matrices have a hidden width of 384 and the gate's three one of 256: exactly as 
 from pathlib import Path
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
-from gptjax.lab.repro import Claim, Measured, trained
+from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.metrics import num_params
 from gptjax.tuning.intervals import over_runs
 
@@ -28,21 +28,21 @@ FFNS = {"gelu": {"model.ffn": "gelu", "model.ffn_dim": 384}, "swiglu": {}}
 SEEDS, LEAST = (0, 1, 2), 0.01
 
 
-def measure(folder: Path) -> Measured:
+def measure(folder: Path) -> Measurement:
     losses: dict[str, list[float]] = {name: [] for name in FFNS}
     for seed in SEEDS:
         for name, changes in FFNS.items():
             run = experiment.override({"name": f"{name}-{seed}", "seed": seed} | changes)
-            losses[name].append(trained(run, folder)["val_loss"])
+            losses[name].append(train_run(run, folder)["val_loss"])
     gains = [gelu - swiglu for gelu, swiglu in zip(losses["gelu"], losses["swiglu"], strict=True)]
     gain = over_runs("gain", gains)
     sizes = {name: num_params(experiment.override(c).resolved(65).model)["total"] for name, c in FFNS.items()}
-    return Measured(
+    return Measurement(
         ours=f"{gain.value:.4f} nats lower ({gain.low:.4f} to {gain.high:.4f})",
         passed=gain.value >= LEAST and gain.low > 0,
-        figures={f"{name}, val_loss by seed": values for name, values in losses.items()}
+        metrics={f"{name}, val_loss by seed": values for name, values in losses.items()}
         | {"gain by seed": gains, "weights": sizes},
-        seen=f"GELU {sum(losses['gelu']) / len(SEEDS):.4f} and SwiGLU {sum(losses['swiglu']) / len(SEEDS):.4f} nats a "
+        note=f"GELU {sum(losses['gelu']) / len(SEEDS):.4f} and SwiGLU {sum(losses['swiglu']) / len(SEEDS):.4f} nats a "
         f"character on average; {sizes['gelu']:,} and {sizes['swiglu']:,} weights.",
     )
 

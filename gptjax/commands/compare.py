@@ -1,4 +1,4 @@
-"""`gptjax report`, `gptjax diff` and `gptjax runs`: many runs looked at together. They read only; no device is used."""
+"""`gptjax report`, `gptjax diff` and `gptjax runs`: compare and list runs. They only read, and use no device."""
 
 import dataclasses
 import json
@@ -18,20 +18,22 @@ from gptjax.errors import GptjaxError
 
 @dataclass(frozen=True)
 class Report:
-    """Compare the variants in runs and sweeps over their seeds: a table, report.html and report.png."""
+    """Compare variants over seeds, from runs and sweeps: a table, report.html and report.png."""
 
-    folders: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN|SWEEP")]  # runs and sweeps
-    metric: str = "val_loss"  # a figure of result.json, for instance val_bits_per_byte
-    baseline: str | None = None  # the variant that others are compared with; None: the first
-    out: Path | None = None  # where report.html and report.png go; None: the folder, or for several, here
-    json: bool = False  # print one JSON object on stdout
+    folders: Annotated[
+        Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN|SWEEP")
+    ]  # run folders and sweep folders
+    metric: str = "val_loss"  # a metric of result.json, for instance val_bits_per_byte
+    baseline: str | None = None  # the name or label of the variant to compare with; None: the first
+    out: Path | None = None  # folder of report.html and report.png; None: the given folder, or . for several
+    json: bool = False  # print one JSON object to stdout
 
 
 def report(arguments: list[str]) -> None:
-    """Runs and sweeps -> a table on stdout, a page and a picture."""
+    """Runs and sweeps -> a table on stdout, a page and a plot."""
     options: Report = parse(Report, arguments, "report")
     if not options.folders:
-        raise GptjaxError("report: name the runs or sweeps to compare; gptjax report runs/ffn for instance")
+        raise GptjaxError("report: name the runs or sweeps to compare, for instance gptjax report runs/ffn")
     if missing := [name for name in ("matplotlib", "scipy") if find_spec(name) is None]:
         raise GptjaxError(f"report: needs {' and '.join(missing)}; pip install 'gptjax[report]'")
     from gptjax.lab.comparison import compare
@@ -50,7 +52,7 @@ def report(arguments: list[str]) -> None:
         write_atomic(folder / "report.html", page(c, title))
         plot_comparison(c, folder / "report.png", title)
     except OSError as e:
-        raise GptjaxError(f"{folder}: cannot be written ({e.strerror}); choose another folder by --out") from None
+        raise GptjaxError(f"{folder}: cannot be written ({e.strerror}); choose another folder with --out") from None
     if options.json:
         print(json.dumps(as_json(c) | {"page": str(folder / "report.html")}))
         return
@@ -61,52 +63,52 @@ def report(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Diff:
-    """How two runs, or the experiments of two files, differ: config, environment and final figures."""
+    """Compare two runs or experiment files: config, environment and final metrics."""
 
     a: Positional[str]  # a run folder, an experiment file, or a trial's JSON
-    b: Positional[str]  # what to compare it with
-    json: bool = False  # print one JSON object on stdout
+    b: Positional[str]  # the other one
+    json: bool = False  # print one JSON object to stdout
 
 
 def diff(arguments: list[str]) -> None:
     """Two runs or files -> their differences."""
     options: Diff = parse(Diff, arguments, "diff")
-    from gptjax.lab.differences import as_text, differences, side
+    from gptjax.lab.differences import as_text, differences, load_side
 
-    a, b = side(options.a), side(options.b)
+    a, b = load_side(options.a), load_side(options.b)
     found = differences(a, b)
     print(json.dumps(found) if options.json else as_text(a, b, found))
 
 
 @dataclass(frozen=True)
 class Runs:
-    """List the runs of a folder, those of sweeps in it as well; what cannot be read is told of in its line."""
+    """List the runs of a folder, including those of sweeps; a damaged run is a line that says why."""
 
-    folder: Positional[Path] = Path("runs")  # where to look
-    filter: tuple[str, ...] = ()  # model.ffn=swiglu, val_loss<3 and the like; several may follow
-    sort: str | None = None  # a field or figure, for instance val_loss
-    reverse: bool = False  # the largest first
-    json: bool = False  # print a JSON list on stdout
+    folder: Positional[Path] = Path("runs")  # folder of runs
+    filter: tuple[str, ...] = ()  # for instance model.ffn=swiglu 'val_loss<3'
+    sort: str | None = None  # a field or metric, for instance val_loss
+    reverse: bool = False  # largest first
+    json: bool = False  # print a JSON list to stdout
 
 
 def runs(arguments: list[str]) -> None:
     """A folder -> one line for each run."""
     options: Runs = parse(Runs, arguments, "runs")
-    from gptjax.lab.listing import as_json, as_text, keep, ordered
-    from gptjax.lab.records import find
+    from gptjax.lab.listing import as_json, as_text, filter_records, sort_records
+    from gptjax.lab.records import find_runs
 
-    there = find(options.folder)
-    kept = keep(there, options.filter)
+    found = find_runs(options.folder)
+    kept = filter_records(found, options.filter)
     if options.sort:
-        kept = ordered(kept, options.sort, options.reverse)
+        kept = sort_records(kept, options.sort, options.reverse)
     elif options.reverse:
-        raise GptjaxError("--reverse: has no effect without --sort; leave it out, or sort by a field")
+        raise GptjaxError("--reverse: has no effect without --sort; remove it, or add --sort FIELD")
     if options.json:
         print(json.dumps(as_json(kept)))
         return
     if kept:
         print(as_text(kept))
-    if not there:
+    if not found:
         print(f"{options.folder}: no runs yet")
-    elif len(kept) < len(there):
-        print(f"\n{len(kept)} of {len(there)} runs")
+    elif len(kept) < len(found):
+        print(f"\n{len(kept)} of {len(found)} runs")

@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import Positional
 
 from gptjax.atomic_io import read_json, write_atomic
-from gptjax.commands import check_belongs, is_run, parse, start_jax, without_run
+from gptjax.commands import check_unused, is_run, parse, start_jax, without_run
 from gptjax.errors import DataError, GptjaxError, warn
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _check_belongs(options: Evaluation) -> None:
         idle["no effect without --data hub:NAME"] = ["hub_config", "hub_split"]
     if options.data and all(source == "pydoc" or source.endswith(TEXT) for source in options.data):
         idle["no effect on plain text, which has no columns"] = ["column"]
-    check_belongs(options, idle)
+    check_unused(options, idle)
 
 
 def _on_its_own_text(options: Evaluation) -> tuple[Any, str]:
@@ -124,10 +124,10 @@ def _on_its_own_text(options: Evaluation) -> tuple[Any, str]:
         )
     run = open_run(folder)
     start_jax()
-    from gptjax.interop.open import open_here
+    from gptjax.interop.open import open_local
     from gptjax.training.evaluation import evaluate_run
 
-    figures = evaluate_run(run, options.checkpoint, open_here)
+    figures = evaluate_run(run, options.checkpoint, open_local)
     return figures, _lines(figures)
 
 
@@ -156,7 +156,7 @@ def _on_data(options: Evaluation) -> tuple[Any, str]:
         hub_split=asked.hub_split,
         max_documents=asked.max_documents,
     )
-    documents = (text for source in options.data for text in corpus.read(source, data))
+    documents = (text for source in options.data for text in corpus.iter_documents(source, data))
     began = time.perf_counter()
     totals = evaluate_texts(scorer, documents, stride, window)
     seconds = time.perf_counter() - began

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from gptjax.commands import check_belongs, parse, start_jax
+from gptjax.commands import check_unused, parse, start_jax
 from gptjax.errors import ExchangeError
 
 WITH = "an adapter is one float32 file, of the family of its model"
@@ -42,7 +42,7 @@ def import_(arguments: list[str]) -> None:
     options: Import = parse(Import, arguments, "import")
     start_jax()
     from gptjax.interop.files import check_empty
-    from gptjax.interop.logit_check import agreement, insist
+    from gptjax.interop.logit_check import compare_logits, require_agreement
     from gptjax.interop.open import find, load
     from gptjax.interop.runs import import_run
     from gptjax.training.train_setup import open_trained
@@ -50,21 +50,21 @@ def import_(arguments: list[str]) -> None:
     check_empty(options.run)
     folder, adapter = find(options.source)
     run = import_run(load(folder, adapter, options.source), options.run, options.source, options.dtype)
-    line = insist(agreement(open_trained(run), folder, adapter), str(options.run))
+    line = require_agreement(compare_logits(open_trained(run), folder, adapter), str(options.run))
     print(f"{options.run}: {options.source}, {_size(run.experiment.model)}\n{line}")
 
 
 def export(arguments: list[str]) -> None:
     """A run folder -> a Hugging Face model, which is then read and compared with it."""
     options: Export = parse(Export, arguments, "export")
-    check_belongs(options, {WITH: ["family", "dtype", "max_shard_size"]} if options.adapter else {WITHOUT: ["base"]})
+    check_unused(options, {WITH: ["family", "dtype", "max_shard_size"]} if options.adapter else {WITHOUT: ["base"]})
     size = _bytes(options.max_shard_size)
     start_jax()
     if options.adapter:
         return _export_adapter(options)
     from gptjax.interop.files import check_empty
     from gptjax.interop.huggingface import read_config
-    from gptjax.interop.logit_check import agreement, insist, rounded
+    from gptjax.interop.logit_check import compare_logits, require_agreement, rounded
     from gptjax.interop.saving import save_folder
     from gptjax.training.run import open_run
     from gptjax.training.train_setup import open_trained
@@ -73,7 +73,7 @@ def export(arguments: list[str]) -> None:
     pretrained = open_trained(open_run(options.run), options.checkpoint)
     save_folder(pretrained, options.folder, options.family, options.dtype, size)
     family = read_config(options.folder)[0]
-    line = insist(agreement(rounded(pretrained, options.dtype), options.folder), str(options.folder))
+    line = require_agreement(compare_logits(rounded(pretrained, options.dtype), options.folder), str(options.folder))
     print(f"{options.folder}: {options.run} as {family.architecture} in {options.dtype}\n{line}")
 
 
@@ -81,7 +81,7 @@ def _export_adapter(options: Export) -> None:
     """What a run with LoRA learnt -> an adapter of PEFT, which is then put on its model and compared with the run."""
     from gptjax.interop.adapter import base_of_run, save_adapter
     from gptjax.interop.files import check_empty
-    from gptjax.interop.logit_check import agreement, insist
+    from gptjax.interop.logit_check import compare_logits, require_agreement
     from gptjax.interop.open import fetch
     from gptjax.training.run import open_run
     from gptjax.training.train_setup import open_trained
@@ -92,7 +92,7 @@ def _export_adapter(options: Export) -> None:
     folder = fetch(base)
     pretrained = open_trained(run, options.checkpoint, merge=False)
     save_adapter(pretrained, options.folder, base, folder)
-    line = insist(agreement(pretrained, folder, options.folder), str(options.folder))
+    line = require_agreement(compare_logits(pretrained, folder, options.folder), str(options.folder))
     print(f"{options.folder}: what {options.run} learnt, an adapter for {base}\n{line}")
 
 

@@ -49,7 +49,7 @@ def profile(arguments: list[str]) -> None:
     check_start(setup, fresh=chosen is None)
     with jax.set_mesh(setup.mesh):
         state = first_state(setup, chosen)
-        setup.batches.start_at((chosen and chosen.place) or setup.batches.place(int(state.step)))
+        setup.batches.seek((chosen and chosen.position) or setup.batches.position(int(state.step)))
     folder = options.out or Path("profiles") / setup.experiment.name
     found = profile(setup, state, folder, options.steps)
     if options.json:

@@ -1,4 +1,4 @@
-"""`gptjax repro`: published results, each as one command."""
+"""`gptjax repro`: reproduce published results."""
 
 import dataclasses
 import json
@@ -15,70 +15,69 @@ from gptjax.commands import parse, start_jax
 from gptjax.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from gptjax.lab.repro import Outcome
+    from gptjax.lab.repro import ClaimResult
 
 WIDTHS = {"claim": 24, "published": 26, "ours": 26, "tolerance": 30, "verdict": 8, "minutes": 7}
 
 
 @dataclass(frozen=True)
 class Repro:
-    """Reproduce published results. A claim is a file in experiments/papers/, or the name of one; none: all of them."""
+    """Reproduce published results. A claim is a file with a `claim`, or the name of one in experiments/papers."""
 
-    claims: Positional[tuple[str, ...]] = ()
-    list: bool = False  # say what there is, what it costs and what is done, and measure nothing
-    folder: Path = Path("runs/repro")  # where runs, figures, claims.json and claims.html are kept
+    claims: Positional[tuple[str, ...]] = ()  # names or files; none: every claim in experiments/papers
+    list: bool = False  # list the claims with their cost and verdict, and measure nothing
+    folder: Path = Path("runs/repro")  # folder of the runs, of claims.json and of claims.html
     json: bool = False  # print one JSON object for each claim
 
 
 def repro(arguments: list[str]) -> None:
-    """CLAIM... -> claim | published | ours | tolerance | verdict | minutes, and a page with all that was measured."""
+    """CLAIM... -> claim | published | ours | tolerance | verdict | minutes, and a page with all measurements."""
     options: Repro = parse(Repro, arguments, "repro")
-    from gptjax.lab.repro import PAGE, all_claims, known_outcome, load_claim, reproduce
+    from gptjax.lab.repro import PAGE, all_claims, load_claim, reproduce, saved_result
 
     claims = [load_claim(name) for name in options.claims] or all_claims()
     if options.list:
-        for filed in claims:
-            c, known = filed.claim, known_outcome(filed, options.folder)
-            done = known.verdict if known else "to do"
-            print(f"{filed.name:<26}{c.device:<5}{c.minutes:>6g} min  {done:<7} {c.title}")
+        for claim_file in claims:
+            c = claim_file.claim
+            saved = saved_result(claim_file, options.folder)
+            verdict = saved.verdict if saved else "to do"
+            print(f"{claim_file.name:<26}{c.device:<5}{c.minutes:>6g} min  {verdict:<7} {c.title}")
         return
     start_jax()
-    outcomes = []
+    results = []
     if not options.json:
         print(_line({name: name for name in WIDTHS}), flush=True)
-    for outcome in reproduce(claims, options.folder):
-        outcomes.append(outcome)
-        print(
-            json.dumps(dataclasses.asdict(outcome), ensure_ascii=False) if options.json else _row(outcome), flush=True
-        )
-    passed = sum(outcome.verdict == "pass" for outcome in outcomes)
-    idle = sum(outcome.verdict == "not run" for outcome in outcomes)
-    left_out = f", {idle} not run" if idle else ""
-    print(f"{passed} of {len(outcomes)} pass{left_out}; {options.folder / PAGE}", file=sys.stderr)
-    if not all(_as_it_should_be(outcomes)):
+    for result in reproduce(claims, options.folder):
+        results.append(result)
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if options.json else _row(result), flush=True)
+    passed = sum(result.verdict == "pass" for result in results)
+    not_run = sum(result.verdict == "not run" for result in results)
+    left_out = f", {not_run} not run" if not_run else ""
+    print(f"{passed} of {len(results)} pass{left_out}; {options.folder / PAGE}", file=sys.stderr)
+    if not all(_acceptable(results)):
         sys.exit(EXIT_FAILED)
 
 
-def _as_it_should_be(outcomes: "Sequence[Outcome]") -> list[bool]:
-    """Whether each claim passes, or is one for a GPU that could not be run here."""
-    return [o.verdict == "pass" or (o.verdict == "not run" and o.seen.startswith("needs a GPU")) for o in outcomes]
+def _acceptable(results: "Sequence[ClaimResult]") -> list[bool]:
+    """Whether each claim passes, or needs a GPU that this machine does not have."""
+    return [o.verdict == "pass" or (o.verdict == "not run" and o.note.startswith("needs a GPU")) for o in results]
 
 
-def _row(outcome: "Outcome") -> str:
-    """A row of the table; why there is no figure stands below it, as paths and commands are not to be broken."""
+def _row(result: "ClaimResult") -> str:
+    """A row of the table. A reason why there is no result is on its own line, so that paths and commands stay whole."""
     cells = {
-        "claim": outcome.name,
-        "published": outcome.published,
-        "ours": outcome.ours or "-",
-        "tolerance": outcome.tolerance,
-        "verdict": outcome.verdict,
-        "minutes": f"{outcome.minutes:.1f}",
+        "claim": result.name,
+        "published": result.published,
+        "ours": result.ours or "-",
+        "tolerance": result.tolerance,
+        "verdict": result.verdict,
+        "minutes": f"{result.minutes:.1f}",
     }
-    return _line(cells) if outcome.ours else f"{_line(cells)}\n  {outcome.name}: {outcome.seen}"
+    return _line(cells) if result.ours else f"{_line(cells)}\n  {result.name}: {result.note}"
 
 
 def _line(cells: dict[str, str]) -> str:
-    """One row of the table, each cell wrapped to its column."""
+    """A row of the table, with each cell wrapped to its column."""
     columns = [textwrap.wrap(cells[name], width, break_on_hyphens=False) or [""] for name, width in WIDTHS.items()]
     depth = max(map(len, columns))
     padded = [column + [""] * (depth - len(column)) for column in columns]

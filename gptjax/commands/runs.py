@@ -1,4 +1,4 @@
-"""`gptjax verify` and `gptjax replay`: a run folder looked at again."""
+"""`gptjax verify` and `gptjax replay`: check the files and the steps of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,13 @@ from gptjax.errors import RunError
 
 @dataclass(frozen=True)
 class Verification:
-    """Compare every file of every checkpoint with its checksum. Reads only; no device is used."""
+    """Check every file of every checkpoint against its checksum. Only reads, and uses no device."""
 
     run: Positional[Path]  # a run folder
 
 
 def verify(arguments: list[str]) -> None:
-    """RUN -> one line for each checkpoint: whole, or what is wrong with it."""
+    """RUN -> one line for each checkpoint: ok, or damaged and why."""
     options: Verification = parse(Verification, arguments, "verify")
     from gptjax.training import checkpoint
     from gptjax.training.run import open_run
@@ -25,42 +25,43 @@ def verify(arguments: list[str]) -> None:
     run = open_run(options.run)
     run.metrics()
     run.tokenizer()
-    damaged, found = 0, checkpoint.listing(run.checkpoints)
-    for c in found:
+    damaged = 0
+    checkpoints = checkpoint.listing(run.checkpoints)
+    for c in checkpoints:
         why = checkpoint.problem(c)
         if why and not c.folder.exists():
-            continue  # removed by the run itself while we looked
-        damaged += why is not None
+            continue  # removed by the run in the meantime
+        if why:
+            damaged += 1
+            print(f"step {c.step:>8,}  DAMAGED  {why}")
+            continue
         size = sum(size for size, _ in c.files.values())
         loss = "" if c.val_loss is None else f", val loss {c.val_loss:.4f}"
-        print(
-            f"step {c.step:>8,}  "
-            + (f"DAMAGED  {why}" if why else f"whole    {len(c.files)} files, {size:,} bytes{loss}")
-        )
+        print(f"step {c.step:>8,}  ok       {len(c.files)} files, {size:,} bytes{loss}")
     for path, why in checkpoint.unfinished(run.checkpoints):
         print(f"not a checkpoint: {path}: {why}")
-    if not found:
+    if not checkpoints:
         raise RunError(f"{run.folder}: has no checkpoint")
     if damaged:
-        raise RunError(f"{run.folder}: of {len(found)} checkpoints {damaged} cannot be used")
+        raise RunError(f"{run.folder}: {damaged} of {len(checkpoints)} checkpoints cannot be used")
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Make a step of a run again from the checkpoint before it; name the first module without finite numbers."""
+    """Recompute a step of a run from the checkpoint before it; name the first module with non-finite numbers."""
 
     run: Positional[Path]  # a run folder
-    step: int  # counted as in metrics.jsonl: 1 is the first update
+    step: int  # as in metrics.jsonl: 1 is the first update
 
 
 def replay(arguments: list[str]) -> None:
-    """RUN and a step -> the step made again, and where its numbers are not finite."""
+    """RUN and a step -> the recomputed step, and where its numbers are not finite."""
     options: Replay = parse(Replay, arguments, "replay")
-    from gptjax.interop.open import open_here
+    from gptjax.interop.open import open_local
     from gptjax.training.run import open_run
 
     run = open_run(options.run)
     start_jax()
-    from gptjax.training.diagnosis import replay as make_again
+    from gptjax.training.diagnosis import replay as recompute
 
-    print("\n".join(make_again(run, options.step, open_here)))
+    print("\n".join(recompute(run, options.step, open_local)))

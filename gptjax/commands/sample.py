@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from gptjax.commands import check_belongs, parse, start_jax, without_run
+from gptjax.commands import check_unused, parse, start_jax, without_run
 from gptjax.errors import EXIT_FAILED, GptjaxError, PromptError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _check_belongs(options: Sample) -> None:
         idle |= _cold(options) | {"no effect without --num-beams above 1": ["length_penalty"]}
     if not (options.draft or options.prompt_lookup):
         idle["no effect without --draft or --prompt-lookup"] = ("draft_tokens",)
-    check_belongs(options, idle)
+    check_unused(options, idle)
 
 
 def _cold(options: "Sample | Talk") -> dict[str, Iterable[str]]:
@@ -133,7 +133,7 @@ def _sampling(options: "Sample | Talk", writer: "Generator") -> "SamplingParams"
     """Raises `GptjaxError` where the model's makers recommend to draw nothing, and options are about drawing."""
     sampling = options.drawing.sampling(writer)
     if sampling.temperature == 0:
-        check_belongs(options, {"no effect at temperature 0, as the model's makers recommend; give another": DRAWN})
+        check_unused(options, {"no effect at temperature 0, as the model's makers recommend; give another": DRAWN})
     return sampling
 
 
@@ -167,7 +167,7 @@ def _complete(
         drafter = PromptLookup(options.prompt_lookup)
     if options.draft:
         draft = _writer(options.draft, "last", options.dtype)
-        if draft.tokenizer.pieces != writer.tokenizer.pieces:
+        if draft.tokenizer.id_to_bytes != writer.tokenizer.id_to_bytes:
             raise PromptError(f"{options.draft}: has other tokens than {options.model}; a draft needs the same")
         drafter = DraftModel(draft.engine)
     tally = Tally(options.draft_tokens)
@@ -195,7 +195,7 @@ def _show(options: Sample, writer: "Generator", i: int, prompt: str, done: "Comp
     print(prompt + done.text)
     if options.logprobs:
         for token, logprob in zip(done.ids, done.logprobs, strict=False):
-            print(f"{logprob:10.4f}  {writer.tokenizer.pieces[token]!r}")
+            print(f"{logprob:10.4f}  {writer.tokenizer.id_to_bytes[token]!r}")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Talk:
 def chat(arguments: list[str]) -> None:
     """MODEL -> a dialogue on the terminal."""
     options: Talk = parse(Talk, arguments, "chat")
-    check_belongs(options, without_run(options.model) | _cold(options))
+    check_unused(options, without_run(options.model) | _cold(options))
     start_jax()
     from gptjax.inference.chat import Chat
 

@@ -1,8 +1,9 @@
 """`gptjax train`: from an experiment file to a finished run folder."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -19,24 +20,26 @@ if TYPE_CHECKING:
 
 def train(arguments: list[str]) -> None:
     """FILE, options and overrides -> a finished run folder."""
-    named = bool(arguments) and not arguments[0].startswith("-")
-    loaded = load_experiment(arguments[0]) if named else Experiment()
+    has_file = bool(arguments) and not arguments[0].startswith("-")
+    loaded = load_experiment(arguments[0]) if has_file else Experiment()
     if type_problems(loaded):
         check(loaded)
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        """Train an experiment, or go on with the run that stands in its folder."""
+        """Train an experiment, or resume the run in its folder."""
 
         run_dir: Path | None = None  # folder of the run; None: runs/NAME
-        resume: bool = False  # insist that a run stands there to go on with
-        allow_changes: bool = False  # go on with other values or data than the run was trained with
-        from_step: int | None = None  # go back to this checkpoint (0: begin again); later ones are set aside
+        resume: bool = False  # fail if there is no run to resume
+        allow_changes: bool = False  # resume with other settings or data than the run was trained with
+        rollback_to: int | None = (
+            None  # roll back to the checkpoint of this step (0: start over); later ones are quarantined
+        )
         experiment: Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = loaded
 
-    options = parse(Options, arguments[named:], f"train {arguments[0] if named else 'FILE'}")
-    if not named:
-        raise GptjaxError("no experiment file was given; gptjax train experiments/quickstart.py for instance")
+    options = parse(Options, arguments[has_file:], f"train {arguments[0] if has_file else 'FILE'}")
+    if not has_file:
+        raise GptjaxError("no experiment file was given; for instance gptjax train experiments/quickstart.py")
     experiment = check(options.experiment)
     start_jax()
     import jax
@@ -49,27 +52,36 @@ def train(arguments: list[str]) -> None:
 
     folder = options.run_dir or Path("runs") / experiment.name
     before = open_run(folder).result() if (folder / EXPERIMENT).exists() else None
-    figures = training.train(experiment, folder, options.resume, options.allow_changes, options.from_step, open_model)
-    from gptjax.lab.report import plot_loss  # only now: SciPy and matplotlib take more than half a second
+    metrics = training.train(experiment, folder, options.resume, options.allow_changes, options.rollback_to, open_model)
+    from gptjax.lab.report import plot_loss  # imported late: SciPy and matplotlib take more than half a second
 
     run = open_run(folder)
     plot = plot_loss(run) if jax.process_index() == 0 else None
     if experiment.train.sample_tokens and jax.process_count() == 1:
-        kept = folder / "samples.txt"  # of a run that was finished before, they stand
-        print(read_text(kept).rstrip() if kept.is_file() and figures == before else _final_samples(run), flush=True)
+        samples = folder / "samples.txt"
+        if samples.is_file() and metrics == before:  # the run was already finished
+            print(read_text(samples).rstrip(), flush=True)
+        else:
+            print(_final_samples(run), flush=True)
+    say(_summary(folder, metrics) + (f"; loss curve in {plot}" if plot else ""))
+
+
+def _summary(folder: Path, metrics: Mapping[str, Any]) -> str:
+    """The final metrics in one line."""
     val = "not finite"
-    if figures["val_loss"] is not None:
-        val = f"{figures['val_loss']:.4f}"
-        if figures.get("val_bits_per_byte") is not None:
-            val += f" nats a token, {figures['val_bits_per_byte']:.4f} bits a byte"
-        if "val_accuracy" in figures:
-            val += f", {figures['val_accuracy']:.1%} right"
-    speed = figures["tokens_per_second"]
-    each = f", {1e3 * figures['tokens'] / figures['steps'] / speed:.1f} ms a step" if speed else ""
-    say(
-        f"{folder}: val loss {val}; {figures['steps']:,} steps, {figures['tokens']:,} tokens in "
-        f"{figures['seconds']:.0f} s{each}, at most {figures['memory_bytes'] / 1e9:.2f} GB of memory"
-        + (f"; loss curve in {plot}" if plot else "")
+    if metrics["val_loss"] is not None:
+        val = f"{metrics['val_loss']:.4f}"
+        if metrics.get("val_bits_per_byte") is not None:
+            val += f" nats/token, {metrics['val_bits_per_byte']:.4f} bits/byte"
+        if "val_accuracy" in metrics:
+            val += f", accuracy {metrics['val_accuracy']:.1%}"
+    speed = ""
+    if metrics["tokens_per_second"]:
+        ms = 1e3 * metrics["tokens"] / metrics["steps"] / metrics["tokens_per_second"]
+        speed = f" ({metrics['tokens_per_second']:,.0f} tokens/s, {ms:.1f} ms/step)"
+    return (
+        f"{folder}: val loss {val}; {metrics['steps']:,} steps, {metrics['tokens']:,} tokens in "
+        f"{metrics['seconds']:.0f} s{speed}; peak memory {metrics['memory_bytes'] / 1e9:.2f} GB"
     )
 
 
@@ -80,9 +92,9 @@ def _final_samples(run: "Run") -> str:
     from gptjax.interop.open import open_model
 
     t = run.experiment.train
-    writer = Generator(open_model(str(run.folder)))
-    room = run.experiment.model.context_length - len(writer.encode(t.sample_prompt))
-    texts = writer.texts(t.sample_prompt, min(t.sample_tokens, room), 2, SamplingParams(0.8), run.experiment.seed)
+    generator = Generator(open_model(str(run.folder)))
+    max_new_tokens = min(t.sample_tokens, run.experiment.model.context_length - len(generator.encode(t.sample_prompt)))
+    texts = generator.texts(t.sample_prompt, max_new_tokens, 2, SamplingParams(0.8), run.experiment.seed)
     text = "\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1))
     (run.folder / "samples.txt").write_text(text + "\n", encoding="utf-8")
     return text

@@ -1,13 +1,12 @@
 """The batch at step n as a pure function of (tokens, seed, n): the same on any number of hosts and devices."""
 
-import dataclasses
 import hashlib
 import json
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,196 +15,230 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gptjax import sharding
-from gptjax.config import Experiment, ObjectiveConfig
-from gptjax.data.objectives import Batch, Windows, make_objective, needs_others, rows_together
+from gptjax.config import Experiment, ObjectiveConfig, names_of_format_1
+from gptjax.data.objectives import Batch, Windows, group_size, make_objective, needs_negatives
 from gptjax.data.store import Store, Stream, check_ids
 from gptjax.data.windows import PackedStream, WindowedStream
 from gptjax.errors import DataError
+from gptjax.random_streams import (
+    MIXTURE,
+    POISSON,
+    TRAIN_EXAMPLE,
+    TRAIN_ORDER,
+    VALIDATION_EXAMPLE,
+    VALIDATION_ORDER,
+)
 
-FAR = 1 << 40  # between a sample and the one that may be taken in the place of its second half
+FAR = 1 << 40  # from an example's id to that of its negative example, which next_sentence takes a second half from
 CYCLE = 1024  # samples after which every source of a mixture has had exactly its share
-ROOM = 5.0  # standard deviations of the number of windows drawn that a batch has room for, above its mean
+MARGIN_SIGMAS = 5.0  # standard deviations of the batch size between its mean and `PoissonSampler.max_batch`
 
 
 class DataPosition(NamedTuple):
-    """Where a run stands in its data: what a checkpoint keeps, so that no example is skipped or read twice."""
+    """How far a run has read its data. A checkpoint keeps it, so that no example is skipped or read twice."""
 
     step: int = 0  # updates made
     samples: int = 0  # examples read, over the whole run
     tokens: int = 0  # tokens read, over the whole run
-    next: int = 0  # number of the next example in this order
-    order: str = ""  # what decides which example has which number: see `DataLoader.order`
+    next_example: int = 0  # index of the next example in this order
+    order_id: str = ""  # which order of examples this is: see `DataLoader.order_id`
+
+    def to_json(self) -> dict[str, int | str]:
+        """The position as a checkpoint's manifest keeps it."""
+        return {_JSON_KEYS.get(name, name): value for name, value in self._asdict().items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "DataPosition":
+        """The inverse of `to_json`. Raises `TypeError` for an unknown key."""
+        names = {key: name for name, key in _JSON_KEYS.items()}
+        return cls(**{names.get(key, key): value for key, value in values.items()})
+
+
+_JSON_KEYS = {"next_example": "next", "order_id": "order"}  # the other fields have the same names in JSON
 
 
 class PoissonSampler(NamedTuple):
-    """How batches are drawn where each window is to count for itself: DP-SGD (Abadi et al. 2016)."""
+    """Draws the batches of DP-SGD (Abadi et al. 2016): every window is in a batch with the same probability."""
 
-    windows: int  # of one plain pass, which are always cut in the same way
-    rate: float  # probability of each to be in a batch
-    most: int  # that a batch can hold
+    num_windows: int  # in one plain pass, whose cuts never move
+    sampling_rate: float  # probability that a window is in a batch
+    max_batch: int  # most windows that a batch can hold
 
     @classmethod
-    def of(cls, windows: int, most: int) -> "PoissonSampler":
-        """As many on average as leave room for `ROOM` standard deviations, since what has no room costs privacy."""
-        expected = ((math.sqrt(ROOM**2 + 4 * most) - ROOM) / 2) ** 2
-        return cls(windows, 1.0 if windows <= most else expected / windows, most)
+    def of(cls, num_windows: int, max_batch: int) -> "PoissonSampler":
+        """Leaves `MARGIN_SIGMAS` standard deviations between the mean and `max_batch`: truncation costs privacy."""
+        expected = ((math.sqrt(MARGIN_SIGMAS**2 + 4 * max_batch) - MARGIN_SIGMAS) / 2) ** 2
+        rate = 1.0 if num_windows <= max_batch else expected / num_windows
+        return cls(num_windows, rate, max_batch)
 
     @property
-    def expected(self) -> float:
-        """Windows in a batch, on average."""
-        return self.rate * self.windows
+    def expected_batch(self) -> float:
+        """Mean number of windows in a batch."""
+        return self.sampling_rate * self.num_windows
 
-    def at(self, seed: int, step: int) -> np.ndarray:
-        """The windows of a step, by number; of too many, some by chance are left out: int64 [at most `most`]."""
-        rng = np.random.default_rng((seed, 8, step))
-        return rng.permutation(np.flatnonzero(rng.random(self.windows) < self.rate))[: self.most]
+    def draw(self, seed: int, step: int) -> np.ndarray:
+        """Indices of the windows of a step, int64 [at most `max_batch`]; a random choice where there are too many."""
+        rng = np.random.default_rng((seed, POISSON, step))
+        drawn = np.flatnonzero(rng.random(self.num_windows) < self.sampling_rate)
+        return rng.permutation(drawn)[: self.max_batch]
 
 
 @dataclass
 class DataLoader:
     """The training batches and the validation pass of an experiment.
 
-    With `optim.noise_multiplier` the windows of every step are drawn, see `PoissonSampler`; else every one has its turn. A run
-    begins at example 0. One whose batch size was changed on the way goes on from the example at which it stood;
-    one whose text or context length was changed begins a new order of examples.
+    With `optim.noise_multiplier` the windows of every step are drawn by a `PoissonSampler`. Without it every window is
+    read once an epoch. A run begins at example 0. If its batch size changes, it resumes from the same example; if its
+    text or context length changes, a new order of examples begins.
     """
 
     store: Store
     experiment: Experiment
-    origin: DataPosition = field(default_factory=DataPosition, init=False)  # where the run began, or was gone on with
-    seconds: float = field(default=0.0, init=False)  # spent making training batches, in whatever thread
+    origin: DataPosition = field(default_factory=DataPosition, init=False)  # where the run began or was resumed
+    seconds: float = field(default=0.0, init=False)  # spent making training batches, in any thread
 
     def __post_init__(self) -> None:
         e = self.experiment
-        length, track = e.model.context_length, e.data.document_mask
-
-        together = rows_together(e.objective)
+        length = e.model.context_length
+        track_documents = e.data.document_mask
+        group = group_size(e.objective)
         if e.optim.noise_multiplier is not None:
-            together = (1, 1)  # each example has a window of its own, which the others do not change
+            group = (1, 1)  # one example a window, so that no example's gradient depends on another
 
         def cut(stream: Stream, seed: tuple[int, ...]) -> WindowedStream | PackedStream:
-            if stream.asked is not None:
-                return PackedStream(stream, length, seed, together)
-            return WindowedStream(stream, length, seed, track)
+            if stream.loss_mask is not None:
+                return PackedStream(stream, length, seed, group)
+            return WindowedStream(stream, length, seed, track_documents)
 
-        self.train_streams = [cut(stream, (e.seed, 1, i)) for i, stream in enumerate(self.store.train)]
-        self.validation_streams = [cut(stream, (e.seed, 3, i)) for i, stream in enumerate(self.store.validation)]
+        self.train_streams = [cut(stream, (e.seed, TRAIN_ORDER, i)) for i, stream in enumerate(self.store.train)]
+        self.validation_streams = [
+            cut(stream, (e.seed, VALIDATION_ORDER, i)) for i, stream in enumerate(self.store.validation)
+        ]
         for windowed in self.train_streams:
-            if isinstance(windowed, WindowedStream) and windowed.answers < length:
+            if isinstance(windowed, WindowedStream) and windowed.num_targets < length:
                 raise DataError(
-                    f"{windowed.stream.name}: its {windowed.answers + 1} training tokens are fewer than one window of "
-                    f"model.context_length + 1 = {length + 1}; give more text or a shorter context"
+                    f"{windowed.stream.name}: its {windowed.num_targets + 1} training tokens are fewer than one window "
+                    f"of model.context_length + 1 = {length + 1}; give more text or a shorter context"
                 )
-        shares = np.array(e.data.weights or [w.answers for w in self.train_streams], np.float64)
-        self.source_of, self.rank_of, self.per_cycle = mixture(shares / shares.sum(), (e.seed, 2))
-        self.draws: PoissonSampler | None = None
+        shares = np.array(e.data.weights or [w.num_targets for w in self.train_streams], np.float64)
+        self.source_of, self.rank_of, self.per_cycle = mixture(shares / shares.sum(), (e.seed, MIXTURE))
+        self.sampler: PoissonSampler | None = None
         if e.optim.noise_multiplier is not None:
-            self.draws = PoissonSampler.of(sum(w.passes for w in self.train_streams), e.train.batch_size)
-        self.make = make_objective(e.objective, self.store.tokenizer)
-        asked = (
-            [] if e.objective == ObjectiveConfig() else [dataclasses.asdict(e.objective)]
-        )  # losses compare within an order
-        decides = [self.store.key, length, track, e.seed, e.data.weights, *asked]
-        self.order = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+            num_windows = sum(w.windows_per_pass for w in self.train_streams)
+            self.sampler = PoissonSampler.of(num_windows, e.train.batch_size)
+        self.make_batch = make_objective(e.objective, self.store.tokenizer)
+        decides = [self.store.key, length, track_documents, e.seed, e.data.weights]
+        if e.objective != ObjectiveConfig():  # losses are comparable within an order only
+            decides.append(names_of_format_1("objective", e.objective))
+        self.order_id = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
-    def start_at(self, place: DataPosition) -> None:
-        """Goes on from where a checkpoint stood in the data."""
-        self.origin = place if place.order == self.order else place._replace(next=0, order=self.order)
+    def seek(self, position: DataPosition) -> None:
+        """Resumes from the position that a checkpoint kept."""
+        same_order = position.order_id == self.order_id
+        self.origin = position if same_order else position._replace(next_example=0, order_id=self.order_id)
 
-    def place(self, step: int) -> DataPosition:
-        """Where the run stands after `step` updates, in this order from its origin."""
-        o, steps = self.origin, step - self.origin.step
-        turns = o.next + steps * self.experiment.train.batch_size
-        return DataPosition(
-            step, o.samples + steps * self._read, o.tokens + steps * self.tokens_per_step, turns, self.order
-        )
+    def position(self, step: int) -> DataPosition:
+        """The position after `step` updates, in this order from its origin."""
+        origin = self.origin
+        steps = step - origin.step
+        samples = origin.samples + steps * self.examples_per_step
+        tokens = origin.tokens + steps * self.tokens_per_step
+        next_example = origin.next_example + steps * self.experiment.train.batch_size
+        return DataPosition(step, samples, tokens, next_example, self.order_id)
 
-    def samples(self, step: int) -> np.ndarray:
-        """The numbers of the examples that the update from `step` to step + 1 reads: int64 [microbatches, rows].
+    def example_ids(self, step: int) -> np.ndarray:
+        """The ids of the examples that the update from `step` to step + 1 reads: int64 [microbatches, rows].
 
-        Of windows that are drawn, places that are left over have a number beyond the last.
+        If windows are drawn, the unused rows of the batch have an id beyond the last window.
         """
-        if self.draws is None:
-            return self._turns(step)
-        drawn = self.draws.at(self.experiment.seed, step)
-        missing = self.draws.most - len(drawn)
-        padded = np.pad(drawn, (0, missing), constant_values=self.draws.windows)
+        if self.sampler is None:
+            return self._example_index(step)
+        drawn = self.sampler.draw(self.experiment.seed, step)
+        missing = self.sampler.max_batch - len(drawn)
+        padded = np.pad(drawn, (0, missing), constant_values=self.sampler.num_windows)
         return padded.reshape(self.experiment.train.microbatches, -1)
 
-    def span(self, step: int) -> list[int]:
-        """The lowest and the highest number of the examples that an update reads; [] where nothing was drawn."""
-        numbers = self.samples(step)
-        numbers = numbers if self.draws is None else numbers[numbers < self.draws.windows]
-        return [int(numbers.min()), int(numbers.max())] if numbers.size else []
+    def example_range(self, step: int) -> list[int]:
+        """The lowest and the highest id of the examples that an update reads; [] if none were drawn."""
+        ids = self.example_ids(step)
+        if self.sampler is not None:
+            ids = ids[ids < self.sampler.num_windows]
+        return [int(ids.min()), int(ids.max())] if ids.size else []
 
-    def _turns(self, step: int) -> np.ndarray:
-        """Numbers that grow from row to row over the whole run: int64 [microbatches, rows]."""
+    def _example_index(self, step: int) -> np.ndarray:
+        """Indices that grow from row to row over the whole run: int64 [microbatches, rows]."""
         t = self.experiment.train
-        return self.place(step).next + np.arange(t.batch_size).reshape(t.microbatches, -1)
+        return self.position(step).next_example + np.arange(t.batch_size).reshape(t.microbatches, -1)
 
     @property
-    def _read(self) -> int:
-        """Examples that an update reads; of those that are drawn, on average."""
-        return self.experiment.train.batch_size if self.draws is None else round(self.draws.expected)
+    def examples_per_step(self) -> int:
+        """Examples that an update reads; the mean if they are drawn."""
+        return self.experiment.train.batch_size if self.sampler is None else round(self.sampler.expected_batch)
 
     @property
     def tokens_per_step(self) -> int:
-        return self._read * self.experiment.model.context_length
+        return self.examples_per_step * self.experiment.model.context_length
 
-    def rows(self, samples: np.ndarray, turns: np.ndarray | None = None) -> Batch:
-        """The training examples with these numbers in this order: [len(samples), length].
+    def make_examples(self, example_ids: np.ndarray, index: np.ndarray | None = None) -> Batch:
+        """The training examples with these ids in this order: [len(example_ids), length].
 
-        What an objective draws for each follows from its turn, which is its number where examples are not drawn.
+        `index` seeds what the objective draws for each example. Default: the ids themselves, which are the indices
+        unless examples are drawn.
         """
         e = self.experiment
-        others = self._windows(samples + FAR) if needs_others(e.objective) else None
-        rngs = (np.random.default_rng((e.seed, 4, int(i))) for i in (samples if turns is None else turns))
-        return self.make(self._windows(samples), rngs, others)
+        negatives = self._windows(example_ids + FAR) if needs_negatives(e.objective) else None
+        index = example_ids if index is None else index
+        rngs = (np.random.default_rng((e.seed, TRAIN_EXAMPLE, int(i))) for i in index)
+        return self.make_batch(self._windows(example_ids), rngs, negatives)
 
-    def _windows(self, samples: np.ndarray) -> Windows:
-        if self.draws is None:
-            cycles, places = np.divmod(samples, CYCLE)
-            sources = self.source_of[places]
-            within = cycles * self.per_cycle[sources] + self.rank_of[places]
+    def _windows(self, example_ids: np.ndarray) -> Windows:
+        if self.sampler is None:
+            cycles, slots = np.divmod(example_ids, CYCLE)
+            sources = self.source_of[slots]
+            within = cycles * self.per_cycle[sources] + self.rank_of[slots]
             parts = [w.shuffled(within[sources == i]) for i, w in enumerate(self.train_streams)]
         else:
-            ends = np.cumsum([w.passes for w in self.train_streams])
-            sources = np.searchsorted(ends[:-1], samples, "right")
-            parts = [w.in_order(samples[sources == i] - (ends[i] - w.passes)) for i, w in enumerate(self.train_streams)]
+            ends = np.cumsum([w.windows_per_pass for w in self.train_streams])
+            sources = np.searchsorted(ends[:-1], example_ids, "right")
+            begins = [end - w.windows_per_pass for end, w in zip(ends, self.train_streams, strict=True)]
+            within = example_ids - np.array(begins)[sources]
+            parts = [w.in_order(within[sources == i]) for i, w in enumerate(self.train_streams)]
         order = np.argsort(np.argsort(sources, kind="stable"), kind="stable")
         windows = _take(parts, order)
         check_ids(windows.ids, self.experiment.model.vocab_size, self.store.folder)
         return windows
 
-    def batch(self, step: int, chosen: np.ndarray | None = None) -> Batch:
-        """What the update from `step` to step + 1 reads: [microbatches, batch_size / microbatches, length].
+    def host_batch(self, step: int, columns: np.ndarray | None = None) -> Batch:
+        """The batch of the update from `step` to step + 1: [microbatches, batch_size / microbatches, length].
 
-        `chosen` picks columns of the second axis, for a host that needs only some.
+        `columns` picks columns of the second axis, for a host that needs only some.
         """
-        samples, turns = self.samples(step), self._turns(step)
-        if chosen is not None:
-            samples, turns = samples[:, chosen], turns[:, chosen]
-        batch = self.rows(samples.ravel(), turns.ravel())
-        return jax.tree.map(lambda x: x.reshape(*samples.shape, -1), batch)
+        ids = self.example_ids(step)
+        index = self._example_index(step)
+        if columns is not None:
+            ids = ids[:, columns]
+            index = index[:, columns]
+        batch = self.make_examples(ids.ravel(), index.ravel())
+        return jax.tree.map(lambda x: x.reshape(*ids.shape, -1), batch)
 
     def validation(self) -> Iterator[Batch]:
         """One pass over the whole validation text, in batches of one microbatch: [rows, length]. Always the same."""
         e = self.experiment
         rows = e.train.batch_size // e.train.microbatches
         for number, windowed in enumerate(self.validation_streams):
-            for first in range(0, windowed.passes, rows):
+            for first in range(0, windowed.windows_per_pass, rows):
                 index = np.arange(first, first + rows)
-                others = windowed.shuffled(index) if needs_others(e.objective) else None
-                rngs = (np.random.default_rng((e.seed, 5, number, int(i))) for i in index)
-                yield self.make(windowed.in_order(index), rngs, others)
+                negatives = windowed.shuffled(index) if needs_negatives(e.objective) else None
+                rngs = (np.random.default_rng((e.seed, VALIDATION_EXAMPLE, number, int(i))) for i in index)
+                yield self.make_batch(windowed.in_order(index), rngs, negatives)
 
-    def on_devices(self, step: int, mesh: jax.sharding.Mesh) -> Batch:
-        """`batch(step)` laid out over the mesh; each host makes only the rows of its own devices."""
+    def device_batch(self, step: int, mesh: jax.sharding.Mesh) -> Batch:
+        """`host_batch(step)` sharded over the mesh; each host makes only the rows of its own devices."""
         began = time.perf_counter()
-        t, length = self.experiment.train, self.experiment.model.context_length
-        shape = (t.microbatches, t.batch_size // t.microbatches, length)
-        layout = sharding.sharding(("microbatch", "batch", "length"), shape, mesh)
-        local = self.batch(step, _local_columns(layout, shape) if jax.process_count() > 1 else None)
+        t = self.experiment.train
+        shape = (t.microbatches, t.batch_size // t.microbatches, self.experiment.model.context_length)
+        layout = sharding.named_sharding(("microbatch", "batch", "length"), shape, mesh)
+        local = self.host_batch(step, _local_columns(layout, shape) if jax.process_count() > 1 else None)
         batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, x, shape), local)
         self.seconds += time.perf_counter() - began
         return batch
@@ -214,8 +247,8 @@ class DataLoader:
 def mixture(shares: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A cycle of `CYCLE` samples in which every source has its share (to the nearest sample, and at least one).
 
-    Returns, for each place of the cycle, its source and how many samples of that source stand before it; and the number
-    of samples of each source in a cycle.
+    Returns, for each sample of the cycle, its source and its rank among the samples of that source; and the number of
+    samples of each source in a cycle.
     """
     counts = np.maximum(np.floor(shares * CYCLE).astype(np.int64), 1)
     for i in np.argsort(counts - shares * CYCLE)[: max(CYCLE - counts.sum(), 0)]:
@@ -229,10 +262,12 @@ def mixture(shares: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.nd
 
 
 def _take(parts: list[Windows], order: np.ndarray) -> Windows:
-    def joined(pieces: tuple[Any, ...]) -> Any:
-        return None if pieces[0] is None else np.concatenate(pieces)[order]
+    """Rows of all parts, one part after the other, in a new order."""
 
-    return Windows(*map(joined, zip(*parts, strict=True)))
+    def join(arrays: tuple[Any, ...]) -> Any:
+        return None if arrays[0] is None else np.concatenate(arrays)[order]
+
+    return Windows(*map(join, zip(*parts, strict=True)))
 
 
 def _local_columns(layout: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
@@ -241,8 +276,8 @@ def _local_columns(layout: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     return np.unique(np.concatenate(columns))
 
 
-def prefetch(make: Callable[[int], Batch], steps: range, depth: int) -> Generator[Batch, None, None]:
-    """`make(step)` for each step, made up to `depth` ahead in a thread of its own; its errors are raised here."""
+def prefetch(make_batch: Callable[[int], Batch], steps: range, depth: int) -> Generator[Batch, None, None]:
+    """`make_batch(step)` for each step, made up to `depth` steps ahead in a thread; its errors are raised here."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -258,8 +293,8 @@ def prefetch(make: Callable[[int], Batch], steps: range, depth: int) -> Generato
             for step in steps:
                 if stop.is_set():
                     return
-                put(make(step))
-        except BaseException as e:  # handed over, to be raised where the batch is wanted
+                put(make_batch(step))
+        except BaseException as e:  # raised again in the caller's thread
             put(e)
 
     thread = threading.Thread(target=work, daemon=True, name="prefetch")

@@ -1,6 +1,6 @@
 """Where text comes from: files and folders, hub data sets, functions, and the language reference inside every Python.
 
-A source is a string; `read` gives its documents one after the other and `fingerprint` a hash of what they are made of.
+A source is a string; `iter_documents` gives its documents one after the other and `fingerprint` a hash of what they are made of.
 `$NAME` in a path is taken from the environment, so that an experiment names no machine's folders.
 """
 
@@ -26,12 +26,12 @@ ORIGINS = {
 }
 
 
-def read(source: str, data: DataConfig) -> Iterator[str]:
+def iter_documents(source: str, data: DataConfig) -> Iterator[str]:
     """The documents of one source, in a fixed order, empty ones left out.
 
     Raises `DataError` naming the file, and the line or row, for text that is missing, malformed or not UTF-8.
     """
-    documents = itertools.islice(_read(source, data), data.max_documents)
+    documents = itertools.islice(_iter_documents(source, data), data.max_documents)
     first = next(documents, None)
     if first is None:
         raise DataError(f"data.source = {source!r}: has no text in it; give a source with at least one document")
@@ -46,7 +46,7 @@ def fingerprint(source: str, data: DataConfig) -> str:
         for text in _pydoc():
             digest.update(text.encode())
     elif synthetic.is_function(source):
-        for document, _ in synthetic.made(source, data):
+        for document, _ in synthetic.generate_documents(source, data):
             digest.update(json.dumps(document, sort_keys=True, default=str).encode())
     elif source.startswith("hub:"):
         builder = _hub_builder(source, data)  # whose hash is that of the data set's revision
@@ -59,18 +59,18 @@ def fingerprint(source: str, data: DataConfig) -> str:
     return digest.hexdigest()
 
 
-def rows(source: str, data: DataConfig) -> Rows:
+def iter_rows(source: str, data: DataConfig) -> Rows:
     """The rows of one source's tables, in a fixed order, each with its file and the line that it begins in.
 
     Where there are no lines (parquet, one JSON array, the hub) it has a number in place of that.
 
-    Raises `DataError` as `read` does, and for a file that is no table.
+    Raises `DataError` as `iter_documents` does, and for a file that is no table.
     """
     if source.startswith("hub:"):
         yield from _numbered(_hub_rows(source, data), source)
         return
     if synthetic.is_function(source):
-        for row, where in synthetic.made(source, data):
+        for row, where in synthetic.generate_documents(source, data):
             if isinstance(row, str):
                 raise DataError(f"{where}: gives a text; for data.prompt and data.answer a dict of columns is needed")
             yield row, where
@@ -81,7 +81,7 @@ def rows(source: str, data: DataConfig) -> Rows:
         yield from _table(path)
 
 
-def share(text: str) -> float:
+def hash_fraction(text: str) -> float:
     """A number in [0, 1) that only the text decides: it splits texts into sides that stay when others are added."""
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]) / 2**64
 
@@ -114,14 +114,14 @@ def _origin(path: Path) -> str:
     return f" (get it from {ORIGINS[path.name]})" if path.name in ORIGINS else ""
 
 
-def _read(source: str, data: DataConfig) -> Iterator[str]:
+def _iter_documents(source: str, data: DataConfig) -> Iterator[str]:
     if source == "pydoc":
         yield from _pydoc()
     elif synthetic.is_function(source):
-        for document, where in synthetic.made(source, data):
+        for document, where in synthetic.generate_documents(source, data):
             yield from [document] if isinstance(document, str) else _texts(iter([(document, where)]), data.column)
     elif source.startswith("hub:"):
-        yield from _texts(rows(source, data), data.column)
+        yield from _texts(iter_rows(source, data), data.column)
     else:
         for path in files(source):
             yield from [_read_text(path)] if path.suffix in TEXT else _texts(_table(path), data.column)

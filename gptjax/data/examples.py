@@ -20,12 +20,12 @@ import numpy as np
 
 from gptjax.config import DataConfig
 from gptjax.data import corpus
-from gptjax.data.tasks import Example, Part, Rows, Side, Task, columns, find_task
+from gptjax.data.tasks import Example, Rows, Split, Task, TextPart, columns, find_task
 from gptjax.errors import DataError, warn
 
 SAMPLES = Path(__file__).parent / "tasks" / "samples"  # laid out as the real data is
 SHOWN = 5  # problems that are reported together
-SIDES: tuple[Side, ...] = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def holds_examples(data: DataConfig) -> bool:
@@ -34,8 +34,8 @@ def holds_examples(data: DataConfig) -> bool:
     return data.prompt is not None or any(source.startswith("task:") for source in sources)
 
 
-def examples(source: str, data: DataConfig, side: Side) -> Iterator[Example]:
-    """The examples of one side of `task:NAME`, or of a table with `data.prompt` and `data.answer`, in a fixed order.
+def load_examples(source: str, data: DataConfig, split: Split) -> Iterator[Example]:
+    """The examples of one split of `task:NAME`, or of a table with `data.prompt` and `data.answer`, in a fixed order.
 
     A task has its own sides. Of a table, whole rows are kept for validation by their hash (`data.val_fraction`), and
     test is validation; with `data.val_source` nothing is split off, and both sides of a source are all of it. With
@@ -44,7 +44,7 @@ def examples(source: str, data: DataConfig, side: Side) -> Iterator[Example]:
     """
     if source.startswith("task:"):
         task = find_task(source.removeprefix("task:"))
-        rows = itertools.islice(_task_rows(task, side), data.max_documents)
+        rows = itertools.islice(_task_rows(task, split), data.max_documents)
         make = functools.partial(_labelled if data.answers == "classes" else _example, task=task)
         for group in _sound(rows, lambda row, where: _with_worse(make(row, where), data.rejected)):
             yield from group
@@ -56,15 +56,15 @@ def examples(source: str, data: DataConfig, side: Side) -> Iterator[Example]:
     fraction = data.val_fraction if data.val_source is None else 0.0
     rows = itertools.islice(_table_rows(source, data), data.max_documents)
     for group in _sound(rows, lambda row, where: _with_worse(make(row, where), data.rejected)):
-        if group and (not fraction or _held_out(group[0], fraction) == (side != "train")):
+        if group and (not fraction or _held_out(group[0], fraction) == (split != "train")):
             yield from group
 
 
 def _held_out(example: Example, fraction: float) -> bool:
-    return corpus.share("\0".join(part.text for part in example.parts)) < fraction
+    return corpus.hash_fraction("\0".join(part.text for part in example.parts)) < fraction
 
 
-def classes_of(data: DataConfig) -> tuple[str, ...]:
+def class_labels(data: DataConfig) -> tuple[str, ...]:
     """The labels that a model tells: `data.labels`, or those of the tasks; () where answers are text.
 
     Raises `DataError` for a task whose answers are no labels, or are not the same ones.
@@ -89,7 +89,7 @@ def classes_of(data: DataConfig) -> tuple[str, ...]:
     return labels
 
 
-def told_at(example: Example, pieces: Sequence[np.ndarray], classes: Sequence[str]) -> np.ndarray:
+def token_classes(example: Example, pieces: Sequence[np.ndarray], classes: Sequence[str]) -> np.ndarray:
     """The number of the class that is told at each token of an example cut into `pieces`, one a part; -1: none.
 
     int16 [tokens]. A label is told at the last token of its part, which has seen all of it. Raises `DataError` for a
@@ -114,10 +114,10 @@ def fingerprint(source: str, data: DataConfig) -> str:
         whole = (corpus.fingerprint(source, data), data.prompt, data.answer, data.rejected, data.labels)
         return hashlib.sha256(repr(whole).encode()).hexdigest()
     digest = hashlib.sha256()
-    for side in SIDES:
-        for example in examples(source, data, side):  # with the worse answers among them
+    for split in SPLITS:
+        for example in load_examples(source, data, split):  # with the worse answers among them
             parts = [tuple(part[: 2 + (part.label is not None)]) for part in example.parts]
-            row = (side, parts, example.references)
+            row = (split, parts, example.references)
             digest.update(repr(row).encode(errors="surrogatepass"))
     return digest.hexdigest()
 
@@ -144,7 +144,7 @@ def _with_worse(example: Example, rejected: str | None) -> tuple[Example, ...]:
     if worse.strip() == example.answer.strip():
         _tell_of_pairs()
         return ()
-    return example, dataclasses.replace(example, parts=(*example.parts[:-1], Part(worse, True)))
+    return example, dataclasses.replace(example, parts=(*example.parts[:-1], TextPart(worse, True)))
 
 
 def _sound(
@@ -172,7 +172,7 @@ def _sound(
 def _table_rows(source: str, data: DataConfig) -> Iterator[tuple[dict[str, Any], str]]:
     assert data.prompt is not None and data.answer is not None
     names = columns(data.prompt) + columns(data.answer) + columns(data.rejected or "")
-    for row, where in corpus.rows(source, data):
+    for row, where in corpus.iter_rows(source, data):
         if missing := [name for name in names if name not in row]:  # of every row of the table: said once
             fields = "data.prompt, data.answer" + (", data.rejected" if data.rejected else "")
             raise DataError(
@@ -190,7 +190,7 @@ def _from_templates(
             raise DataError(f"{where}: column {name!r} is empty, and there is no answer to learn; remove the row")
     if not any(values[name].strip() for name in columns(prompt)):
         raise DataError(f"{where}: the prompt is empty ({', '.join(columns(prompt))}); remove the row")
-    parts = (Part(fill(prompt, values), False), Part(fill(answer, values), True))
+    parts = (TextPart(fill(prompt, values), False), TextPart(fill(answer, values), True))
     if labels and (given := parts[1].text.strip()) not in labels:
         near = difflib.get_close_matches(given, labels, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(labels)}"
@@ -218,7 +218,7 @@ def _label_from_templates(
     """The answer as a label, to be told at the end of the prompt."""
     made = _from_templates(row, where, prompt, answer, labels)
     read, told = made.parts
-    return dataclasses.replace(made, parts=(Part(read.text, False, told.text.strip()),))
+    return dataclasses.replace(made, parts=(TextPart(read.text, False, told.text.strip()),))
 
 
 def _labelled(row: dict[str, str], where: str, task: Task) -> Example:
@@ -236,11 +236,11 @@ def uses_samples() -> bool:
     return not os.environ.get("GPTJAX_DATA")
 
 
-def _task_rows(task: Task, side: Side) -> Rows:
+def _task_rows(task: Task, split: Split) -> Rows:
     folder = SAMPLES if uses_samples() else Path(os.environ["GPTJAX_DATA"]).expanduser()
     where = "its beginning"
     try:
-        for row, where in task.read(side, folder):
+        for row, where in task.load_rows(split, folder):
             if uses_samples() and task.source:
                 _tell_of_sample(task)
             yield row, where

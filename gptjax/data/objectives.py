@@ -15,31 +15,31 @@ from gptjax.errors import DataError
 
 
 class Windows(NamedTuple):
-    """Pieces of a stream, one token longer than the model's input, padded at the end."""
+    """Windows of a token stream: one token longer than the model's input, padded at the end."""
 
     ids: np.ndarray  # int32 [rows, length + 1]
     valid: np.ndarray  # bool [rows, length + 1]: false in the padding
-    documents: np.ndarray | None  # int32 [rows, length + 1]: which document each token is in, counted from 1
-    asked: np.ndarray | None = None  # bool [rows, length + 1]: tokens that are answers; None: text without answers
-    classes: np.ndarray | None = None  # int16 [rows, length + 1]: told at each token, -1: none; None: answers are text
+    document_ids: np.ndarray | None  # int32 [rows, length + 1]: the document of each token, counted from 1
+    loss_mask: np.ndarray | None = None  # bool [rows, length + 1]: tokens of answers; None: plain text
+    classes: np.ndarray | None = None  # int16 [rows, length + 1]: class label at each token, -1: none; None: no labels
 
 
 class Batch(NamedTuple):
-    """One update's worth of work: [rows, length] on the host, [microbatches, rows, length] on the devices."""
+    """What the train step reads: [rows, length] on the host, [microbatches, rows, length] on the devices."""
 
-    tokens: np.ndarray | Array  # int32: what the model reads
-    targets: np.ndarray | Array  # int32: what it should say at each place
-    weights: np.ndarray | Array  # float32: how much each answer counts; 0 in the padding
-    segments: np.ndarray | Array | None = None  # int32: tokens see their own segment only; None: the whole row
-    positions: np.ndarray | Array | None = None  # int32: place within the segment; None: within the row
-    prefix: np.ndarray | Array | None = None  # bool: seen by their whole segment, also from before; None: no token is
-    advantages: np.ndarray | Array | None = None  # float32: how much better than usual, of text by the model; None: 1
+    tokens: np.ndarray | Array  # int32: the model's input
+    targets: np.ndarray | Array  # int32: the token (or class) to predict at each position
+    loss_weights: np.ndarray | Array  # float32: weight of each target in the loss; 0 in the padding
+    segment_ids: np.ndarray | Array | None = None  # int32: tokens attend within their segment; None: the whole row
+    positions: np.ndarray | Array | None = None  # int32: position within the segment; None: within the row
+    prefix_mask: np.ndarray | Array | None = None  # bool: visible to earlier tokens of the segment too; None: no token is
+    advantages: np.ndarray | Array | None = None  # float32: of each sampled token (policy gradient); None: 1
 
 
 Generators = Iterable[np.random.Generator]  # one a row, made only where they are used
 MakeBatch = Callable[
     [Windows, Generators, Windows | None], Batch
-]  # the last: other windows row for row; see `needs_others`
+]  # the last: other windows row for row; see `needs_negatives`
 
 
 def make_objective(objective: ObjectiveConfig, tokenizer: Tokenizer) -> MakeBatch:
@@ -47,39 +47,39 @@ def make_objective(objective: ObjectiveConfig, tokenizer: Tokenizer) -> MakeBatc
     match objective.name:
         case "causal":
             return causal
-        case "supervised" | "dpo" | "risk" | "grpo":
+        case "sft" | "dpo" | "rloo" | "grpo":
             return supervised
         case "distill":
             return answers_or_all
-        case "prefix":
+        case "prefix_lm":
             return prefix
-        case "fill_in":
+        case "fim":
             marks = extra_ids(objective, tokenizer)
-            return partial(fill_in, rate=objective.fill_in_rate, marks=marks, end=tokenizer.eos_id)
-        case "masked":
+            return partial(fill_in, rate=objective.fim_rate, marks=marks, end=tokenizer.eos_id)
+        case "mlm":
             return partial(masked, objective=objective, vocabulary=vocabulary_of(objective, tokenizer))
 
 
-def rows_together(objective: ObjectiveConfig) -> tuple[int, int]:
+def group_size(objective: ObjectiveConfig) -> tuple[int, int]:
     """How many rows of a batch belong together, and of how many examples they are made; (0, 0) where none do.
 
-    dpo: the better answer and the worse one, two examples; risk and grpo: copies of one, for an answer each.
+    dpo: the better answer and the worse one, two examples; rloo and grpo: copies of one, for an answer each.
     """
     if objective.name == "dpo":
         return 2, 2
-    return (objective.samples, 1) if objective.name in ("risk", "grpo") else (0, 0)
+    return (objective.num_generations, 1) if objective.name in ("rloo", "grpo") else (0, 0)
 
 
-def needs_others(objective: ObjectiveConfig) -> bool:
+def needs_negatives(objective: ObjectiveConfig) -> bool:
     """Whether a batch is made from other random windows besides its own."""
-    return objective.name == "masked" and objective.next_sentence
+    return objective.name == "mlm" and objective.next_sentence
 
 
 def extra_tokens(objective: ObjectiveConfig) -> tuple[str, ...]:
     """What the ids stand for that the vocabulary needs after the tokenizer's last: they are read, never sampled."""
-    if objective.name == "fill_in":
+    if objective.name == "fim":
         return "prefix", "suffix", "middle"
-    if objective.name == "masked":
+    if objective.name == "mlm":
         return ("mask", "classify", "separate", "follows", "elsewhere") if objective.next_sentence else ("mask",)
     return ()
 
@@ -120,20 +120,20 @@ def supervised(windows: Windows, rngs: Generators = (), others: Windows | None =
 
     Raises `DataError` for text without answers.
     """
-    if windows.asked is None:
+    if windows.loss_mask is None:
         raise DataError(
-            "objective.name = 'supervised': the text has no answers; use 'causal', or set data.prompt and data.answer"
+            "objective.name = 'sft': the text has no answers; use 'causal', or set data.prompt and data.answer"
         )
     batch = causal(windows)
     if windows.classes is not None:
         told = windows.classes[:, :-1].astype(np.int32)
-        return batch._replace(targets=np.maximum(told, 0), weights=(told >= 0).astype(np.float32))
-    return batch._replace(weights=batch.weights * windows.asked[:, 1:])
+        return batch._replace(targets=np.maximum(told, 0), loss_weights=(told >= 0).astype(np.float32))
+    return batch._replace(loss_weights=batch.loss_weights * windows.loss_mask[:, 1:])
 
 
 def answers_or_all(windows: Windows, rngs: Generators = (), others: Windows | None = None) -> Batch:
     """`supervised` where there are answers, else `causal`."""
-    return causal(windows) if windows.asked is None else supervised(windows)
+    return causal(windows) if windows.loss_mask is None else supervised(windows)
 
 
 def prefix(windows: Windows, rngs: Generators, others: Windows | None = None) -> Batch:
@@ -146,13 +146,13 @@ def prefix(windows: Windows, rngs: Generators, others: Windows | None = None) ->
     read = np.zeros(windows.ids.shape, bool)
     for row, rng in zip(range(len(read)), rngs, strict=True):
         for first, last in _texts(windows, row):
-            if windows.asked is None:
+            if windows.loss_mask is None:
                 end = first + int(rng.integers(1, max(last - first, 2)))
             else:
-                end = first + int(np.append(windows.asked[row, first:last], True).argmax())
+                end = first + int(np.append(windows.loss_mask[row, first:last], True).argmax())
             read[row, first:end] = True
-    batch = causal(windows) if windows.asked is None else supervised(windows)
-    return batch._replace(weights=batch.weights * ~read[:, 1:], prefix=read[:, :-1])
+    batch = causal(windows) if windows.loss_mask is None else supervised(windows)
+    return batch._replace(loss_weights=batch.loss_weights * ~read[:, 1:], prefix_mask=read[:, :-1])
 
 
 def fill_in(
@@ -195,7 +195,7 @@ class Vocabulary(NamedTuple):
 def vocabulary_of(objective: ObjectiveConfig, tokenizer: Tokenizer) -> Vocabulary:
     """Letters, digits and the bytes of broken UTF-8 are inside words; in WordPiece, its "##endings" are."""
     extra = extra_ids(objective, tokenizer)
-    pieces = tokenizer.pieces + [b""] * len(extra)
+    pieces = tokenizer.id_to_bytes + [b""] * len(extra)
     texts = [piece.decode(errors="surrogateescape") for piece in pieces]
     in_word = np.array([[_in_word(text[:1]), _in_word(text[-1:])] for text in texts])
     goes_on, open_ = in_word.T
@@ -228,7 +228,7 @@ def masked(
         assert others is not None, "next_sentence needs other windows to take second halves from"
         windows, follows = _pairs(windows, others, rngs, v.extra)
     targets, valid = windows.ids[:, :-1], windows.valid[:, :-1]
-    segments = np.where(valid, 1 if windows.documents is None else windows.documents[:, :-1], 0).astype(np.int32)
+    segments = np.where(valid, 1 if windows.document_ids is None else windows.document_ids[:, :-1], 0).astype(np.int32)
     begins = np.ones(targets.shape, bool)
     if objective.whole_words:
         inside = v.open[targets[:, :-1]] & v.goes_on[targets[:, 1:]]
@@ -283,7 +283,7 @@ def _pairs(windows: Windows, others: Windows, rngs: Generators, extra: list[int]
 def _texts(windows: Windows, row: int) -> Iterator[tuple[int, int]]:
     """Where the documents of a row begin and end; without documents, where the row does. Padding is left out."""
     size = int(windows.valid[row].sum())
-    changes = [] if windows.documents is None else np.flatnonzero(np.diff(windows.documents[row, :size])).tolist()
+    changes = [] if windows.document_ids is None else np.flatnonzero(np.diff(windows.document_ids[row, :size])).tolist()
     return pairwise(sorted({0, *(i + 1 for i in changes), size}))
 
 

@@ -22,21 +22,21 @@ import numpy as np
 from gptjax.atomic_io import write_atomic
 from gptjax.config import DataConfig
 from gptjax.data import corpus, examples, tokenizer
-from gptjax.data.examples import Example, Side, classes_of, holds_examples, told_at
+from gptjax.data.examples import Example, Split, class_labels, holds_examples, token_classes
 from gptjax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    bpe_files,
 )
+from gptjax.data.tokenizer.engine import bpe_files
 from gptjax.errors import DataError
 
 FORMAT_VERSION = 1
 INIT = "init"  # in the place of a tokenizer: that of the model that training starts from
-CHUNK = 1 << 20  # characters that are encoded at once
-LOOKED_AT = 1 << 28  # tokens of a stream that are looked through at the start; the others when they are read
+CHUNK_CHARS = 1 << 20  # characters that are encoded at once
+CHECKED_AT_OPEN = 1 << 28  # tokens of a stream that are looked through at the start; the others when they are read
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Stream:
 
     name: str
     ids: np.ndarray  # uint16 or uint32 [tokens], memory-mapped
-    documents: np.ndarray  # int64 [documents]: where each begins
-    asked: np.ndarray | None = None  # bool [tokens], memory-mapped: of examples, what is to be learnt
+    document_starts: np.ndarray  # int64 [documents]: where each begins
+    loss_mask: np.ndarray | None = None  # bool [tokens], memory-mapped: of examples, what is to be learnt
     origins: Path | None = None  # of examples: a text file, line by line the file and line that each is from
     classes: np.ndarray | None = None  # int16 [tokens], memory-mapped: of labels, the one told at each; -1: none
 
@@ -99,12 +99,12 @@ def find_store(key: str, data: DataConfig) -> Store | None:
 
 def _key(data: DataConfig, init: Tokenizer | None = None) -> str:
     """Everything that decides the tokens: the bytes of the text, the tokenizer and the split."""
-    classes = classes_of(data)
+    classes = class_labels(data)
     fingerprint = examples.fingerprint if holds_examples(data) else corpus.fingerprint
     parts = {
         "format": FORMAT_VERSION,
-        "sources": [fingerprint(source, data) for source in names(data.source)],
-        "validation": [fingerprint(source, data) for source in names(data.val_source)],
+        "sources": [fingerprint(source, data) for source in source_names(data.source)],
+        "validation": [fingerprint(source, data) for source in source_names(data.val_source)],
         "split": [data.split, data.val_fraction] if data.val_source is None else None,
         "tokenizer": _tokenizer_key(data, init),
     }
@@ -137,7 +137,7 @@ def _path(name: str) -> Path:
     return Path(os.path.expandvars(name)).expanduser()
 
 
-def names(source: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def source_names(source: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """One source or several, always as a tuple."""
     return () if source is None else (source,) if isinstance(source, str) else source
 
@@ -152,12 +152,15 @@ def _build(data: DataConfig, folder: Path, init: Tokenizer | None) -> None:
         (scratch / "tokenizer").mkdir()
         tokens.save(scratch / "tokenizer")
         if holds_examples(data):
-            classes = classes_of(data)
+            classes = class_labels(data)
             every = enumerate(_examples_by_side(data))
             lengths = [_write_examples(scratch / f"{i}", tokens, sides, classes) for i, sides in every]
         else:
-            parts = [_parts(source, data) for source in names(data.source)]
-            parts += [((False, text, True) for text in corpus.read(source, data)) for source in names(data.val_source)]
+            parts = [_parts(source, data) for source in source_names(data.source)]
+            parts += [
+                ((False, text, True) for text in corpus.iter_documents(source, data))
+                for source in source_names(data.val_source)
+            ]
             lengths = [_write(scratch / f"{i}", tokens, stream) for i, stream in enumerate(parts)]
         description = {"format": FORMAT_VERSION, "lengths": lengths}
         write_atomic(scratch / "store.json", json.dumps(description))
@@ -177,7 +180,7 @@ class _Split:
         self.fraction = data.val_fraction if data.val_source is None else 0.0
         self.cut = 0
         if self.fraction and not self.by_document:
-            total = sum(len(text) for text in corpus.read(source, data))
+            total = sum(len(text) for text in corpus.iter_documents(source, data))
             self.cut = int(total * (1 - self.fraction))
         self.seen = 0
 
@@ -198,17 +201,17 @@ class _Split:
 
 def _parts(source: str, data: DataConfig) -> Iterator[tuple[bool, str, bool]]:
     split = _Split(data, source)
-    for text in corpus.read(source, data):
+    for text in corpus.iter_documents(source, data):
         yield from split(text)
 
 
-def _examples_by_side(data: DataConfig) -> Iterator[dict[Side, Iterator[Example]]]:
+def _examples_by_side(data: DataConfig) -> Iterator[dict[Split, Iterator[Example]]]:
     """The examples of every source: all for training where `val_source` has examples of its own."""
-    for source in names(data.source):
-        sides: tuple[Side, ...] = ("train",) if data.val_source else ("train", "validation")
-        yield {side: examples.examples(source, data, side) for side in sides}
-    for source in names(data.val_source):
-        yield {"validation": examples.examples(source, data, "validation")}
+    for source in source_names(data.source):
+        sides: tuple[Split, ...] = ("train",) if data.val_source else ("train", "validation")
+        yield {side: examples.load_examples(source, data, side) for side in sides}
+    for source in source_names(data.val_source):
+        yield {"validation": examples.load_examples(source, data, "validation")}
 
 
 def _make_tokenizer(data: DataConfig) -> Tokenizer:
@@ -220,7 +223,7 @@ def _make_tokenizer(data: DataConfig) -> Tokenizer:
         for _, text, ends in _texts(data):
             characters.update(text)
             documents += ends
-        return CharTokenizer("".join(sorted(characters)), has_end_of_text=documents > 1)
+        return CharTokenizer("".join(sorted(characters)), has_eos=documents > 1)
     if data.tokenizer == "sentencepiece":
         training = (text for train, text, _ in _texts(data) if train)
         return SentencePieceTokenizer.train(training, data.tokenizer_vocab_size)
@@ -241,33 +244,33 @@ def _texts(data: DataConfig) -> Iterator[tuple[bool, str, bool]]:
             for side, found in sides.items():
                 yield from ((side == "train", "".join(part.text for part in e.parts), True) for e in found)
         return
-    for source in names(data.source):
+    for source in source_names(data.source):
         yield from _parts(source, data)
-    for source in names(data.val_source):
-        yield from ((False, text, True) for text in corpus.read(source, data))
+    for source in source_names(data.val_source):
+        yield from ((False, text, True) for text in corpus.iter_documents(source, data))
 
 
 def _write_examples(
-    prefix: Path, tokens: Tokenizer, sides: dict[Side, Iterator[Example]], classes: tuple[str, ...]
+    prefix: Path, tokens: Tokenizer, sides: dict[Split, Iterator[Example]], classes: tuple[str, ...]
 ) -> dict[str, int]:
     """Writes PREFIX.train.* and PREFIX.val.*: what `_write` does, what is asked, and where all is from.
 
     An answer ends with `eos_id`, which is asked for with it; where classes are told, the text is all there is.
     """
     lengths = {}
-    names: dict[Side, str] = {"train": "train", "validation": "val"}
+    names: dict[Split, str] = {"train": "train", "validation": "val"}
     for side, name in names.items():
         ids, asked, told, starts, origins, total = [], [], [], [], [], 0
         for example in sides.get(side, ()):
-            parts = tokens.parts([part.text for part in example.parts])
+            parts = tokens.encode_parts([part.text for part in example.parts])
             if classes:
-                told.append(told_at(example, parts, classes))
+                told.append(token_classes(example, parts, classes))
             elif tokens.eos_id is not None:
                 parts[-1] = np.append(parts[-1], tokens.eos_id)
             starts.append(total)
             total += sum(map(len, parts))
             ids += parts
-            asked += [np.full(len(own), part.asked) for own, part in zip(parts, example.parts, strict=True)]
+            asked += [np.full(len(own), part.is_target) for own, part in zip(parts, example.parts, strict=True)]
             origins.append(example.where)
         lengths[name] = total
         nothing = [np.zeros(0, np.int32)]
@@ -293,7 +296,7 @@ def _write(prefix: Path, tokens: Tokenizer, parts: Iterator[tuple[bool, str, boo
         outputs = {side: stack.enter_context(open(f"{prefix}.{name}.tokens", "wb")) for side, name in sides.items()}
         for train, text, ends in parts:
             starts[train].append(lengths[train])
-            for chunk in chunks(text, CHUNK):
+            for chunk in text_chunks(text, CHUNK_CHARS):
                 ids = tokens.encode(chunk)
                 outputs[train].write(ids.astype(dtype).tobytes())
                 lengths[train] += len(ids)
@@ -312,7 +315,7 @@ def _dtype(tokens: Tokenizer) -> type[np.unsignedinteger]:
     return np.uint16 if tokens.vocab_size <= 1 << 16 else np.uint32
 
 
-def chunks(text: str, size: int) -> Iterator[str]:
+def text_chunks(text: str, size: int) -> Iterator[str]:
     """Cuts a text into parts of about `size` characters where no piece of any tokenizer spans the cut.
 
     That is before a line break that follows a visible character: words do not run into white space.
@@ -349,7 +352,7 @@ def _load(data: DataConfig, folder: Path) -> Store:
             raise DataError(
                 f"{path}: holds {len(ids)} tokens, not {lengths[number][side]}; delete {folder} to rebuild it"
             )
-        check_ids(ids[:LOOKED_AT], tokens.vocab_size, path)
+        check_ids(ids[:CHECKED_AT_OPEN], tokens.vocab_size, path)
         documents = np.fromfile(folder / f"{number}.{side}.documents", np.int64)
         if not (origins := folder / f"{number}.{side}.origins").exists():
             return Stream(name, ids, documents)
@@ -360,7 +363,7 @@ def _load(data: DataConfig, folder: Path) -> Store:
         classes = beside(".classes", np.int16) if data.answers == "classes" else None
         return Stream(name, ids, documents, beside(".asked", bool), origins, classes)
 
-    sources, apart = names(data.source), names(data.val_source)
+    sources, apart = source_names(data.source), source_names(data.val_source)
     train = [stream(i, name, "train") for i, name in enumerate(sources)]
     first = len(sources) if apart else 0
     validation = [stream(first + i, name, "val") for i, name in enumerate(apart or sources)]

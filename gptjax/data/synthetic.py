@@ -21,7 +21,7 @@ def is_function(source: str) -> bool:
     return source.startswith(PREFIX)
 
 
-def made(source: str, data: DataConfig) -> Iterator[tuple[Any, str]]:
+def generate_documents(source: str, data: DataConfig) -> Iterator[tuple[Any, str]]:
     """What the function of a source gives, one document after the other, each with where it is from.
 
     Raises `DataError` naming the source for a function that cannot be found, fails, or gives something else.

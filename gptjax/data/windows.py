@@ -1,8 +1,8 @@
-"""A stream of tokens as windows, numbered for ever: cut anew every epoch, or packed from whole examples.
+"""A stream of tokens as an endless sequence of windows: cut anew every epoch, or packed from examples.
 
-An epoch cuts a stream into windows that do not overlap and deals them out in an order of its own; the cuts move by a
-random phase from epoch to epoch, so that a token is read in ever new surroundings. Within an epoch every token is asked
-for exactly once (all but the very first, which nothing precedes).
+An epoch cuts a stream into windows that do not overlap and shuffles them. The cuts move by a random phase from epoch
+to epoch, so that a token has another context each time. Within an epoch every token is a target exactly once, except
+the very first, which has no context.
 """
 
 import bisect
@@ -33,14 +33,14 @@ def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
         return left << np.uint64(bits) | right
 
     out = mix(index.astype(np.uint64))
-    while (outside := out >= size).any():  # the network permutes a power of two: walk on until inside
+    while (outside := out >= size).any():  # the network permutes a power of two: repeat until inside
         out[outside] = mix(out[outside])
     return out.astype(np.int64)
 
 
 @dataclass(frozen=True)
 class WindowedStream:
-    """A stream as windows of `length` answers, numbered from 0 for ever: epoch after epoch."""
+    """A stream as windows of `length` targets: an endless sequence, epoch after epoch."""
 
     stream: Stream
     length: int
@@ -48,85 +48,93 @@ class WindowedStream:
     track_documents: bool
 
     @property
-    def answers(self) -> int:
-        """Tokens that an epoch asks for."""
+    def num_targets(self) -> int:
+        """Tokens that are targets, in an epoch."""
         return len(self.stream.ids) - 1
 
     @property
-    def passes(self) -> int:
+    def windows_per_pass(self) -> int:
         """Windows in one plain pass."""
-        return -(-self.answers // self.length)
+        return -(-self.num_targets // self.length)
 
     @property
-    def windows(self) -> int:
+    def windows_per_epoch(self) -> int:
         """Windows in an epoch of training: one more than fit, because the phase cuts the first one short."""
-        return -(-self.answers // self.length) + (self.answers % self.length != 1)
+        return -(-self.num_targets // self.length) + (self.num_targets % self.length != 1)
 
     def shuffled(self, index: np.ndarray) -> Windows:
-        """The windows at these places of the endless shuffled sequence."""
-        epochs, places = np.divmod(index, self.windows)
+        """The windows at these indices of the endless shuffled sequence."""
+        epochs, ranks = np.divmod(index, self.windows_per_epoch)
         starts = np.empty(len(index), np.int64)
         for epoch in np.unique(epochs):
             key = (*self.seed, int(epoch))
             chosen = epochs == epoch
             phase = int(np.random.default_rng(key).integers(self.length))
-            starts[chosen] = permute(places[chosen], self.windows, key) * self.length - phase
+            starts[chosen] = permute(ranks[chosen], self.windows_per_epoch, key) * self.length - phase
         return self._cut(starts)
 
     def in_order(self, index: np.ndarray) -> Windows:
         """The windows of one plain pass from the start; beyond its end they are all padding."""
-        return self._cut(np.where(index < self.passes, index * self.length, len(self.stream.ids)))
+        return self._cut(np.where(index < self.windows_per_pass, index * self.length, len(self.stream.ids)))
 
     def _cut(self, starts: np.ndarray) -> Windows:
-        """Windows whose first token stands at `starts`, with what lies outside the stream cut away."""
+        """Windows whose first token is at `starts`; what lies outside the stream becomes padding."""
         ids = np.zeros((len(starts), self.length + 1), np.int32)
         valid = np.zeros(ids.shape, bool)
-        documents = np.zeros(ids.shape, np.int32) if self.track_documents else None
+        document_ids = np.zeros(ids.shape, np.int32) if self.track_documents else None
         for row, start in enumerate(starts):
-            first, last = max(start, 0), min(start + self.length + 1, len(self.stream.ids))
+            first = max(start, 0)
+            last = min(start + self.length + 1, len(self.stream.ids))
             count = max(last - first, 0)
             ids[row, :count] = self.stream.ids[first:last]
             valid[row, :count] = True
-            if documents is not None:
-                number = np.searchsorted(self.stream.documents, np.arange(first, last), "right")
-                documents[row, :count] = number - number[:1] + 1
-        return Windows(ids, valid, documents)
+            if document_ids is not None:
+                number = np.searchsorted(self.stream.document_starts, np.arange(first, last), "right")
+                document_ids[row, :count] = number - number[:1] + 1
+        return Windows(ids, valid, document_ids)
 
 
 class PackedStream:
-    """A stream of examples as windows that hold whole ones, numbered from 0 for ever: epoch after epoch.
+    """A stream of examples, packed into windows without splitting any: an endless sequence, epoch after epoch.
 
-    Which examples share a window never changes, the order of the windows does. Of an example that is longer than a
-    window, the beginning of its first part is left out; raises `DataError` where that is not enough.
-    With `together`, see `objectives.rows_together`, an example has a window of its own, and the windows of a group
-    follow one another: (2, 2) two examples, (n, 1) n copies of one.
+    Which examples share a window never changes, the order of the windows does. An example that is longer than a window
+    loses the beginning of its first part; raises `DataError` where that is not enough.
+    With `group` = (rows, examples), see `objectives.group_size`, an example has a window of its own, and the windows of
+    a group are consecutive: (2, 2) two examples, (n, 1) n copies of one.
     """
 
-    def __init__(self, stream: Stream, length: int, seed: tuple[int, ...], together: tuple[int, int] = (0, 0)):
-        assert stream.asked is not None
-        self.stream, self.asked, self.length, self.seed = stream, stream.asked, length, seed
-        self.rows, self.span = max(together[0], 1), max(together[1], 1)
-        self.ahead = int(stream.classes is None)  # an answer is a token after those that are read, a class is not
-        self.ends = np.append(stream.documents[1:], len(stream.ids))
-        self.begins = np.maximum(stream.documents, self.ends - (length + self.ahead))
-        if self.span > 1:  # both answers of a pair are read after the same prompt
-            left_out = (self.begins - stream.documents).reshape(-1, self.span).max(1)
-            self.begins = stream.documents + np.repeat(left_out, self.span)
-        self.shortened = int((self.begins > stream.documents).sum())
-        self._check_answers()
-        sizes, room = self.ends - self.begins, length + self.ahead
-        self.packs = [[i] for i in range(len(sizes))] if together[0] else pack(sizes, room)
+    def __init__(self, stream: Stream, length: int, seed: tuple[int, ...], group: tuple[int, int] = (0, 0)):
+        assert stream.loss_mask is not None
+        self.stream = stream
+        self.loss_mask = stream.loss_mask
+        self.length = length
+        self.seed = seed
+        self.group_rows = max(group[0], 1)
+        self.group_examples = max(group[1], 1)
+        self.target_offset = int(stream.classes is None)  # a token is predicted one position earlier, a class is not
+        max_size = length + self.target_offset
+        self.ends = np.append(stream.document_starts[1:], len(stream.ids))
+        self.starts = np.maximum(stream.document_starts, self.ends - max_size)
+        if self.group_examples > 1:  # both answers of a pair must follow the same prompt
+            cut = (self.starts - stream.document_starts).reshape(-1, self.group_examples).max(1)
+            self.starts = stream.document_starts + np.repeat(cut, self.group_examples)
+        self.num_truncated = int((self.starts > stream.document_starts).sum())
+        self._check_targets()
+        sizes = self.ends - self.starts
+        self.packs = [[i] for i in range(len(sizes))] if group[0] else pack(sizes, max_size)
 
-    def _check_answers(self) -> None:
-        """What is left out must not be asked for, and an answer needs a token before it."""
-        told = self.stream.classes
-        asked = np.concatenate([[0], np.cumsum(self.asked if told is None else told >= 0)])
-        self.answers = int(asked[-1])
-        lost = (self.begins > self.stream.documents) & (asked[self.begins + self.ahead] > asked[self.stream.documents])
-        if told is None:
-            what, room, size = "answers are", "them and a token before", asked[self.ends] - asked[self.stream.documents]
+    def _check_targets(self) -> None:
+        """Counts the targets. No target may be cut off, and a target token needs a token before it."""
+        starts = self.stream.document_starts
+        classes = self.stream.classes
+        is_target = self.loss_mask if classes is None else classes >= 0
+        before = np.concatenate([[0], np.cumsum(is_target)])  # targets before each token
+        self.num_targets = int(before[-1])
+        lost = (self.starts > starts) & (before[self.starts + self.target_offset] > before[starts])
+        if classes is None:
+            what, room, size = "answers are", "them and a token before", before[self.ends] - before[starts]
         else:
-            what, room, size = "labelled words are", "them", self.ends - self.stream.documents
+            what, room, size = "labelled words are", "them", self.ends - starts
         problems = [
             f"{self.stream.origin(int(i))}: its {what} {size[i]} tokens long, and model.context_length = {self.length} "
             f"must hold {room}"
@@ -137,46 +145,48 @@ class PackedStream:
             raise DataError("\n".join(problems[:5]) + more + "\nshorten them or leave these examples out")
 
     @property
-    def windows(self) -> int:
+    def windows_per_epoch(self) -> int:
         """Windows in an epoch, and in one plain pass."""
         return len(self.packs)
 
-    passes = windows
+    windows_per_pass = windows_per_epoch
 
     def shuffled(self, index: np.ndarray) -> Windows:
-        """The windows at these places of the endless shuffled sequence."""
-        groups, rows = np.divmod(index, self.rows)
-        count = self.windows // self.span
-        epochs, places = np.divmod(groups, count)
+        """The windows at these indices of the endless shuffled sequence."""
+        groups, rows = np.divmod(index, self.group_rows)
+        groups_per_epoch = self.windows_per_epoch // self.group_examples
+        epochs, ranks = np.divmod(groups, groups_per_epoch)
         chosen = np.empty(len(index), np.int64)
         for epoch in np.unique(epochs):
             now = epochs == epoch
-            chosen[now] = permute(places[now], count, (*self.seed, int(epoch)))
-        return self._joined(chosen * self.span + rows % self.span)
+            chosen[now] = permute(ranks[now], groups_per_epoch, (*self.seed, int(epoch)))
+        return self._assemble(chosen * self.group_examples + rows % self.group_examples)
 
     def in_order(self, index: np.ndarray) -> Windows:
         """The windows of one plain pass from the start; beyond its end they are all padding."""
-        return self._joined(index)
+        return self._assemble(index)
 
-    def _joined(self, numbers: np.ndarray) -> Windows:
-        """The windows of these packs, each example a document of its own."""
-        ids = np.zeros((len(numbers), self.length + 1), np.int32)
-        documents, asked = np.zeros(ids.shape, np.int32), np.zeros(ids.shape, bool)
-        told, classes = self.stream.classes, np.full(ids.shape, -1, np.int16)
-        for row, number in enumerate(numbers):
-            at = 0
-            for place, example in enumerate(self.packs[number] if number < self.windows else (), 1):
-                piece = slice(self.begins[example], self.ends[example])
-                here = slice(at, at := at + piece.stop - piece.start)
-                ids[row, here], asked[row, here] = self.stream.ids[piece], self.asked[piece]
-                documents[row, here] = place
-                if told is not None:
-                    classes[row, here] = told[piece]
-        return Windows(ids, documents > 0, documents, asked, None if told is None else classes)
+    def _assemble(self, pack_ids: np.ndarray) -> Windows:
+        """The windows of these packs; each example is one document."""
+        ids = np.zeros((len(pack_ids), self.length + 1), np.int32)
+        document_ids = np.zeros(ids.shape, np.int32)
+        loss_mask = np.zeros(ids.shape, bool)
+        classes = None if self.stream.classes is None else np.full(ids.shape, -1, np.int16)
+        for row, pack_id in enumerate(pack_ids):
+            end = 0
+            for number, example in enumerate(self.packs[pack_id] if pack_id < self.windows_per_epoch else (), 1):
+                source = slice(self.starts[example], self.ends[example])
+                start, end = end, end + source.stop - source.start
+                ids[row, start:end] = self.stream.ids[source]
+                loss_mask[row, start:end] = self.loss_mask[source]
+                document_ids[row, start:end] = number
+                if classes is not None and self.stream.classes is not None:
+                    classes[row, start:end] = self.stream.classes[source]
+        return Windows(ids, document_ids > 0, document_ids, loss_mask, classes)
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Fills as few windows of `room` tokens as best fit can: the longest first, each into the fullest that holds it."""
+    """Best-fit decreasing: the longest example first, each into the fullest window of `room` tokens that holds it."""
     packs: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # tokens left -> packs
     rooms: list[int] = []  # the keys, sorted

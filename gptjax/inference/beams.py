@@ -19,7 +19,7 @@ from gptjax.inference.cache import empty_cache, limit_window, slots_for
 from gptjax.inference.engine import Engine
 from gptjax.inference.generate import Request, check, padded, remember, start_history
 from gptjax.inference.sampling import BatchedSamplingParams, TokenHistory, batch_params, penalised
-from gptjax.model.gpt import Cache, decode, unembed
+from gptjax.model.gpt import Cache, decode_step, unembed
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _extend(
     """
     cache, history = jax.tree.map(lambda x: x[parents], (cache, history))
     history = remember(history, made, jnp.full(len(parents), made.shape[1]))
-    x, cache = decode(model, params, tokens, places, cache, empty)
+    x, cache = decode_step(model, params, tokens, places, cache, empty)
     last = (places >= 0).sum(1) - 1
     logits = unembed(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]
     of_each = jax.tree.map(lambda rule: jnp.repeat(rule, len(parents), 0), rules)

@@ -31,12 +31,12 @@ def limit_window(model: config.ModelConfig, total: int) -> config.ModelConfig:
     """The model for texts of `total` tokens: beyond the context every token sees the last `context_length` tokens."""
     if total <= model.context_length:
         return model
-    return dataclasses.replace(model, window=min(model.window or total, model.context_length))
+    return dataclasses.replace(model, sliding_window=min(model.sliding_window or total, model.context_length))
 
 
 def slots_for(model: config.ModelConfig, total: int, at_once: int = 1) -> int:
     """Slots for texts of `total` tokens, of which `at_once` are read in one call once the cache is not empty."""
-    seen = min(total, limit_window(model, total).window or total)
+    seen = min(total, limit_window(model, total).sliding_window or total)
     return bucket(min(seen + at_once - 1, total) if seen < total else total)
 
 

@@ -86,8 +86,8 @@ def _wrapped(tokenizer: Tokenizer) -> Any:
     class Description:
         eos_token_id = tokenizer.vocab_size if tokenizer.eos_id is None else tokenizer.eos_id
         bos_token_id = None
-        special_token_ids = [i for i, piece in enumerate(tokenizer.pieces) if not piece]  # noqa: RUF012
-        tokens = [piece or b"\xff[%d]" % i for i, piece in enumerate(tokenizer.pieces)]  # noqa: RUF012
+        special_token_ids = [i for i, piece in enumerate(tokenizer.id_to_bytes) if not piece]  # noqa: RUF012
+        tokens = [piece or b"\xff[%d]" % i for i, piece in enumerate(tokenizer.id_to_bytes)]  # noqa: RUF012
 
         def __call__(self, text: str) -> list[int]:
             return [int(i) for i in tokenizer.encode(text)]

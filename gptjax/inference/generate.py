@@ -26,7 +26,7 @@ from gptjax.inference.sampling import (
     choose,
     penalised,
 )
-from gptjax.model.gpt import Cache, decode, unembed
+from gptjax.model.gpt import Cache, decode_step, unembed
 
 MOST_TOKENS = 1 << 24  # of one text
 
@@ -146,7 +146,7 @@ def _read_and_choose(
     if tokens is None or places is None:
         places = jnp.minimum(history.lengths, history.tokens.shape[1])[:, None] - 1  # a text that has ended may be out
         tokens = jnp.take_along_axis(history.tokens, places, 1)
-    x, cache = decode(model, params, tokens, places, cache, empty)
+    x, cache = decode_step(model, params, tokens, places, cache, empty)
     last = (places >= 0).sum(1) - 1
     logits = unembed(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]
     token = choose(penalised(logits, rules, history, allowed), rules, keys_at(keys, history.lengths))

@@ -68,12 +68,12 @@ class Generator:
         """The prompt's ids; for an empty one what a document begins after: the end of another, or a line break."""
         if isinstance(prompt, np.ndarray):
             return prompt.astype(np.int32)
-        ids = self.tokenizer.prompt(prompt)
+        ids = self.tokenizer.encode_prompt(prompt)
         if len(ids):
             return ids
         if self.tokenizer.eos_id is not None:
             return np.array([self.tokenizer.eos_id], np.int32)
-        return np.array([self.tokenizer.pieces.index(b"\n") if b"\n" in self.tokenizer.pieces else 0], np.int32)
+        return np.array([self.tokenizer.id_to_bytes.index(b"\n") if b"\n" in self.tokenizer.id_to_bytes else 0], np.int32)
 
     def room(self, prompt: str | np.ndarray, max_length: int | None = None, max_new_tokens: int | None = None) -> int:
         """How many tokens to make: the smaller of what is asked for; else what the context holds, at most 256."""
@@ -164,7 +164,7 @@ class Generator:
         tokens |= {special[s] for s in strings if s in special}
         if "" in strings:
             raise PromptError("stop: an empty string ends every text; leave it out")
-        return Stops(self.tokenizer.pieces, sorted(tokens), [s for s in strings if s not in special])
+        return Stops(self.tokenizer.id_to_bytes, sorted(tokens), [s for s in strings if s not in special])
 
     def _completion(self, row: int, steps: list, ends: Stops) -> Completion:
         own = [s for s in steps if s.live[row]]

@@ -19,7 +19,7 @@ class Pretrained:
     recommended: dict[str, Any] = field(default_factory=dict)  # fields of `SamplingParams` that its makers recommend
     stop_tokens: tuple[int, ...] = ()  # ids that end a text, besides `tokenizer.eos_id`
     chat_template: str | None = None  # a Jinja template that turns messages into a prompt
-    passed_on: dict[str, Any] = field(default_factory=dict)  # of generation_config.json: kept for an export, not used
+    extra_generation_config: dict[str, Any] = field(default_factory=dict)  # of generation_config.json: kept for an export, not used
     labels: tuple[str, ...] = ()  # the classes that it tells in the place of tokens; (): it tells tokens
 
     def generation(self) -> dict[str, Any]:
@@ -28,7 +28,7 @@ class Pretrained:
             "recommended": self.recommended,
             "stop_tokens": list(self.stop_tokens),
             "chat_template": self.chat_template,
-            "passed_on": self.passed_on,
+            "passed_on": self.extra_generation_config,
         }
 
 

@@ -25,7 +25,7 @@ def to_int8(model: config.ModelConfig, params: Any) -> Any:
 
 def turned(model: config.ModelConfig, params: Any) -> Any:
     """The weights with a `Transposed` in the place of every matrix; the token table lies that way already."""
-    return _convert(model, params, matmul.turn, lambda table: table)
+    return _convert(model, params, matmul.transpose_matrix, lambda table: table)
 
 
 def _convert(

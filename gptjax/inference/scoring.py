@@ -273,7 +273,7 @@ def _nats(
     whether it is the likeliest. Logits are made for the questions only, and never more than `LOGITS` at once.
     """
     assert model.vocab_size
-    x: Any = GPT(model).apply({"params": params}, tokens, method="read")
+    x: Any = GPT(model).apply({"params": params}, tokens, method="hidden_states")
     x = x[rows, places]
 
     def of(chunk: tuple[Array, Array]) -> tuple[Array, Array]:

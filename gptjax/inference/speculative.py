@@ -30,7 +30,7 @@ from gptjax.inference.sampling import (
     penalised,
     warped,
 )
-from gptjax.model.gpt import Cache, decode, unembed
+from gptjax.model.gpt import Cache, decode_step, unembed
 
 GUESS, ACCEPT, REPLACE = 1, 2, 3  # what a random key is for
 
@@ -203,7 +203,7 @@ def _rounds(
 @partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _read(params: Any, cache: Cache, tokens: Array, places: Array, *, model: config.ModelConfig) -> Cache:
     """The cache of prompts."""
-    return decode(model, params, tokens, places, cache, empty=True)[1]
+    return decode_step(model, params, tokens, places, cache, prefill=True)[1]
 
 
 @partial(jax.jit, static_argnames=("model", "guesses"), donate_argnames="cache")
@@ -221,7 +221,7 @@ def _draft(
     """Reads tokens [B, Q] and goes on: guesses [B, guesses], their logits [B, guesses, V], the cache."""
 
     def one(cache: Cache, tokens: Array, places: Array) -> tuple[Cache, Array, Array]:
-        x, cache = decode(model, params, tokens, places, cache)
+        x, cache = decode_step(model, params, tokens, places, cache)
         logits = penalised(unembed(model, params, x[:, -1:])[:, 0], rules, _no_history(tokens))
         own = None if keys is None else jax.vmap(_key, (0, 0, None))(keys, places[:, -1] + 1, GUESS)
         return cache, choose(logits, rules, own), logits
@@ -255,7 +255,7 @@ def _verify(
     """Reads tokens [B, Q] of which the last G were guessed. Returns how many of the guesses are accepted, [B]; the
     accepted ones, the model's own behind them, and then what does not count, [B, G + 1]; their log-probabilities.
     """
-    x, cache = decode(model, params, tokens, places, cache, empty)
+    x, cache = decode_step(model, params, tokens, places, cache, empty)
     count = guessed.shape[1]
     first = (places >= 0).sum(1) - 1 - count
     at = first[:, None] + jnp.arange(count + 1)

@@ -1,1 +1,1 @@
-"""Doors to what others have built: weights in the format of Hugging Face, the evaluation harness of EleutherAI."""
+"""Interoperability: models in the format of Hugging Face, and the evaluation harness of EleutherAI."""

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.atomic_io import write_atomic
 from gptjax.errors import ExchangeError
 from gptjax.inference.pretrained import Pretrained, check_is_generative
@@ -103,7 +103,7 @@ def base_of(folder: Path) -> str | None:
     return base
 
 
-def add_adapter(folder: Path, family: Family, model: config.ModelConfig, params: Any) -> Any:
+def add_adapter(folder: Path, family: Family, config: ModelConfig, params: Any) -> Any:
     """The weights of a model with those of an adapter added; what it touches becomes float32.
 
     Raises `ExchangeError` for an adapter of another kind than LoRA on matrices, or of another model.
@@ -154,7 +154,7 @@ def _product(
     return scale * (b @ a)
 
 
-def _family_of(folder: Path, model: config.ModelConfig) -> Family:
+def _family_of(folder: Path, config: ModelConfig) -> Family:
     """The family of an adapter's model. Raises `ExchangeError` where that is not the shape that LoRA was trained on."""
     family, theirs = read_config(folder)
     different = differences(_without(model), theirs)
@@ -166,22 +166,22 @@ def _family_of(folder: Path, model: config.ModelConfig) -> Family:
     return family
 
 
-def _without(model: config.ModelConfig) -> config.ModelConfig:
+def _without(config: ModelConfig) -> ModelConfig:
     """A model without LoRA."""
     return dataclasses.replace(model, lora_rank=0)
 
 
-def _targets(family: Family, model: config.ModelConfig) -> list[Tensor]:
+def _targets(family: Family, config: ModelConfig) -> list[Tensor]:
     """The tensors in which LoRA learnt something, those of all layers as one."""
     return [t for t in family.tensors(_without(model)) if _learnt(t, model)]
 
 
-def _learnt(t: Tensor, model: config.ModelConfig) -> list[str]:
+def _learnt(t: Tensor, config: ModelConfig) -> list[str]:
     possible = t.layered or t.weights == TABLE_WEIGHT
     return [name for name in t.weights if possible and name.rpartition(".")[2] in model.lora_targets]
 
 
-def _tied_head(family: Family, model: config.ModelConfig) -> Tensor | None:
+def _tied_head(family: Family, config: ModelConfig) -> Tensor | None:
     """The module that is the head of a model and shares the table of tokens; None where the head is its own."""
     if not model.tie_embeddings:
         return None
@@ -189,7 +189,7 @@ def _tied_head(family: Family, model: config.ModelConfig) -> Tensor | None:
     return Tensor(next(copy for copy, original in family.copies.items() if original == table), TABLE_WEIGHT)
 
 
-def _factors(t: Tensor, model: config.ModelConfig, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _factors(t: Tensor, config: ModelConfig, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """A [rank, in] and B [out, rank] for one layer's tensor; `parts`: the two small matrices of each weight in it."""
     chosen, rank = _learnt(t, model), model.lora_rank
     down = np.concatenate([parts[f"{name}_lora_down"].reshape(-1, rank) for name in chosen], 1)
@@ -213,7 +213,7 @@ def _names(family: Family, t: Tensor, layer: int = 0) -> list[str]:
     return [f"{PREFIX}{_module(family, t, layer)}.{kind}" for kind in kinds]
 
 
-def _settings(family: Family, model: config.ModelConfig, base: str) -> dict[str, Any]:
+def _settings(family: Family, config: ModelConfig, base: str) -> dict[str, Any]:
     """adapter_config.json: the largest rank for all modules, and a pattern for each that has another."""
     learnt = _targets(family, model)
     if (head := _tied_head(family, model)) and any(t.weights == TABLE_WEIGHT for t in learnt):

@@ -1,15 +1,15 @@
 """BERT as masked language model, to read only. Token type 0 is worked into the positions; there is no other."""
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.interop.family import ACTIVATIONS, Family, linear, norm, same_rate
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 
 
-def _read(f: Fields) -> config.ModelConfig:
+def _read(f: Fields) -> ModelConfig:
     f.inert(position_embedding_type=("absolute",), tie_word_embeddings=(True,))
     f.take("type_vocab_size", int, 2)
-    return config.ModelConfig(
+    return ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=f.need("max_position_embeddings", int, 512),
         num_layers=f.need("num_hidden_layers", int, 12),
@@ -27,7 +27,7 @@ def _read(f: Fields) -> config.ModelConfig:
     )
 
 
-def _tensors(m: config.ModelConfig) -> list[Tensor]:
+def _tensors(config: ModelConfig) -> list[Tensor]:
     at = "encoder.layer.{i}."
     return [
         Tensor("embeddings.word_embeddings.weight", ("embedding.tokens",)),

@@ -8,7 +8,7 @@ has changed.
 import dataclasses
 from typing import Any
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.interop import bert, gpt2, gpt_neox, llama
 from gptjax.interop.family import Family
 from gptjax.interop.fields import Fields
@@ -18,27 +18,27 @@ FAMILIES = {f.name: f for f in (gpt2.FAMILY, gpt_neox.FAMILY, llama.FAMILY, bert
 NOT_KEPT = ("init_std", "init_depth_scaled", "dropout", "layers", "remat", "dtype", "attention_kernel")
 
 
-def plain(model: config.ModelConfig) -> config.ModelConfig:
+def plain(config: ModelConfig) -> ModelConfig:
     """A model resolved, with the usual value of each field that has no effect beside the others; the same logits."""
-    m, usual = model.resolved(), config.ModelConfig()
+    m, usual = model.resolved(), ModelConfig()
     if m.lora_rank == 0:
         m = dataclasses.replace(m, lora_alpha=usual.lora_alpha, lora_targets=usual.lora_targets)
     if m.rope_scaling == "ntk":  # nothing but a larger base
-        half = round((m.head_dim or 0) * m.rope_fraction) // 2
-        grown = m.rope_base * m.rope_factor ** (half / max(0.5, half - 1))
-        m = dataclasses.replace(m, rope_base=grown, rope_scaling="none")
+        half = round((m.head_dim or 0) * m.partial_rotary_factor) // 2
+        grown = m.rope_theta * m.rope_factor ** (half / max(0.5, half - 1))
+        m = dataclasses.replace(m, rope_theta=grown, rope_scaling="none")
     if m.positions != "rope":
-        m = dataclasses.replace(m, rope_base=usual.rope_base, rope_scaling="none", rope_fraction=1.0)
+        m = dataclasses.replace(m, rope_theta=usual.rope_theta, rope_scaling="none", partial_rotary_factor=1.0)
     if m.rope_scaling == "none":
         m = dataclasses.replace(m, rope_factor=1.0)
     if m.rope_scaling in ("none", "linear"):
         m = dataclasses.replace(m, rope_original_length=None)
-    if m.window is not None and m.causal and m.window >= m.context_length:
-        m = dataclasses.replace(m, window=None)
+    if m.sliding_window is not None and m.causal and m.sliding_window >= m.context_length:
+        m = dataclasses.replace(m, sliding_window=None)
     return dataclasses.replace(m, **{name: getattr(usual, name) for name in NOT_KEPT}).resolved()
 
 
-def differences(model: config.ModelConfig, other: config.ModelConfig) -> dict[str, tuple[Any, Any]]:
+def differences(config: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """The fields that make two models compute other logits from weights of the same names: name -> (one, the other).
 
     A layernorm or linear layer without biases is one with biases of zero.
@@ -51,7 +51,7 @@ def differences(model: config.ModelConfig, other: config.ModelConfig) -> dict[st
     return different
 
 
-def inexpressible(family: Family, model: config.ModelConfig) -> dict[str, tuple[Any, Any]]:
+def inexpressible(family: Family, config: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """The fields of a model that a family does not have: name -> (the model's value, what would come back)."""
     assert family.write is not None
     fields = Fields(family.write(plain(model)))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 
@@ -25,9 +25,9 @@ class Family:
 
     name: str
     architecture: str  # the class that has its language-model head
-    read: Callable[[Fields], config.ModelConfig]  # problems go into the fields; the model is resolved
-    write: Callable[[config.ModelConfig], dict[str, Any]] | None  # None: read only
-    tensors: Callable[[config.ModelConfig], list[Tensor]]
+    read: Callable[[Fields], ModelConfig]  # problems go into the fields; the model is resolved
+    write: Callable[[ModelConfig], dict[str, Any]] | None  # None: read only
+    tensors: Callable[[ModelConfig], list[Tensor]]
     prefix: str  # of the tensors of its body, which some files leave out
     outside: tuple[str, ...]  # names, and beginnings of names, that have no prefix
     buffers: str  # a pattern of what files hold besides the weights, without effect on the logits
@@ -57,8 +57,8 @@ def linear(theirs: str, ours: str, bias: bool = True) -> list[Tensor]:
     return tensors[: 1 + bias]
 
 
-def head(m: config.ModelConfig, theirs: str) -> list[Tensor]:
-    return [] if m.tie_embeddings else [Tensor(theirs, ("embedding.head",), linear=True)]
+def head(config: ModelConfig, theirs: str) -> list[Tensor]:
+    return [] if config.tie_embeddings else [Tensor(theirs, ("embedding.head",), linear=True)]
 
 
 def word(words: dict[str, str], ours: str) -> str:

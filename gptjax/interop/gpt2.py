@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.interop.family import ACTIVATIONS, Family, head, norm, same_rate, word
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 
 
-def _read(f: Fields) -> config.ModelConfig:
+def _read(f: Fields) -> ModelConfig:
     embed, heads = f.need("n_embd", int, 768), f.need("n_head", int, 12)
     f.inert(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,))
     f.ignore("reorder_and_upcast_attn")  # in float32 the same
-    return config.ModelConfig(
+    return ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=f.need("n_positions", int, 1024),
         num_layers=f.need("n_layer", int, 12),
@@ -27,25 +27,25 @@ def _read(f: Fields) -> config.ModelConfig:
     )
 
 
-def _write(m: config.ModelConfig) -> dict[str, Any]:
+def _write(config: ModelConfig) -> dict[str, Any]:
     return {
-        "vocab_size": m.vocab_size,
-        "n_positions": m.context_length,
-        "n_embd": m.embed_dim,
-        "n_layer": m.num_layers,
-        "n_head": m.num_heads,
-        "n_inner": m.ffn_dim,
-        "activation_function": word(ACTIVATIONS, m.ffn),
-        "layer_norm_epsilon": m.norm_epsilon,
-        "resid_pdrop": m.dropout,
-        "embd_pdrop": m.dropout,
-        "attn_pdrop": m.dropout,
-        "initializer_range": m.init_std,
-        "tie_word_embeddings": m.tie_embeddings,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.embed_dim,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.ffn_dim,
+        "activation_function": word(ACTIVATIONS, config.ffn),
+        "layer_norm_epsilon": config.norm_epsilon,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
-def _tensors(m: config.ModelConfig) -> list[Tensor]:
+def _tensors(config: ModelConfig) -> list[Tensor]:
     def both(theirs: str, *ours: str, stacked: int = 0) -> list[Tensor]:
         """Weight and bias of a Conv1D."""
         kinds = {"weight": "", "bias": "_bias"}
@@ -62,7 +62,7 @@ def _tensors(m: config.ModelConfig) -> list[Tensor]:
         *both("mlp.c_fc", "ffn.up"),
         *both("mlp.c_proj", "ffn.down"),
         *norm("ln_f", "final_norm"),
-        *head(m, "lm_head.weight"),
+        *head(config, "lm_head.weight"),
     ]
 
 

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.interop.family import ACTIVATIONS, Family, head, linear, norm, same_rate, word
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 from gptjax.interop.rope import read_rope, write_rope
 
 
-def _read(f: Fields) -> config.ModelConfig:
+def _read(f: Fields) -> ModelConfig:
     embed, heads = f.need("hidden_size", int, 6144), f.need("num_attention_heads", int, 64)
     context = f.need("max_position_embeddings", int, 2048)
     share = f.take("rotary_pct", float, 0.25)
@@ -25,7 +25,7 @@ def _read(f: Fields) -> config.ModelConfig:
     ]:
         if f.take(name, float, None) not in (None, f.values.get(older, usual)):  # late releases of 4 wrote both
             f.problem(name, f"{older} says something else")
-    return config.ModelConfig(
+    return ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=context,
         num_layers=f.need("num_hidden_layers", int, 44),
@@ -34,7 +34,7 @@ def _read(f: Fields) -> config.ModelConfig:
         ffn_dim=f.need("intermediate_size", int, 24576),
         ffn=f.choose("hidden_act", ACTIVATIONS, "gelu"),
         positions="rope",
-        rope_fraction=share,
+        partial_rotary_factor=share,
         norm_epsilon=f.take("layer_norm_eps", float, 1e-5),
         parallel_residual=f.take("use_parallel_residual", bool, True),
         dropout=same_rate(f, "hidden_dropout", "attention_dropout", default=0.0),
@@ -44,29 +44,29 @@ def _read(f: Fields) -> config.ModelConfig:
     )
 
 
-def _write(m: config.ModelConfig) -> dict[str, Any]:
-    turned = round((m.head_dim or 0) * m.rope_fraction)
-    exact = int((m.head_dim or 0) * m.rope_fraction) == turned
+def _write(config: ModelConfig) -> dict[str, Any]:
+    turned = round((config.head_dim or 0) * config.partial_rotary_factor)
+    exact = int((config.head_dim or 0) * config.partial_rotary_factor) == turned
     return {
-        "vocab_size": m.vocab_size,
-        "max_position_embeddings": m.context_length,
-        "hidden_size": m.embed_dim,
-        "intermediate_size": m.ffn_dim,
-        "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.num_heads,
-        "hidden_act": word(ACTIVATIONS, m.ffn),
-        "layer_norm_eps": m.norm_epsilon,
-        "use_parallel_residual": m.parallel_residual,
-        "rotary_pct": m.rope_fraction if exact else (turned + 0.5) / (m.head_dim or 1),
-        "hidden_dropout": m.dropout,
-        "attention_dropout": m.dropout,
-        "initializer_range": m.init_std,
-        "tie_word_embeddings": m.tie_embeddings,
-        **write_rope(m, "rotary_emb_base"),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "hidden_act": word(ACTIVATIONS, config.ffn),
+        "layer_norm_eps": config.norm_epsilon,
+        "use_parallel_residual": config.parallel_residual,
+        "rotary_pct": config.partial_rotary_factor if exact else (turned + 0.5) / (config.head_dim or 1),
+        "hidden_dropout": config.dropout,
+        "attention_dropout": config.dropout,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        **write_rope(config, "rotary_emb_base"),
     }
 
 
-def _tensors(m: config.ModelConfig) -> list[Tensor]:
+def _tensors(config: ModelConfig) -> list[Tensor]:
     qkv = [f"blocks.attention.{name}" for name in ("query", "key", "value")]
     at = "layers.{i}."
     return [
@@ -79,7 +79,7 @@ def _tensors(m: config.ModelConfig) -> list[Tensor]:
         *linear(at + "mlp.dense_h_to_4h", "blocks.ffn.up"),
         *linear(at + "mlp.dense_4h_to_h", "blocks.ffn.down"),
         *norm("final_layer_norm", "final_norm"),
-        *head(m, "embed_out.weight"),
+        *head(config, "embed_out.weight"),
     ]
 
 

@@ -167,7 +167,7 @@ class GptjaxLM(TemplateLM):
                 made = self.writer.complete([prompts[n] for n in chosen], new_tokens, sampling, stop, seeds=chosen)
                 for n, completion in zip(chosen, made, strict=True):
                     # decoding by itself drops the space that such a tokenizer writes before every text
-                    whole = self.vocabulary.first_space
+                    whole = self.vocabulary.adds_prefix_space
                     texts[n] = completion.text.removeprefix(" ") if whole else completion.text
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
         return texts

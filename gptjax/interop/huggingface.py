@@ -4,7 +4,7 @@ config.json                    the settings: see families
 model.safetensors              the weights, or several files with model.safetensors.index.json: see files
 generation_config.json         how its makers recommend to sample, and the ids that end a text
 chat_template.jinja            turns messages into a prompt; also in tokenizer_config.json
-tokenizer.json and others      see data/tokenizer_formats.py
+tokenizer.json and others      see data/tokenizer/huggingface_read.py
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.checks import check
 from gptjax.config import Experiment
-from gptjax.data.tokenizer_formats import from_huggingface
+from gptjax.data.tokenizer.huggingface_read import from_huggingface
 from gptjax.errors import ConfigError, ExchangeError, PromptError, warn
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.sampling import SamplingParams
@@ -82,7 +82,7 @@ def load_folder(folder: Path, name: str | None = None) -> Pretrained:
     model, params = read_weights(folder)
     tokenizer = from_huggingface(folder)
     _check_tokenizer(folder, tokenizer.vocab_size, model.vocab_size or 0)
-    recommended, ends, passed_on = _generation(folder)
+    recommended, ends, extra_generation_config = _generation(folder)
     stops = tuple(i for i in ends if i < (model.vocab_size or 0) and i != tokenizer.eos_id)  # some lie beyond
     if lost := [i for i in stops if i >= tokenizer.vocab_size]:
         raise ExchangeError(
@@ -93,10 +93,10 @@ def load_folder(folder: Path, name: str | None = None) -> Pretrained:
     template = files.read_words(folder, TEMPLATE)
     if template is None:
         template = _template(files.read_object(folder, TOKENIZER) or {})
-    return Pretrained(name or folder.name, model, params, tokenizer, recommended, stops, template, passed_on)
+    return Pretrained(name or folder.name, model, params, tokenizer, recommended, stops, template, extra_generation_config)
 
 
-def read_weights(folder: Path) -> tuple[config.ModelConfig, Any]:
+def read_weights(folder: Path) -> tuple[ModelConfig, Any]:
     """The settings and the weights alone, as `load_folder` reads them."""
     files.check_folder(folder)
     family, model = read_config(folder)
@@ -104,7 +104,7 @@ def read_weights(folder: Path) -> tuple[config.ModelConfig, Any]:
         return model, _params(folder, family, model, weights)
 
 
-def read_config(folder: Path) -> tuple[Family, config.ModelConfig]:
+def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """The family and the settings in config.json. Raises `ExchangeError` with every field that is not understood."""
     where = folder / CONFIG
     values = files.read_object(folder, CONFIG)
@@ -144,7 +144,7 @@ def _check_tokenizer(folder: Path, ids: int, rows: int) -> None:
         )
 
 
-def _params(folder: Path, family: Family, model: config.ModelConfig, weights: Weights) -> Any:
+def _params(folder: Path, family: Family, config: ModelConfig, weights: Weights) -> Any:
     """The nested dict of weights: every tensor of the files must be one of the model's, and every one there."""
     names = _names(folder, family, model, weights)
     tensors, shapes = family.tensors(model), weight_shapes(model)
@@ -174,7 +174,7 @@ def _params(folder: Path, family: Family, model: config.ModelConfig, weights: We
     return nested(found)
 
 
-def _names(folder: Path, family: Family, model: config.ModelConfig, weights: Weights) -> dict[str, str]:
+def _names(folder: Path, family: Family, config: ModelConfig, weights: Weights) -> dict[str, str]:
     """Name without prefix -> name in the files, of every tensor but for buffers."""
     names: dict[str, str] = {}
     problems = []
@@ -206,7 +206,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check_shapes(
-    folder: Path, family: Family, model: config.ModelConfig, names: dict[str, str], weights: Weights
+    folder: Path, family: Family, config: ModelConfig, names: dict[str, str], weights: Weights
 ) -> None:
     """Before any memory is taken for them."""
     shapes, tensors = weight_shapes(model), family.tensors(model)
@@ -256,8 +256,8 @@ def _generation(folder: Path) -> tuple[dict[str, Any], list[int], dict[str, Any]
     stops = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not all(type(i) is int and i >= 0 for i in stops):
         raise ExchangeError(folder / source, [f"eos_token_id = {ends!r}: ids of tokens were expected"])
-    passed_on = {name: value for name, value in given.items() if name not in found or found[name] != value}
-    return found, stops, passed_on
+    extra_generation_config = {name: value for name, value in given.items() if name not in found or found[name] != value}
+    return found, stops, extra_generation_config
 
 
 def _template(tokenizer: dict[str, Any]) -> str | None:

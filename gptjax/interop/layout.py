@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import config
+from gptjax.config import ModelConfig
+from gptjax.model.axes import axis_sizes
 from gptjax.model.gpt import weight_axes
-from gptjax.model.weights import axis_sizes, is_matrix
+from gptjax.model.weights import is_matrix
 from gptjax.training.state import leaf_name
 
 Shape = tuple[int, ...]
 SIZES = ("vocab_size", "context_length", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
-SMALLEST: dict[str, Any] = dict.fromkeys(SIZES, 1) | dict(embed_dim=2, head_dim=2, rope_fraction=1.0)
+SMALLEST: dict[str, Any] = dict.fromkeys(SIZES, 1) | dict(embed_dim=2, head_dim=2, partial_rotary_factor=1.0)
 IN_AXES = {"blocks.attention.out": 2}  # axes that a matrix sums over, where that is not the first one only
 
 
@@ -75,7 +76,7 @@ class Tensor:
         return (math.prod(shape[:inputs]), count * math.prod(shape[inputs:]))
 
 
-def weight_shapes(model: config.ModelConfig) -> dict[str, Shape]:
+def weight_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Dotted name -> shape of every weight of a model, without the axis of the layers."""
     sizes = axis_sizes(model)
     small = dataclasses.replace(model, **SMALLEST)  # the axes are the same, whatever sizes a stranger's file asks for

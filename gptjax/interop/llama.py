@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.interop.family import Family, head, linear, norm, word
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
@@ -11,7 +11,7 @@ from gptjax.interop.rope import read_rope, write_rope
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 
 
-def _read(f: Fields) -> config.ModelConfig:
+def _read(f: Fields) -> ModelConfig:
     embed, heads = f.need("hidden_size", int, 4096), f.need("num_attention_heads", int, 32)
     context = f.need("max_position_embeddings", int, 2048)
     rope, share = read_rope(f, context)
@@ -23,7 +23,7 @@ def _read(f: Fields) -> config.ModelConfig:
     f.take("attention_dropout", float, 0.0)  # gptjax's dropout acts in more places: it is left at 0
     f.ignore("pretraining_tp")  # the same products in parts
     f.inert(rope_interleaved=(False,))
-    return config.ModelConfig(
+    return ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=context,
         num_layers=f.need("num_hidden_layers", int, 32),
@@ -43,40 +43,40 @@ def _read(f: Fields) -> config.ModelConfig:
     )
 
 
-def _write(m: config.ModelConfig) -> dict[str, Any]:
+def _write(config: ModelConfig) -> dict[str, Any]:
     return {
-        "vocab_size": m.vocab_size,
-        "max_position_embeddings": m.context_length,
-        "hidden_size": m.embed_dim,
-        "intermediate_size": m.ffn_dim,
-        "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.num_kv_heads,
-        "head_dim": m.head_dim,
-        "hidden_act": word(GATED, m.ffn),
-        "rms_norm_eps": m.norm_epsilon,
-        "attention_bias": m.bias,
-        "mlp_bias": m.bias,
-        "initializer_range": m.init_std,
-        "tie_word_embeddings": m.tie_embeddings,
-        **write_rope(m),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": word(GATED, config.ffn),
+        "rms_norm_eps": config.norm_epsilon,
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        **write_rope(config),
     }
 
 
-def _tensors(m: config.ModelConfig) -> list[Tensor]:
+def _tensors(config: ModelConfig) -> list[Tensor]:
     return [
         Tensor("embed_tokens.weight", ("embedding.tokens",)),
         *norm("layers.{i}.input_layernorm", "blocks.attention_norm", bias=False),
-        *linear("layers.{i}.self_attn.q_proj", "blocks.attention.query", bias=m.bias),
-        *linear("layers.{i}.self_attn.k_proj", "blocks.attention.key", bias=m.bias),
-        *linear("layers.{i}.self_attn.v_proj", "blocks.attention.value", bias=m.bias),
-        *linear("layers.{i}.self_attn.o_proj", "blocks.attention.out", bias=m.bias),
+        *linear("layers.{i}.self_attn.q_proj", "blocks.attention.query", bias=config.bias),
+        *linear("layers.{i}.self_attn.k_proj", "blocks.attention.key", bias=config.bias),
+        *linear("layers.{i}.self_attn.v_proj", "blocks.attention.value", bias=config.bias),
+        *linear("layers.{i}.self_attn.o_proj", "blocks.attention.out", bias=config.bias),
         *norm("layers.{i}.post_attention_layernorm", "blocks.ffn_norm", bias=False),
-        *linear("layers.{i}.mlp.gate_proj", "blocks.ffn.gate", bias=m.bias),
-        *linear("layers.{i}.mlp.up_proj", "blocks.ffn.up", bias=m.bias),
-        *linear("layers.{i}.mlp.down_proj", "blocks.ffn.down", bias=m.bias),
+        *linear("layers.{i}.mlp.gate_proj", "blocks.ffn.gate", bias=config.bias),
+        *linear("layers.{i}.mlp.up_proj", "blocks.ffn.up", bias=config.bias),
+        *linear("layers.{i}.mlp.down_proj", "blocks.ffn.down", bias=config.bias),
         *norm("norm", "final_norm", bias=False),
-        *head(m, "lm_head.weight"),
+        *head(config, "lm_head.weight"),
     ]
 
 

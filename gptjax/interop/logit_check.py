@@ -32,7 +32,7 @@ class Agreement(NamedTuple):
     other: str  # what gptjax was compared with
 
 
-def agreement(pretrained: Pretrained, folder: Path, adapter: Path | None = None) -> Agreement:
+def compare_logits(pretrained: Pretrained, folder: Path, adapter: Path | None = None) -> Agreement:
     """Compares a model with the one in a folder of Hugging Face, on two texts of random tokens, in float32.
 
     `adapter`: a folder with what PEFT is to put on the other one.
@@ -53,7 +53,7 @@ def agreement(pretrained: Pretrained, folder: Path, adapter: Path | None = None)
     return Agreement(difference, TOLERANCE * max(1.0, float(np.max(np.abs(theirs))) / 10), other)
 
 
-def insist(found: Agreement, what: str) -> str:
+def require_agreement(found: Agreement, what: str) -> str:
     """A line that tells of the outcome. Raises `Disagreement` where the two do not agree."""
     line = f"largest difference of logits to {found.other}: {found.difference:.1e}"
     if not found.difference <= found.tolerance:  # NaN is no agreement

@@ -58,7 +58,7 @@ def find(name: str) -> tuple[Path, Path | None]:
         raise ExchangeError(folder / adapter.CONFIG, [f"belongs to the model {base!r}: {e}"]) from None
 
 
-def open_here(name: str) -> Pretrained:
+def open_local(name: str) -> Pretrained:
     """`open_model` for a name that a run folder gives, which may be a stranger's: nothing is fetched for it.
 
     Raises `RunError` where there is no such folder.

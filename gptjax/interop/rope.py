@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.interop.fields import Fields
 
 KINDS = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}  # theirs -> ours
@@ -29,7 +29,7 @@ def read_rope(fields: Fields, context: int, theta_name: str = "rope_theta") -> t
         rope.problem("type", "rope_type says something else")
     kind = rope.choose("rope_type" if "rope_type" in rope.values else "type", KINDS, "default")
     rope.ignore("type")
-    found: dict[str, Any] = {"rope_base": float(rope.take("rope_theta", float, theta)), "rope_scaling": kind}
+    found: dict[str, Any] = {"rope_theta": float(rope.take("rope_theta", float, theta)), "rope_scaling": kind}
     if kind != "none":
         found["rope_factor"] = float(rope.need("factor", float, 2.0))
     if kind in FIXED:
@@ -45,7 +45,7 @@ def read_rope(fields: Fields, context: int, theta_name: str = "rope_theta") -> t
     share = rope.take("partial_rotary_factor", float, None)
     rope.finish()
     if found.get("rope_factor") == 1:  # stretched to the same length: not at all
-        found = {"rope_base": found["rope_base"], "rope_scaling": "none"}
+        found = {"rope_theta": found["rope_theta"], "rope_scaling": "none"}
     return found, share
 
 
@@ -62,14 +62,14 @@ def _check_attention_factor(rope: Fields, factor: float) -> None:
         rope.problem(name, f"makes YaRN's attention factor {given}; gptjax has it as 0.1 ln(factor) + 1 = {usual} only")
 
 
-def write_rope(m: config.ModelConfig, theta_name: str = "rope_theta") -> dict[str, Any]:
+def write_rope(config: ModelConfig, theta_name: str = "rope_theta") -> dict[str, Any]:
     """The old form, which every release of transformers reads; of a resolved model whose scaling is not ntk."""
-    theirs = next((theirs for theirs, ours in KINDS.items() if ours == m.rope_scaling), "default")
+    theirs = next((theirs for theirs, ours in KINDS.items() if ours == config.rope_scaling), "default")
     if theirs == "default":
-        return {theta_name: m.rope_base, "rope_scaling": None}
-    scaling: dict[str, Any] = {"rope_type": theirs, "factor": m.rope_factor}
+        return {theta_name: config.rope_theta, "rope_scaling": None}
+    scaling: dict[str, Any] = {"rope_type": theirs, "factor": config.rope_factor}
     if theirs in FIXED:
-        scaling["original_max_position_embeddings"] = m.rope_original_length
+        scaling["original_max_position_embeddings"] = config.rope_original_length
     if theirs == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return {theta_name: m.rope_base, "rope_scaling": scaling}
+    return {theta_name: config.rope_theta, "rope_scaling": scaling}

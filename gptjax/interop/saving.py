@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.atomic_io import write_atomic
-from gptjax.data.tokenizer_formats import to_huggingface
+from gptjax.data.tokenizer.huggingface_write import to_huggingface
 from gptjax.errors import ExchangeError
 from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.interop import files
@@ -24,7 +24,7 @@ from gptjax.interop.layout import Tensor, weight_shapes
 from gptjax.training.state import leaf_name
 
 
-def choose_family(model: config.ModelConfig, name: str = "auto") -> Family:
+def choose_family(config: ModelConfig, name: str = "auto") -> Family:
     """The family that is asked for, else the first that can express a model exactly.
 
     Raises `ExchangeError` with the fields of the model that each of them does not have.
@@ -61,11 +61,11 @@ def save_folder(
         if pretrained.chat_template is not None:
             write_atomic(folder / TEMPLATE, pretrained.chat_template)
         ids = _special_ids(pretrained)
-        _write_json(folder / GENERATION, pretrained.passed_on | _recommendations(pretrained) | ids)
+        _write_json(folder / GENERATION, pretrained.extra_generation_config | _recommendations(pretrained) | ids)
         _write_json(folder / CONFIG, _settings(chosen, pretrained.model) | {"torch_dtype": dtype} | ids)
 
 
-def _settings(family: Family, model: config.ModelConfig) -> dict[str, Any]:
+def _settings(family: Family, config: ModelConfig) -> dict[str, Any]:
     assert family.write is not None
     values = family.write(dataclasses.replace(plain(model), dropout=model.dropout, init_std=model.init_std))
     return {"architectures": [family.architecture], "model_type": family.name} | values

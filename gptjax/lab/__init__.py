@@ -1,1 +1,1 @@
-"""Over many runs: pictures, and later sweeps, reports and reproductions."""
+"""Many runs: sweeps, searches and Slurm jobs; reports and comparisons; scaling studies; published results."""

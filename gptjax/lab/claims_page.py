@@ -1,4 +1,4 @@
-"""The table of claims as one HTML page that needs no network: for light and dark, screens and phones."""
+"""The table of claims as one HTML page without network access; light and dark, for screens and phones."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -35,7 +35,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; 
 
 
 def page(claims: Sequence[Mapping[str, Any]]) -> str:
-    """The page of some outcomes, as `lab/repro.py` keeps them in JSON."""
+    """The page of some results, in the JSON form of `lab/repro.py`."""
     passed = sum(claim["verdict"] == "pass" for claim in claims)
     measured = sum(claim["verdict"] in ("pass", "fail") for claim in claims)
     minutes = sum(claim["minutes"] for claim in claims)
@@ -45,8 +45,8 @@ def page(claims: Sequence[Mapping[str, Any]]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Published results, reproduced</title><style>{STYLE}</style></head><body>
 <h1>Published results, reproduced</h1>
-<p class="soft">{passed} of {measured} measured claims pass, {len(claims) - measured} not measured;
-{minutes:.0f} minutes in all. Each passes or fails by the rule in its row.</p>
+<p class="soft">{passed} of {measured} measured claims pass; {len(claims) - measured} not measured;
+{minutes:.0f} minutes in total. Each claim passes or fails by the rule in its row.</p>
 <div class="wide"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in COLUMNS)}</tr></thead>
 <tbody>{"".join(map(_row, claims))}</tbody></table></div>
 {"".join(map(_section, claims))}
@@ -69,15 +69,16 @@ def _row(claim: Mapping[str, Any]) -> str:
 
 
 def _section(claim: Mapping[str, Any]) -> str:
-    figures = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_shown(v))}</dd>" for k, v in claim["figures"].items())
-    more = (
-        f"<details><summary>figures, {escape(claim['date'])}</summary><dl>{figures}</dl></details>" if figures else ""
-    )
-    seen = f"<p>{escape(claim['seen'])}</p>" if claim["seen"] else ""
+    items = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_format(v))}</dd>" for k, v in claim["metrics"].items())
+    details = note = ""
+    if items:
+        details = f"<details><summary>metrics, {escape(claim['date'])}</summary><dl>{items}</dl></details>"
+    if claim["note"]:
+        note = f"<p>{escape(claim['note'])}</p>"
     return (
         f'<h2 id="{escape(claim["name"])}">{escape(claim["title"])} '
         f'<span class="verdict {_class(claim["verdict"])}">{escape(claim["verdict"])}</span></h2>'
-        f'<p class="soft">{escape(claim["citation"])}</p>{seen}{more}'
+        f'<p class="soft">{escape(claim["citation"])}</p>{note}{details}'
     )
 
 
@@ -85,9 +86,11 @@ def _class(verdict: str) -> str:
     return verdict.replace(" ", "-")
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    return ", ".join(f"{k}: {_shown(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        return ", ".join(map(_format, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_format(v)}" for k, v in value.items())
+    return str(value)

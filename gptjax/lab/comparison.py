@@ -1,4 +1,4 @@
-"""Variants of an experiment compared over their seeds: what is better, what cannot be told, what was not compared."""
+"""Compares variants of an experiment over seeds: which are better, worse, undecided or not comparable."""
 
 import difflib
 import math
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gptjax.config import Experiment, diff
 from gptjax.errors import GptjaxError
-from gptjax.lab.records import Record
+from gptjax.lab.records import RunRecord
 from gptjax.lab.variants import Variant, seed_of
 from gptjax.schema import leaves, value_at
 from gptjax.training.run import COMPARED
@@ -19,32 +19,32 @@ BITS = "val_bits_per_byte"
 LOWER = ("loss", "bits_per_byte", "edit_distance", "perplexity", "seconds", "memory_bytes", "skipped", "wait_share")
 HIGHER = ("accuracy", "exact_match", "val_score", "f1", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "mfu",
           "tokens_per_second")  # fmt: skip
-ASKED = ("val_", "best_val_", "train_loss")  # figures that depend on the text and on what is asked of it
-TRAINED_FOR_ONLY = ("objective.z_loss",)  # of COMPARED, what the optimiser sees and a validation loss does not
-TEXT = ("source", "weights", "column", "prompt", "answer", "hub_config", "hub_split", "max_documents", "val_source",
-        "val_fraction", "split")  # fields of Data that decide the validation text  # fmt: skip
-OF_TRAINING = ("source", "weights", "val_fraction", "split")  # of these, what counts only where it is split off
+TEXT_METRICS = ("val_", "best_val_", "train_loss")  # metrics that depend on the text and on the task
+TRAINING_ONLY = ("objective.z_loss",)  # the fields of COMPARED that change training, not the validation loss
+TEXT_FIELDS = ("source", "weights", "column", "prompt", "answer", "hub_config", "hub_split", 
+               "max_documents", "val_source", "val_fraction", "split")  # fields of DataConfig that define the validation text  # fmt: skip
+SPLIT_FIELDS = ("source", "weights", "val_fraction", "split")  # those without effect if data.val_source is set
 
 Outcome = Literal["baseline", "better", "worse", "cannot tell", "not comparable"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the pairs say of a variant against the baseline."""
+    """How a variant compares with the baseline."""
 
-    word: Outcome
+    outcome: Outcome
     why: str = ""
-    more_seeds: float = math.nan  # that would probably settle it; infinity for more than anybody trains
+    more_seeds: float = math.nan  # that would probably decide it; infinity: more than 1,000
 
     @property
-    def more(self) -> str:
-        """In words, how many more seeds would settle it."""
-        if self.word != "cannot tell" or math.isnan(self.more_seeds):
+    def seeds_hint(self) -> str:
+        """A sentence: how many more seeds would probably decide it."""
+        if self.outcome != "cannot tell" or math.isnan(self.more_seeds):
             return ""
         if math.isinf(self.more_seeds):
-            return "more than 1,000 seeds would be needed"
+            return "this would take more than 1,000 seeds"
         count = self.more_seeds if self.more_seeds < 20 else round(self.more_seeds, 2 - len(f"{self.more_seeds:.0f}"))
-        return f"about {count:,.0f} more seed{'s' if count > 1 else ''} would settle it"
+        return f"about {count:,.0f} more seed{'s' if count > 1 else ''} would probably decide it"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Row:
     """A variant in the table."""
 
     variant: Variant
-    value: Score | None  # over its finished seeds; None where there are none
-    bits: Score | None  # bits a byte likewise, where the metric is another
-    difference: Score | None  # by seed, this less the baseline; None for the baseline and where nothing can be paired
+    value: Score | None  # over its finished seeds; None if there are none
+    bits: Score | None  # bits/byte, if the metric is another one
+    difference: Score | None  # this variant minus the baseline, paired by seed; None if there is no pair
     pairs: int
     verdict: Verdict
 
@@ -65,85 +65,98 @@ class Comparison:
 
     metric: str
     higher_is_better: bool
-    rows: tuple[Row, ...]  # the baseline where it stood
-    warnings: tuple[str, ...]  # what makes figures incomparable, or was not counted: to be said aloud
-    fields: dict[str, tuple[Any, ...]]  # in which variants differ: dotted name -> value of each variant
+    rows: tuple[Row, ...]  # in the order of the variants
+    warnings: tuple[str, ...]  # why metrics are not comparable, or what was left out
+    fields: dict[str, tuple[Any, ...]]  # in which the variants differ: dotted name -> the value of each variant
 
     @property
     def baseline(self) -> str:
-        return next(row.variant.name for row in self.rows if row.verdict.word == "baseline")
+        """The label of the baseline."""
+        return next(row.variant.label for row in self.rows if row.verdict.outcome == "baseline")
 
     @property
-    def unfinished(self) -> list[Record]:
+    def unfinished(self) -> list[RunRecord]:
         return [r for row in self.rows for r in row.variant.records if r.state != "finished"]
 
 
 def compare(variants: Sequence[Variant], metric: str = "val_loss", baseline: str | None = None) -> Comparison:
-    """Every variant against the baseline, by default the first.
+    """Compares every variant with the baseline, by default the first one.
 
-    Raises `GptjaxError` for a baseline or a metric that is not there, or of which it is not known what is better.
+    Raises `GptjaxError` for an unknown baseline or metric, and for a metric without a known better direction.
     """
     names = [v.name for v in variants]
+    if baseline not in names:  # a label is understood as well
+        baseline = next((v.name for v in variants if v.label == baseline), baseline)
     if baseline is not None and baseline not in names:
-        raise GptjaxError(f"--baseline {baseline}: is no variant; {_near(baseline, names)}there are {', '.join(names)}")
+        raise GptjaxError(
+            f"--baseline {baseline}: is not a variant; {_near(baseline, names)}the variants are {', '.join(names)}"
+        )
     higher = _higher_is_better(
-        metric, {name for v in variants for r in v.finished for name in (*r.figures, *r.diverged)}
+        metric, {name for v in variants for r in v.finished for name in (*r.final_metrics, *r.diverged)}
     )
     base = variants[names.index(baseline) if baseline else 0]
-    apart = {v.name: told for v in variants if (told := _incomparable(v, base, metric))}
-    rows = tuple(_row(v, base, metric, higher, apart.get(v.name, "")) for v in variants)
-    return Comparison(metric, higher, rows, tuple(_warnings(variants, apart, metric)), _differing(variants))
+    reasons = {v.label: why for v in variants if (why := _incomparable(v, base, metric))}
+    rows = tuple(_row(v, base, metric, higher, reasons.get(v.label, "")) for v in variants)
+    return Comparison(metric, higher, rows, tuple(_warnings(variants, reasons, metric)), _differing(variants))
 
 
-def _row(variant: Variant, base: Variant, metric: str, higher: bool, apart: str) -> Row:
-    values, other = variant.by_seed(metric), base.by_seed(metric)
+def _row(variant: Variant, base: Variant, metric: str, higher: bool, incomparable: str) -> Row:
+    values = variant.by_seed(metric)
+    other = base.by_seed(metric)
     bits = variant.by_seed(BITS) if metric != BITS else {}
     pairs = [values[seed] - other[seed] for seed in values if seed in other]
-    difference = over_runs(metric, pairs) if pairs and variant is not base and not apart else None
+    difference = None
+    if pairs and variant is not base and not incomparable:
+        difference = over_runs(metric, pairs)
     if variant is base:
         verdict = Verdict("baseline")
-    elif apart:
-        verdict = Verdict("not comparable", apart)
-    elif lost := sorted(seed_of(r) for v in (variant, base) for r in v.finished if metric in r.diverged):
-        verdict = Verdict("cannot tell", f"not finite with seed {', '.join(map(str, dict.fromkeys(lost)))}")
+    elif incomparable:
+        verdict = Verdict("not comparable", incomparable)
+    elif diverged := sorted(seed_of(r) for v in (variant, base) for r in v.finished if metric in r.diverged):
+        verdict = Verdict(
+            "cannot tell", f"the metric is not finite for seed {', '.join(map(str, dict.fromkeys(diverged)))}"
+        )
     elif difference is None:
-        verdict = Verdict("cannot tell", _why_no_pair(values, other))
+        verdict = Verdict("cannot tell", _why_unpaired(values, other))
     else:
         verdict = judge(difference, pairs, higher)
-    value, of_bits = (over_runs(metric, list(x.values())) if x else None for x in (values, bits))
-    return Row(variant, value, of_bits, difference, len(pairs), verdict)
+    means = [over_runs(metric, list(x.values())) if x else None for x in (values, bits)]
+    return Row(variant, *means, difference, len(pairs), verdict)
 
 
 def judge(difference: Score, pairs: Sequence[float], higher_is_better: bool) -> Verdict:
-    """Better or worse where the interval of the mean difference leaves out 0; else how many more seeds would tell."""
+    """Better or worse if the interval of the mean difference excludes 0; else how many more seeds would decide it."""
     if math.isnan(difference.low):
-        return Verdict("cannot tell", "one pair of runs: how much chance does, a second seed would show")
+        return Verdict(
+            "cannot tell", "there is only one pair of runs; a second seed would show the noise between seeds"
+        )
     if difference.low <= 0 <= difference.high:
         if not any(pairs):
-            return Verdict("cannot tell", "no seed shows any difference")
+            return Verdict("cannot tell", "no seed shows a difference")
         return Verdict("cannot tell", more_seeds=max(1.0, runs_needed(pairs) - len(pairs)))
     return Verdict("better" if (difference.value > 0) == higher_is_better else "worse")
 
 
-def _why_no_pair(values: Mapping[int, float], other: Mapping[int, float]) -> str:
+def _why_unpaired(values: Mapping[int, float], other: Mapping[int, float]) -> str:
     if not values:
         return "no finished run"
-    return "no seed in common with the baseline" if other else "the baseline has no finished run"
+    if not other:
+        return "the baseline has no finished run"
+    return "no seed in common with the baseline"
 
 
 def _higher_is_better(metric: str, known: set[str]) -> bool:
     last = metric.rpartition(".")[2]
+    directed = sorted(name for name in known if name.endswith(LOWER + HIGHER))
     if known and metric not in known:
-        judged = sorted(name for name in known if name.endswith(LOWER + HIGHER))
-        raise GptjaxError(f"--metric {metric}: no finished run has it; {_near(metric, judged)}there are "
-                          + ", ".join(judged))  # fmt: skip
+        raise GptjaxError(f"--metric {metric}: no finished run has it; {_near(metric, directed)}the metrics are "
+                          + ", ".join(directed))  # fmt: skip
     if last.endswith(LOWER):
         return False
     if last.endswith(HIGHER):
         return True
-    raise GptjaxError(f"--metric {metric}: whether more of it is better is not known; choose a loss, an accuracy, a "
-                      "score or a speed, for instance "
-                      + ", ".join(sorted(name for name in known if name.endswith(LOWER + HIGHER))))  # fmt: skip
+    raise GptjaxError(f"--metric {metric}: it is not known whether higher or lower is better; choose a loss, an "
+                      f"accuracy, a score or a speed, for instance {', '.join(directed)}")  # fmt: skip
 
 
 def _near(name: str, names: Iterable[str]) -> str:
@@ -152,56 +165,56 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 
 def _incomparable(variant: Variant, base: Variant, metric: str) -> str:
-    """In which ways the figures of a variant are of something else than the baseline's; empty where they are not."""
-    if not metric.startswith(ASKED) or not (base.finished and variant.finished):
+    """What makes a variant's metric incomparable with the baseline's; empty if it is comparable."""
+    if not metric.startswith(TEXT_METRICS) or not (base.finished and variant.finished):
         return ""
-    asked = [_asked(r, metric) for v in (base, variant) for r in v.finished]
-    differing = {name for other in asked for name in other if other[name] != asked[0][name]}
-    sizes = [r.figures.get("val_bytes", 0.0) for v in (base, variant) for r in v.finished]
-    if metric == BITS and max(sizes) > 1.01 * min(sizes):  # what stands at the edges of windows may not be asked for
+    conditions = [_conditions(r, metric) for v in (base, variant) for r in v.finished]
+    differing = {name for other in conditions for name in other if other[name] != conditions[0][name]}
+    sizes = [r.final_metrics.get("val_bytes", 0.0) for v in (base, variant) for r in v.finished]
+    if metric == BITS and max(sizes) > 1.01 * min(sizes):  # tokens at the edges of windows may not be scored
         differing.add("bytes of validation text")
     return ", ".join(sorted(differing))
 
 
-def _asked(record: Record, metric: str) -> dict[str, Any]:
-    """What a validation figure is of: the text, how it is cut into tokens, and what is asked of them.
+def _conditions(record: RunRecord, metric: str) -> dict[str, Any]:
+    """What a validation metric depends on: the text, the tokenizer and the task.
 
-    Bits a byte do not depend on tokens: there the text itself is enough, told by the settings that it is read by.
+    Bits per byte do not depend on the tokenizer: for them the settings that select the text are enough.
     """
     e = record.experiment
     assert e is not None
     found = {path: value_at(e, path) for path in leaves(Experiment)
-             if path.startswith(COMPARED) and not path.startswith("data") and path not in TRAINED_FOR_ONLY}  # fmt: skip
+             if path.startswith(COMPARED) and not path.startswith("data") and path not in TRAINING_ONLY}  # fmt: skip
     found["reference"] = record.provenance.get("reference")
     if metric != BITS:
         return found | {"data": record.provenance.get("data")}
     del found["model.context_length"]  # a longer context is a better model of the same bytes
-    own = e.data.val_source is not None
-    return found | {f"data.{name}": getattr(e.data, name) for name in TEXT if not own or name not in OF_TRAINING}
+    names = [n for n in TEXT_FIELDS if e.data.val_source is None or n not in SPLIT_FIELDS]
+    return found | {f"data.{name}": getattr(e.data, name) for name in names}
 
 
-def _warnings(variants: Sequence[Variant], apart: Mapping[str, str], metric: str) -> Iterable[str]:
-    for name, told in apart.items():
-        what = told.replace("data,", "the data (text, tokenizer or split),")
+def _warnings(variants: Sequence[Variant], reasons: Mapping[str, str], metric: str) -> Iterable[str]:
+    for name, why in reasons.items():
+        what = why.replace("data,", "the data (text, tokenizer or split),")
         what = re.sub(r"\bdata$", "the data (text, tokenizer or split)", what)
-        more = f"; --metric {BITS} compares models of one text whatever their tokens and context"
-        yield f"{metric} of {name} is not comparable with the baseline's: they differ in {what}" + (
-            more if metric != BITS else ""
-        )
+        hint = ""
+        if metric != BITS:
+            hint = f"; --metric {BITS} compares models of the same text, whatever their tokenizer and context length"
+        yield f"{metric} of {name} is not comparable with the baseline's: they differ in {what}{hint}"
     for v in variants:
         for r in v.records:
             if r.state == "finished" and metric in r.diverged:
-                yield f"{r.name}: its {metric} was not finite at the end, and is in no mean"
+                yield f"{r.name}: its final {metric} is not finite, so the run is not in any mean"
             if changes := r.provenance.get("changes"):
                 fields = sorted({str(f) for c in changes if isinstance(c, dict) for f in c.get("fields", ())})
-                yield f"{r.name}: was changed while it was trained ({', '.join(fields)})"
+                yield f"{r.name}: was changed during training ({', '.join(fields)})"
     for what, kinds in environments(variants).items():
         if len(kinds) > 1:
-            yield f"the runs were made with different {what}: {', '.join(sorted(kinds))}"
+            yield f"the runs used different {what}: {', '.join(sorted(kinds))}"
 
 
 def environments(variants: Iterable[Variant]) -> dict[str, set[str]]:
-    """With what the runs were made: each kind of it that is there."""
+    """The devices, versions of jax and commits that the runs used."""
     found: dict[str, set[str]] = {"devices": set(), "versions of jax": set(), "commits": set()}
     for r in (r for v in variants for r in v.records):
         devices, versions = (p if isinstance(p := r.provenance.get(n), dict) else {} for n in ("devices", "versions"))
@@ -215,7 +228,7 @@ def environments(variants: Iterable[Variant]) -> dict[str, set[str]]:
 
 
 def _differing(variants: Sequence[Variant]) -> dict[str, tuple[Any, ...]]:
-    """The fields of the experiments in which any two variants differ, but for names and seeds."""
+    """The fields in which any two variants differ, apart from names and seeds."""
     known = [_resolved(v.experiment, variants) for v in variants]
     first = next((e for e in known if e is not None), None)
     if first is None:
@@ -226,7 +239,7 @@ def _differing(variants: Sequence[Variant]) -> dict[str, tuple[Any, ...]]:
 
 
 def _resolved(e: Experiment | None, variants: Sequence[Variant]) -> Experiment | None:
-    """Of a variant that has not begun, what it will be: its vocabulary is the others', where it has their tokenizer."""
+    """The experiment of a variant that has not started, with the vocabulary size of another one on the same data."""
     for other in (v.experiment for v in variants):
         if e is None or e.model.vocab_size is not None:
             return e

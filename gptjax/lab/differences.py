@@ -1,4 +1,4 @@
-"""How two runs, or the experiments of two files, differ: what was asked for, made with what, and what came out."""
+"""How two runs, or the experiments of two files, differ: config, environment and final metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 
 from gptjax.config import Experiment, diff
 from gptjax.errors import RunError
-from gptjax.lab.records import Record, look
-from gptjax.lab.text_report import columns, figure
+from gptjax.lab.records import RunRecord, inspect_run
+from gptjax.lab.text_report import columns, format_number
 from gptjax.loading import load_experiment
 from gptjax.training.run import EXPERIMENT
 
@@ -16,39 +16,39 @@ ENVIRONMENT = ("commit", "python", "versions", "devices", "processes", "data", "
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two."""
+class DiffSide:
+    """One side of a diff."""
 
     name: str
     experiment: Experiment
-    record: Record | None  # of a run; None for an experiment file
+    record: RunRecord | None  # None for an experiment file
 
 
-def side(name: str) -> Side:
-    """A run folder, or an experiment file, its dotted name, or its JSON. Only a file that the user names is executed.
+def load_side(name: str) -> DiffSide:
+    """Loads a run folder, or an experiment by its file, dotted name or JSON. Executes only a file that the user names.
 
-    Raises `RunError` for a folder that is no run, `ConfigError` for a file that is no experiment.
+    Raises `RunError` for a folder that is not a run, `ConfigError` for a file that does not define an experiment.
     """
     folder = Path(name)
     if not folder.is_dir():
-        return Side(name, load_experiment(name), None)
+        return DiffSide(name, load_experiment(name), None)
     if not (folder / EXPERIMENT).exists():
-        raise RunError(f"{folder}: is no run folder: it holds no {EXPERIMENT}; name a run, or an experiment file")
-    record = look(folder)
+        raise RunError(f"{folder}: is not a run folder: it has no {EXPERIMENT}; name a run or an experiment file")
+    record = inspect_run(folder)
     if record.experiment is None:
-        raise RunError(f"{folder}: is damaged ({record.why}); nothing can be compared with it")
-    return Side(name, record.experiment, record)
+        raise RunError(f"{folder}: is damaged ({record.why}), so it cannot be compared")
+    return DiffSide(name, record.experiment, record)
 
 
-def differences(a: Side, b: Side) -> dict[str, Any]:
+def differences(a: DiffSide, b: DiffSide) -> dict[str, Any]:
     """`config` and `environment`: name -> [in a, in b], where they differ; `metrics`: name -> [in a, in b, b - a]."""
-    first, second = _resolved(a, b), _resolved(b, a)
-    config = {path: list(pair) for path, pair in diff(first, second).items()}
+    config = {path: list(pair) for path, pair in diff(_resolved(a, b), _resolved(b, a)).items()}
     if a.record is None or b.record is None:
         return {"config": config, "environment": {}, "metrics": {}}
-    found = [_flat({k: s.record.provenance.get(k) for k in ENVIRONMENT}) for s in (a, b) if s.record]
-    pairs = {name: [f.get(name) for f in found] for name in dict.fromkeys([*found[0], *found[1]])}
-    x, y = a.record.figures, b.record.figures
+    environments = [_flatten({k: s.record.provenance.get(k) for k in ENVIRONMENT}) for s in (a, b) if s.record]
+    names = dict.fromkeys([*environments[0], *environments[1]])
+    pairs = {name: [e.get(name) for e in environments] for name in names}
+    x, y = a.record.final_metrics, b.record.final_metrics
     return {
         "config": config,
         "environment": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
@@ -59,36 +59,38 @@ def differences(a: Side, b: Side) -> dict[str, Any]:
     }
 
 
-def _resolved(own: Side, other: Side) -> Experiment:
-    """Beside a run, whose derived fields are written out, those of a file are as well, where they can be known."""
-    size = other.experiment.model.vocab_size
-    if (
-        own.record
-        or not other.record
-        or size is None
-        or own.experiment.data.tokenizer != other.experiment.data.tokenizer
-    ):
-        return own.experiment
-    return own.experiment.resolved(size, other.experiment.data.labels)
+def _resolved(this: DiffSide, other: DiffSide) -> Experiment:
+    """The experiment to compare: if the other side is a run, the known derived fields of a file are filled in."""
+    experiment = this.experiment
+    if this.record or not other.record:
+        return experiment
+    vocab_size = other.experiment.model.vocab_size
+    if vocab_size is None or experiment.data.tokenizer != other.experiment.data.tokenizer:
+        return experiment
+    return experiment.resolved(vocab_size, other.experiment.data.labels)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
-def as_text(a: Side, b: Side, found: Mapping[str, Any]) -> str:
-    """Three tables, or a line in the place of one that would be empty."""
+def as_text(a: DiffSide, b: DiffSide, found: Mapping[str, Any]) -> str:
+    """Three tables; one line instead of an empty table."""
     parts = [f"A  {a.name}\nB  {b.name}"]
     for title, name in (("config", "config"), ("environment", "environment")):
         lines = [[path, str(x), str(y)] for path, (x, y) in found[name].items()]
         if name == "config" or (a.record and b.record):
             parts.append(columns([[title, "A", "B"], *lines]) if lines else f"{title}: no difference")
     if metrics := found["metrics"]:
-        shown = lambda value, sign=False: "-" if value is None else figure(value, sign)  # noqa: E731
-        rows = [[path, shown(x), shown(y), shown(gap, True)] for path, (x, y, gap) in metrics.items()]
+        text = lambda value, sign=False: "-" if value is None else format_number(value, sign)  # noqa: E731
+        rows = [[path, text(x), text(y), text(gap, True)] for path, (x, y, gap) in metrics.items()]
         parts.append(columns([["metrics", "A", "B", "B - A"], *rows]))
     for s in (a, b):
         if s.record and s.record.state != "finished":

@@ -1,4 +1,4 @@
-"""What lies in a folder of runs: one record for each, whatever state it is in. Reads only, and executes nothing."""
+"""One record for each run in a folder, whatever state it is in. Only reads files; executes nothing."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -16,60 +16,62 @@ from gptjax.training.checkpoint import listing
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run import EXPERIMENT, METRICS, PROVENANCE, RESULT, Run, open_run
 
-State = Literal["finished", "running", "waiting", "stopped", "failed", "cancelled", "missing", "damaged", "imported"]
-MARKS = (EXPERIMENT, PROVENANCE, METRICS, RESULT, lock.NAME)  # a folder with one of them is, or was, a run
-LARGEST = 1e300  # of a figure: whole numbers in JSON have no bound, and floats have
-SAMPLES = 1 << 20  # bytes: more of samples.txt than anybody reads
+RunState = Literal["finished", "running", "waiting", "stopped", "failed", "cancelled", "missing", "damaged", "imported"]
+MARKS = (EXPERIMENT, PROVENANCE, METRICS, RESULT, lock.NAME)  # a folder with one of these files is or was a run
+MAX_NUMBER = 1e300  # integers in JSON have no bound, and floats do
+MAX_SAMPLES = 1 << 20  # bytes of samples.txt
 
 
 @dataclass(frozen=True)
-class Record:
-    """A run as it stands in its folder."""
+class RunRecord:
+    """The state of a run, read from its folder."""
 
-    name: str  # how the reader calls it: the trial, or the path below the folder that was asked about
+    name: str  # the trial's name, or the path below the listed folder
     folder: Path
-    state: State
-    why: str = ""  # of a run that is not finished, in a line
-    step: int = 0  # the last that its files tell of
-    experiment: Experiment | None = None  # None where there is none that can be read
-    figures: Mapping[str, float] = field(default_factory=dict)  # every finite number of result.json, by dotted name
-    diverged: frozenset[str] = frozenset()  # figures that were not finite when it ended
+    state: RunState
+    why: str = ""  # one line about a run that is not finished
+    step: int = 0  # the last one in its files
+    experiment: Experiment | None = None  # None if it cannot be read
+    final_metrics: Mapping[str, float] = field(
+        default_factory=dict
+    )  # the finite numbers of result.json, by dotted name
+    diverged: frozenset[str] = frozenset()  # the final metrics that are not finite
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def started(self) -> str:
-        """When, in UTC."""
+        """The start time in UTC."""
         return str(self.provenance.get("started", ""))[:16].replace("T", " ")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of its metrics.jsonl; none where they cannot be read, of which `state` and `why` tell."""
+        """The lines of its metrics.jsonl; empty if they cannot be read (then `state` is `damaged`)."""
         try:
             return _metrics(self.folder)
         except (GptjaxError, OSError):
             return []
 
     def samples(self) -> str:
-        """What it wrote at its end; empty where there is nothing."""
+        """The samples written at the end of training; empty if there are none."""
         try:
-            return read_text(self.folder / "samples.txt", SAMPLES).strip("\n")
+            return read_text(self.folder / "samples.txt", MAX_SAMPLES).strip("\n")
         except (GptjaxError, OSError):
             return ""
 
 
-def look(folder: Path, name: str = "") -> Record:
-    """The record of a folder; `missing` where there is none, `damaged` where it cannot be read as a run."""
-    blank = Record(name or folder.name, folder, "damaged")
+def inspect_run(folder: Path, name: str = "") -> RunRecord:
+    """The record of a run folder: `missing` if there is no folder, `damaged` if it cannot be read as a run."""
+    blank = RunRecord(name or folder.name, folder, "damaged")
     try:
         if not folder.exists():
-            return replace(blank, state="missing", why="has not begun")
+            return replace(blank, state="missing", why="has not started")
         if (who := lock.holder(folder)) and not (folder / EXPERIMENT).exists():
-            return replace(blank, state="running", why=f"{who} begins here")
+            return replace(blank, state="running", why=f"{who} is starting here")
         run = open_run(folder)
         lines = _metrics(folder)
         step = max([x["step"] for x in lines] + [c.step for c in listing(run.checkpoints)], default=0)
         provenance = run.provenance()
-        seen = replace(blank, experiment=run.experiment, step=step, provenance=provenance)
-        return replace(seen, **_state(run, step, who, "imported" in provenance))
+        known = replace(blank, experiment=run.experiment, step=step, provenance=provenance)
+        return replace(known, **_state(run, step, who, "imported" in provenance))
     except (GptjaxError, OSError, ValueError, RecursionError) as e:
         return replace(blank, why=_one_line(e, folder))
 
@@ -79,46 +81,54 @@ def _state(run: Run, step: int, who: str | None, imported: bool) -> dict[str, An
     if who:
         return {"state": "running", "why": f"at step {step:,} of {steps:,}"}
     if (result := run.result()) is not None and not imported:
-        found = dict(numbers(result))
+        found = dict(finite_numbers(result))
         diverged = frozenset(
             name for name, value in result.items()
             if name.startswith("val_") and name not in found and not isinstance(value, dict)
         )  # fmt: skip
-        return {"state": "finished", "figures": found, "diverged": diverged, "step": int(found.get("steps", step))}
+        return {
+            "state": "finished",
+            "final_metrics": found,
+            "diverged": diverged,
+            "step": int(found.get("steps", step)),
+        }
     if imported:
-        return {"state": "imported", "why": "weights of another library", "figures": dict(numbers(result or {}))}
+        return {"state": "imported", "why": "imported weights", "final_metrics": dict(finite_numbers(result or {}))}
     return {"state": "stopped", "why": f"at step {step:,} of {steps:,}"}
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if path.is_file() and (size := path.stat().st_size) > LARGEST_TEXT:
-        raise RunError(f"{path}: has {size:,} bytes, more than the {LARGEST_TEXT:,} that are read")
+        raise RunError(f"{path}: has {size:,} bytes; at most {LARGEST_TEXT:,} are read")
     return [values for _, values in read_metrics(path)]
 
 
-def look_at_trial(trial: Trial) -> Record:
-    """The record of a sweep's trial; of one that has not ended, what the sweep or its last line tells of it besides."""
-    record = look(trial.folder, trial.name)
+def inspect_trial(trial: Trial) -> RunRecord:
+    """The record of a sweep's trial. For an unfinished one, `why` also uses the sweep's note and the trial's log."""
+    record = inspect_run(trial.folder, trial.name)
     if record.state in ("missing", "stopped"):
-        record = replace(record, **_what_happened(trial, record))
+        record = replace(record, **_unfinished_state(trial, record))
     return record if record.experiment else replace(record, experiment=trial.experiment)
 
 
-def _what_happened(trial: Trial, record: Record) -> dict[str, Any]:
+def _unfinished_state(trial: Trial, record: RunRecord) -> dict[str, Any]:
     try:
-        told = state_of(trial)
+        trial_state = state_of(trial)
     except (GptjaxError, OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}  # of a note that cannot be read
-    begun = record.state == "stopped" or trial.log.exists()
-    where = (record.why if record.state == "stopped" else "before its first step") if begun else record.why
-    if told.status in ("failed", "cancelled", "waiting"):
-        return {"state": told.status, "why": ": ".join(part for part in (where, " ".join(told.why.split())) if part)}
-    words = _last_words(trial.log)
-    return {"state": "stopped", "why": f"{where}; its last words: {words}" if words else where} if begun else {}
+        return {}  # the note cannot be read
+    started = record.state == "stopped" or trial.log.exists()
+    where = "before its first step" if started and record.state != "stopped" else record.why
+    if trial_state.status in ("failed", "cancelled", "waiting"):
+        reason = " ".join(trial_state.why.split())
+        return {"state": trial_state.status, "why": ": ".join(part for part in (where, reason) if part)}
+    if not started:
+        return {}
+    last_line = _last_line(trial.log)
+    return {"state": "stopped", "why": f"{where}; last line of its log: {last_line}" if last_line else where}
 
 
-def _last_words(log: Path) -> str:
+def _last_line(log: Path) -> str:
     try:
         with log.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
@@ -128,27 +138,27 @@ def _last_words(log: Path) -> str:
     return next((" ".join(line.split())[-300:] for line in reversed(lines) if line.strip()), "")
 
 
-def find(folder: Path) -> list[Record]:
-    """Every run below a folder, those of sweeps that have not begun among them. Raises `RunError` where it is none."""
+def find_runs(folder: Path) -> list[RunRecord]:
+    """Every run below a folder, including trials that have not started. Raises `RunError` if it is not a folder."""
     if not folder.is_dir():
         why = "is a file" if folder.exists() else "does not exist"
-        raise RunError(f"{folder}: {why}; name a folder of runs, for instance the one that gptjax train makes, runs")
-    found: dict[Path, Record] = {}
+        raise RunError(f"{folder}: {why}; name a folder of runs, for instance runs, which gptjax train creates")
+    found: dict[Path, RunRecord] = {}
     for path in _candidates(folder):
         if (path / SWEEP).exists():
             try:
                 trials = read_sweep(path)
             except (GptjaxError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-                found[path] = Record(_below(path, folder), path, "damaged", _one_line(e, path))
+                found[path] = RunRecord(_relative_name(path, folder), path, "damaged", _one_line(e, path))
             else:
-                found |= {t.folder: replace(look_at_trial(t), name=_below(t.folder, folder)) for t in trials}
+                found |= {t.folder: replace(inspect_trial(t), name=_relative_name(t.folder, folder)) for t in trials}
         elif path not in found:
-            found[path] = look(path, _below(path, folder))
+            found[path] = inspect_run(path, _relative_name(path, folder))
     return list(found.values())
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Folders that hold a sweep or a run, in order; links are not followed further down."""
+    """The folders that hold a sweep or a run, in order. Links are not followed further down."""
     for root, folders, files in os.walk(folder):
         is_run = any(mark in files for mark in MARKS) or "checkpoints" in folders
         if is_run or SWEEP in files:
@@ -159,19 +169,21 @@ def _candidates(folder: Path) -> Iterator[Path]:
         )
 
 
-def numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers among JSON values by their dotted names."""
+def finite_numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The finite numbers among JSON values, by dotted name."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from numbers(value, f"{prefix}{name}.")
-        elif type(value) in (int, float) and abs(value) < LARGEST and prefix + name != "format":
-            yield prefix + name, value  # NaN is not below anything
+            yield from finite_numbers(value, f"{prefix}{name}.")
+        elif type(value) in (int, float) and abs(value) < MAX_NUMBER and prefix + name != "format":
+            yield prefix + name, value  # NaN fails this comparison
 
 
-def _below(path: Path, folder: Path) -> str:
+def _relative_name(path: Path, folder: Path) -> str:
     return path.name if path == folder else str(path.relative_to(folder))
 
 
 def _one_line(e: Exception, folder: Path) -> str:
-    told = f"{Path(str(e.filename)).name}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-    return " ".join(told.replace(f"{folder}/", "").replace(f"{folder}: ", "").split())[:300]
+    text = str(e)
+    if isinstance(e, OSError) and e.filename:
+        text = f"{Path(str(e.filename)).name}: {e.strerror}"
+    return " ".join(text.replace(f"{folder}/", "").replace(f"{folder}: ", "").split())[:300]

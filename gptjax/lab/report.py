@@ -1,4 +1,4 @@
-"""Pictures of runs. The only file that needs matplotlib."""
+"""Plots of runs. The only file that needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +9,14 @@ import numpy as np
 from gptjax.errors import GptjaxError
 from gptjax.lab.comparison import Comparison
 from gptjax.lab.curves import Curves, curves, limits, smooth
+from gptjax.lab.text_report import loss_unit
 from gptjax.training.run import Run
 
 COLORS = ("#1f4e8c", "#c8541b", "#3f7d4f", "#7a4f9a", "#b98500", "#c73f7f", "#557a12", "#54606e")
 
 
 def plot_loss(run: Run) -> Path | None:
-    """Draws the training and validation loss into RUN/loss.png; None where matplotlib is not installed."""
+    """Plots the training and validation loss into RUN/loss.png; None if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -29,13 +30,13 @@ def plot_loss(run: Run) -> Path | None:
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(*train.T, color="#9db7d5", linewidth=0.8, label="training, this step")
+    axes.plot(*train.T, color="#9db7d5", linewidth=0.8, label="training, each step")
     axes.plot(train[:, 0], smooth(train[:, 1]), color="#1f4e8c", linewidth=1.6, label="training, smoothed")
     if len(val):
-        axes.plot(*val.T, color="#c8541b", linewidth=1.6, marker="o", markersize=3.5, label="validation, whole split")
+        axes.plot(*val.T, color="#c8541b", linewidth=1.6, marker="o", markersize=3.5, label="validation")
         axes.annotate(f"{val[-1, 1]:.4f}", val[-1], (4, 6), textcoords="offset points", color="#c8541b", fontsize=9)
     unit = "label" if run.experiment.model.num_classes else "token"
-    axes.set(xlabel="step", ylabel=f"loss (nats a {unit})", title=run.experiment.name)
+    axes.set(xlabel="step", ylabel=f"loss (nats/{unit})", title=run.experiment.name)
     axes.margins(x=0.06)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -46,17 +47,17 @@ def plot_loss(run: Run) -> Path | None:
 
 
 def check_can_plot(path: Path) -> None:
-    """Raises where a picture that was asked for could not be drawn or written."""
+    """Raises `GptjaxError` if a plot could not be drawn or written."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise GptjaxError(f"{path}: needs matplotlib, which is not installed; pip install 'gptjax[report]'") from None
     if path.suffix != ".png" or not path.parent.is_dir():
-        raise GptjaxError(f"{path}: must end in .png and lie in a folder that exists")
+        raise GptjaxError(f"{path}: must end in .png, in a folder that exists")
 
 
 def plot_by_position(bins: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws the loss by the number of tokens seen, with its standard error; `bins` of `scoring.Totals.by_position`."""
+    """Plots the loss by position, with its standard error; `bins` as from `scoring.LossTotals.by_position`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -64,15 +65,15 @@ def plot_by_position(bins: Sequence[Mapping[str, Any]], path: Path, title: str) 
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    places = [(b["from"] * b["to"]) ** 0.5 for b in bins]  # the middle of a bin on a logarithmic axis
+    centres = [(b["from"] * b["to"]) ** 0.5 for b in bins]  # the middle of a bin on a logarithmic axis
     errors = [b["error"] or 0.0 for b in bins]
-    axes.errorbar(places, [b["loss"] for b in bins], errors, color="#1f4e8c", linewidth=1.6, marker="o", markersize=3.5,
-                  capsize=2.5, elinewidth=1, label="mean and its standard error")  # fmt: skip
+    axes.errorbar(centres, [b["loss"] for b in bins], errors, color="#1f4e8c", linewidth=1.6, marker="o",
+                  markersize=3.5, capsize=2.5, elinewidth=1, label="mean and its standard error")  # fmt: skip
     axes.set_xscale("log", base=2)
-    axes.set_xticks(places, [str(b["to"]) if b["from"] == b["to"] else f"{b['from']}-{b['to']}" for b in bins])
+    axes.set_xticks(centres, [str(b["to"]) if b["from"] == b["to"] else f"{b['from']}-{b['to']}" for b in bins])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelsize=7.5)
-    axes.set(xlabel="tokens seen before", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="position (tokens of context)", ylabel="loss (nats/token)", title=title)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -82,7 +83,7 @@ def plot_by_position(bins: Sequence[Mapping[str, Any]], path: Path, title: str) 
 def plot_by_distance(
     distances: Sequence[int], curves: Mapping[str, np.ndarray], context: int, chance: float, path: Path
 ) -> None:
-    """Draws shares by distance in tokens: of each name a value, low and high, [3, distances], as a curve in a band."""
+    """Plots accuracy by distance in tokens: for each name a curve with a band; [3, distances] are value, low, high."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -95,15 +96,13 @@ def plot_by_distance(
         axes.fill_between(distances, low, high, color=color, alpha=0.18, linewidth=0)
         axes.plot(distances, value, color=color, linewidth=1.6, marker="o", markersize=3.5, label=name)
     axes.axvline(context, color="#888888", linewidth=0.8)
-    axes.annotate(
-        "context in training", (context, 0.02), (4, 0), textcoords="offset points", color="#666666", fontsize=8
-    )
+    axes.annotate("training context", (context, 0.02), (4, 0), textcoords="offset points", color="#666666", fontsize=8)
     axes.axhline(chance, color="#888888", linewidth=0.8, linestyle=":", label="chance")
     axes.set_xscale("log", base=2)
     axes.set_xticks(distances, [str(d) for d in distances])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelsize=7.5)
-    axes.set(xlabel="tokens between fact and answer", ylabel="right answers", ylim=(0, 1.03))
+    axes.set(xlabel="tokens between fact and answer", ylabel="accuracy", ylim=(0, 1.03))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left")
@@ -111,9 +110,9 @@ def plot_by_distance(
 
 
 def plot_scaling(prediction: Mapping[str, Any], score: Mapping[str, Any] | None, path: Path) -> Path | None:
-    """Draws small runs, the law through them, its band and what was predicted; once there is one, the large run.
+    """Plots the small runs, the fitted law with its band, the prediction and, if it is done, the large run.
 
-    `prediction` and `score` as in prediction.json and score.json of `scaling`; None where matplotlib is not installed.
+    `prediction` and `score` as in prediction.json and score.json of `scaling`. None if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -126,7 +125,8 @@ def plot_scaling(prediction: Mapping[str, Any], score: Mapping[str, Any] | None,
     axes = figure.add_subplot()
     law, band, large = prediction["law"], prediction["band"], prediction["large"]
     a, b, c, unit = law["a"][0], law["b"][0], law["c"], law["unit"][0]
-    compute, percent = np.array(band["flops"]), f"{prediction['confidence']:.0%}"
+    compute = np.array(band["flops"])
+    percent = f"{prediction['confidence']:.0%} interval"
     low, high = prediction["interval"]
     axes.fill_between(compute, band["low"], band["high"], color=COLORS[0], alpha=0.15, linewidth=0, label=percent)
     axes.plot(compute, a * (compute / unit) ** b + c, color=COLORS[0], linewidth=1.6,
@@ -135,11 +135,11 @@ def plot_scaling(prediction: Mapping[str, Any], score: Mapping[str, Any] | None,
     axes.plot(*runs.T, "o", color=COLORS[0], markersize=5, label="small runs")
     error = [[prediction["loss"] - low], [high - prediction["loss"]]]
     axes.errorbar([large["flops"]], [prediction["loss"]], error, fmt="o", markerfacecolor="white", color=COLORS[0],
-                  markersize=6, capsize=3, label=f"registered {prediction['registered'][:16]}, {percent}")  # fmt: skip
+                  markersize=6, capsize=3, label=f"prediction, registered {prediction['registered'][:16]}")  # fmt: skip
     if score:
         axes.plot(large["flops"], score["loss"], "*", color=COLORS[1], markersize=12, zorder=3,
-                  label=f"the large run: {score['loss']:.4f} ({score['relative_error']:+.2%})")  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="compute (FLOPs of training)", ylabel="validation loss (nats a token)",
+                  label=f"large run: {score['loss']:.4f} ({score['relative_error']:+.2%})")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)", ylabel="validation loss (nats/token)",
              title=large["name"])  # fmt: skip
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -152,7 +152,7 @@ def plot_scaling(prediction: Mapping[str, Any], score: Mapping[str, Any] | None,
 
 
 def plot_comparison(c: Comparison, path: Path, title: str) -> None:
-    """Draws the loss curves of all variants, and the differences with their intervals, into a PNG."""
+    """Plots the loss curves of all variants, and the differences with their intervals, into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -163,19 +163,23 @@ def plot_comparison(c: Comparison, path: Path, title: str) -> None:
     panels = figure.subplots(1, 3 if compared else 2)
     for axes, (key, name) in zip(panels, (("loss", "training loss, smoothed"), ("val_loss", "validation loss")),
                                  strict=False):  # fmt: skip
-        _draw_curves(axes, [(row.variant.name, curves(row.variant, key)) for row in c.rows])
-        axes.set(xlabel="step", title=name)
+        _draw_curves(axes, [(row.variant.label, curves(row.variant, key)) for row in c.rows])
+        axes.set(xlabel="step", ylabel=loss_unit(c), title=name)
     panels[0].legend(frameon=False, fontsize=8)
     if compared:
         axes = panels[2]
         for i, row in compared:
             d = row.difference
             assert d is not None
-            reach = None if np.isnan(d.low) else [[d.value - d.low], [d.high - d.value]]
-            axes.errorbar([d.value], [-i], xerr=reach, color=COLORS[i % len(COLORS)], marker="o", capsize=3)
+            error = None if np.isnan(d.low) else [[d.value - d.low], [d.high - d.value]]
+            axes.errorbar([d.value], [-i], xerr=error, color=COLORS[i % len(COLORS)], marker="o", capsize=3)
         axes.axvline(0, color="#888888", linewidth=0.8, linestyle=":")
-        axes.set_yticks([-i for i, _ in compared], [f"{row.variant.name}\n{row.verdict.word}" for _, row in compared])
-        axes.set(title=f"{c.metric} less that of {c.baseline}", ylim=(-compared[-1][0] - 0.6, -compared[0][0] + 0.6))
+        axes.set_yticks(
+            [-i for i, _ in compared], [f"{row.variant.label}\n{row.verdict.outcome}" for _, row in compared]
+        )
+        axes.set(
+            title=f"{c.metric}: difference from {c.baseline}", ylim=(-compared[-1][0] - 0.6, -compared[0][0] + 0.6)
+        )
     for axes in panels:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -183,15 +187,17 @@ def plot_comparison(c: Comparison, path: Path, title: str) -> None:
 
 
 def _draw_curves(axes: Any, named: Sequence[tuple[str, Curves]]) -> None:
-    """Means in bands; runs that have not finished are dotted."""
+    """Means with bands; unfinished runs are dotted."""
     shown = []
-    for number, (name, of_it) in enumerate(named):
+    for number, (name, group) in enumerate(named):
         color = COLORS[number % len(COLORS)]
-        if (c := of_it.whole) is not None:
+        c = group.finished
+        if c is not None:
+            shown.append(c)
             axes.fill_between(c.steps, c.low, c.high, color=color, alpha=0.18, linewidth=0)
             axes.plot(c.steps, c.mean, color=color, linewidth=1.6, label=name)
-        for part in of_it.parts:
+        for part in group.unfinished:
             axes.plot(part.steps, part.mean, color=color, linewidth=1, linestyle=":")
-        shown += [*([c] if c else []), *of_it.parts]
+            shown.append(part)
     if shown:
         axes.set_ylim(limits(shown))

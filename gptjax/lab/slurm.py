@@ -1,4 +1,4 @@
-"""Trials as jobs of a Slurm cluster, through submitit. The only file that needs it."""
+"""Trials as jobs of a Slurm cluster, through submitit. The only file that needs submitit."""
 
 import contextlib
 import os
@@ -13,42 +13,44 @@ from types import FrameType
 from typing import Any
 
 from gptjax.errors import EXIT_FAILED, EXIT_INTERRUPTED, GptjaxError
-from gptjax.lab.progress import note, note_end, noted
+from gptjax.lab.progress import read_note, write_end_note, write_note
 from gptjax.lab.trials import Trial
 
-ASK_SECONDS = 2.0  # between two questions to the cluster
-SAVE_SECONDS = 120  # from the warning that a job's time is over to its end
-ANSWER_SECONDS = 30  # after which a cluster that was asked something is taken not to answer
-SEEN_SECONDS = 60  # until what a node wrote last is seen by others: network file systems remember what was there before
-UNKNOWN = "UNKNOWN"  # of a job that the cluster has forgotten
-CUT_OFF = ("CANCELLED", "TIMEOUT", "PREEMPTED", UNKNOWN)  # states of a job whose trial may go on where it was
-OVER = ("COMPLETED", "FAILED", "BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "REVOKED", *CUT_OFF)
+QUERY_SECONDS = 2.0  # between two queries of the queue
+SAVE_SECONDS = 120  # from Slurm's warning to the end of a job's time
+COMMAND_TIMEOUT = 30  # seconds after which the cluster counts as unreachable
+VISIBLE_SECONDS = 60  # until other nodes see what a node wrote last: network file systems cache
+UNKNOWN = "UNKNOWN"  # the state of a job that the cluster no longer knows
+INTERRUPTED = ("CANCELLED", "TIMEOUT", "PREEMPTED", UNKNOWN)  # states of a job whose trial can be resumed
+OVER = ("COMPLETED", "FAILED", "BOOT_FAIL", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "REVOKED", *INTERRUPTED)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a trial asks the cluster for; None: what the cluster gives by itself."""
+    """The resources requested for each trial; None: the cluster's default."""
 
-    partition: str | None = None  # where it queues
-    minutes: int = 60  # after which it is told to save; the same command goes on with it
-    gpus: int | None = None  # on its node
-    cpus: int | None = None  # cores
-    memory_gb: int | None = None  # of its node
-    parallel: int = 256  # jobs of the sweep that may run at once
+    partition: str | None = None  # Slurm partition
+    minutes: int = 60  # time limit of a job, after which it saves; the same command resumes it
+    gpus: int | None = None  # GPUs per trial
+    cpus: int | None = None  # CPU cores per trial
+    memory_gb: int | None = None  # memory per node
+    parallel: int = 256  # jobs of the sweep that run at the same time, at most
 
     def check(self) -> None:
-        """Raises `GptjaxError` for what no job can have."""
-        if self.minutes <= (save := SAVE_SECONDS // 60):
+        """Raises `GptjaxError` for values that no job can have."""
+        save_minutes = SAVE_SECONDS // 60
+        if self.minutes <= save_minutes:
             raise GptjaxError(
-                f"--slurm.minutes {self.minutes}: a job saves {save} minutes before its end; it needs more"
+                f"--slurm.minutes {self.minutes}: must be more than {save_minutes}: a job saves {save_minutes} minutes "
+                "before its end"
             )
         given = {"gpus": self.gpus, "cpus": self.cpus, "memory-gb": self.memory_gb, "parallel": self.parallel}
         if low := [f"--slurm.{name}" for name, value in given.items() if value is not None and value < 1]:
-            raise GptjaxError(f"{', '.join(low)}: must be 1 or more")
+            raise GptjaxError(f"{', '.join(low)}: must be at least 1")
 
     def parameters(self) -> dict[str, Any]:
-        """In submitit's words."""
-        told = {
+        """The arguments of submitit."""
+        values = {
             "timeout_min": self.minutes,
             "slurm_partition": self.partition,
             "gpus_per_node": self.gpus,
@@ -58,162 +60,173 @@ class Resources:
             "slurm_signal_delay_s": SAVE_SECONDS,
             "stderr_to_stdout": True,
         }
-        return {name: value for name, value in told.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def train_here(trial: Trial) -> int:
-    """Trains a trial in this process's job, and notes how that ended. Runs on a node of the cluster."""
-    began, job = time.monotonic(), _job_id()
-    note(trial, "started", job=job)
+    """Trains a trial in the job of this process and writes its note. Runs on a node of the cluster."""
+    started = time.monotonic()
+    job = _job_id()
+    write_note(trial, "started", job=job)
     with trial.log.open("ab") as log:
         process = subprocess.Popen(
             trial.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            # Slurm warns every process of a job; only we are to hear it, and ask training to save
+            # Slurm signals every process of a job; only this process handles it, and makes training save
             preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
         )  # fmt: skip
 
     def save(number: int, frame: FrameType | None) -> None:
         process.terminate()
 
-    signal.signal(signal.SIGUSR2, save)  # in the place of submitit's own, which would start the job anew
+    signal.signal(signal.SIGUSR2, save)  # replaces submitit's handler, which would requeue the job
     code = process.wait()
-    note_end(trial, code, job=job, seconds=round(time.monotonic() - began, 1))
+    write_end_note(trial, code, job=job, seconds=round(time.monotonic() - started, 1))
     return code
 
 
 def _job_id() -> str:
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 class SlurmJob:
-    """A trial in the queue or on a node."""
+    """A trial that is queued or running."""
 
     def __init__(self, trial: Trial, job: str, cluster: "Slurm"):
-        self.trial, self.job, self._cluster = trial, job, cluster
-        self._told: bool | None = None  # whether the cluster knows that it is to end; None: it is not to
-        self._completed: float | None = None  # when that was first heard of
+        self.trial = trial
+        self.job = job
+        self._cluster = cluster
+        self._cancelled: bool | None = None  # whether the cluster received our cancellation; None: not requested
+        self._completed: float | None = None  # when the cluster first reported the job as completed
 
     def poll(self) -> int | None:
-        """The exit code; None while the job is alive. Notes what the cluster knows and the trial could not tell."""
+        """The exit code; None while the job is alive. Writes a note if the trial could not write one itself."""
         state = self._cluster.state(self.job)
         if not state.startswith(OVER):
-            if self._told is False:
+            if self._cancelled is False:
                 self.kill()
             return None
-        last = noted(self.trial)
+        last = read_note(self.trial)
         if last.get("job") != self.job:
-            return EXIT_INTERRUPTED  # another command has begun anew with the trial
-        if state.startswith("CANCELLED") and self._told is None:
-            note(self.trial, "cancelled", job=self.job, why="cancelled on the cluster (scancel)")
+            return EXIT_INTERRUPTED  # another command has started the trial again
+        if state.startswith("CANCELLED") and self._cancelled is None:
+            write_note(self.trial, "cancelled", job=self.job, why="cancelled on the cluster (scancel)")
             return EXIT_INTERRUPTED
         if last["event"] == "cancelled":
             return EXIT_INTERRUPTED
         if last["event"] == "ended":
             return int(last["code"])
+        why = ""
         if state.startswith("COMPLETED"):
             self._completed = self._completed or time.monotonic()
-            if time.monotonic() - self._completed < SEEN_SECONDS:
+            if time.monotonic() - self._completed < VISIBLE_SECONDS:
                 return None
-            code, why = 0, ""
-        elif state.startswith(CUT_OFF):
-            code, why = EXIT_INTERRUPTED, ""
+            code = 0
+        elif state.startswith(INTERRUPTED):
+            code = EXIT_INTERRUPTED
         else:
-            code, why = EXIT_FAILED, f"job {self.job}: {state}; see {self._cluster.logs}/{self.job}_0_log.out"
-        note_end(self.trial, code, job=self.job, why=why)
+            code = EXIT_FAILED
+            why = f"job {self.job}: {state}; see {self._cluster.logs}/{self.job}_0_log.out"
+        write_end_note(self.trial, code, job=self.job, why=why)
         return code
 
     def stop(self) -> None:
-        """Tells the job to save and stop, and takes it out of the queue; again at every `poll` until that is heard."""
+        """Cancels the job, which makes it save; `poll` repeats this until the cluster has received it."""
         self.kill()
 
     def kill(self) -> None:
-        """As `stop`: the cluster ends what does not end by itself."""
-        self._told = self._cluster.cancel(self.job)
+        """Like `stop`: the cluster kills a job that does not end."""
+        self._cancelled = self._cluster.cancel(self.job)
 
 
 class Slurm:
-    """Submits all trials at once as an array, and finds those again that are in the queue already."""
+    """Submits all trials as one job array, and finds jobs of an earlier command again."""
 
     def __init__(self, folder: Path, resources: Resources):
         try:
             import submitit
         except ImportError:
             raise GptjaxError(
-                "--on slurm: needs submitit, which is not installed; pip install 'gptjax[slurm]'"
+                "--executor slurm: needs submitit, which is not installed; pip install 'gptjax[slurm]'"
             ) from None
         if shutil.which("sinfo") is None:
-            raise GptjaxError("--on slurm: there is no Slurm here (no sinfo); run it on a cluster's login node")
-        self.logs = folder.absolute() / "slurm"  # what jobs print before and beside their trials
+            raise GptjaxError("--executor slurm: this machine has no Slurm (no sinfo); use a login node of a cluster")
+        self.logs = folder.absolute() / "slurm"  # the output of jobs outside their trials
         self._executor = submitit.AutoExecutor(folder=str(self.logs), cluster="slurm")
         self._executor.update_parameters(name=folder.absolute().name, **resources.parameters())
         self._states: dict[str, str] = {}
-        self._asked, self._answers = -ASK_SECONDS, False
+        self._last_query = -QUERY_SECONDS
+        self._reachable = False
 
     def adopt(self, trials: Sequence[Trial]) -> dict[str, SlurmJob]:
-        """The jobs that are in the queue or running."""
-        noted_jobs = {trial: noted(trial) for trial in trials}
-        known = {t.name: SlurmJob(t, last["job"], self) for t, last in noted_jobs.items()
+        """The jobs of an earlier command that are queued or running."""
+        notes = {trial: read_note(trial) for trial in trials}
+        known = {t.name: SlurmJob(t, last["job"], self) for t, last in notes.items()
                  if last.get("event") in ("submitted", "started") and "job" in last}  # fmt: skip
         return {name: job for name, job in known.items() if job.poll() is None}
 
     def start(self, trials: Sequence[Trial], measured: Mapping[str, int]) -> dict[str, SlurmJob]:
-        """A job for each trial."""
+        """Submits a job for each trial."""
         if not trials:
             return {}
         try:
-            with _ctrl_c_later():
+            with _block_ctrl_c():
                 jobs = self._executor.map_array(train_here, list(trials))
-        except Exception as e:  # submitit passes on whatever sbatch says
-            raise GptjaxError(f"--on slurm: sbatch refused the trials: {e}") from None
+        except Exception as e:  # submitit raises whatever sbatch reports
+            raise GptjaxError(f"--executor slurm: sbatch refused the trials: {e}") from None
         for trial, job in zip(trials, jobs, strict=True):
-            if noted(trial).get("job") != job.job_id:  # else it has begun already
-                note(trial, "submitted", job=job.job_id)
+            if read_note(trial).get("job") != job.job_id:  # else it has already started
+                write_note(trial, "submitted", job=job.job_id)
         return {trial.name: SlurmJob(trial, job.job_id, self) for trial, job in zip(trials, jobs, strict=True)}
 
     def state(self, job: str) -> str:
-        """What the cluster says of a job: RUNNING, COMPLETED, CANCELLED, …; UNKNOWN where it has forgotten it.
+        """Slurm's state of a job: RUNNING, COMPLETED, CANCELLED, ...; UNKNOWN if the cluster no longer knows it.
 
-        While it does not answer, what is not known to be over is taken to be alive.
+        While the cluster is unreachable, a job that is not known to be over counts as alive.
         """
-        if time.monotonic() - self._asked >= ASK_SECONDS:
-            told = _ask("squeue", "--noheader", "--array", "--me", "--format=%i %T")
-            self._asked, self._answers = time.monotonic(), told is not None and told.returncode == 0
-            if told and self._answers:
-                self._states = dict(line.split(maxsplit=1) for line in told.stdout.splitlines() if " " in line)
-        known = self._states.get(job)
-        return known or (self._state_of_the_past(job) if self._answers else "PENDING")
+        if time.monotonic() - self._last_query >= QUERY_SECONDS:
+            done = _run("squeue", "--noheader", "--array", "--me", "--format=%i %T")
+            self._last_query = time.monotonic()
+            self._reachable = done is not None and done.returncode == 0
+            if done and self._reachable:
+                self._states = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line)
+        if job in self._states:
+            return self._states[job]
+        return self._past_state(job) if self._reachable else "PENDING"
 
     def cancel(self, job: str) -> bool:
-        """Whether the cluster has heard that a job is to end. One that does not answer is not asked for every job."""
-        if not self._answers:
+        """Cancels a job; returns whether the cluster received it. An unreachable cluster is not asked for every job."""
+        if not self._reachable:
             return False
-        told = _ask("scancel", job)
-        self._answers = told is not None
-        return told is not None and told.returncode == 0
+        done = _run("scancel", job)
+        self._reachable = done is not None
+        return done is not None and done.returncode == 0
 
-    def _state_of_the_past(self, job: str) -> str:
-        told = _ask("scontrol", "show", "job", job, "--oneliner")
-        if told and told.returncode == 0:
-            return next(
-                (w.removeprefix("JobState=") for w in told.stdout.split() if w.startswith("JobState=")), UNKNOWN
-            )
-        if told is None or not any(words in told.stdout + told.stderr for words in ("Invalid job id", "not found")):
+    def _past_state(self, job: str) -> str:
+        """The state of a job that is not in the queue."""
+        done = _run("scontrol", "show", "job", job, "--oneliner")
+        if done and done.returncode == 0:
+            words = done.stdout.split()
+            return next((w.removeprefix("JobState=") for w in words if w.startswith("JobState=")), UNKNOWN)
+        if done is None or not any(text in done.stdout + done.stderr for text in ("Invalid job id", "not found")):
             return "PENDING"
-        kept = _ask("sacct", "-nXPo", "State", "-j", job)
-        return next(iter(kept.stdout.split()), UNKNOWN) if kept and kept.returncode == 0 else UNKNOWN
+        accounting = _run("sacct", "-nXPo", "State", "-j", job)
+        if accounting is None or accounting.returncode != 0:
+            return UNKNOWN
+        return next(iter(accounting.stdout.split()), UNKNOWN)
 
 
-def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
-    """How a command of Slurm ended, and what it printed; None where it is not there or does not answer."""
+def _run(*command: str) -> subprocess.CompletedProcess[str] | None:
+    """Runs a command of Slurm; None if it does not exist or does not answer."""
     with contextlib.suppress(FileNotFoundError, subprocess.TimeoutExpired):
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT)
     return None
 
 
 @contextlib.contextmanager
-def _ctrl_c_later() -> Iterator[None]:
-    """A terminal tells Ctrl-C to every program it runs; one that is started in here does not hear it, and we later."""
+def _block_ctrl_c() -> Iterator[None]:
+    """Delays Ctrl-C. A terminal sends it to every process; processes started in this context do not receive it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -14,9 +14,9 @@ from gptjax.model.chunks import limit_for_backend, map_in_chunks, num_chunks, re
 from gptjax.model.weights import declare
 from gptjax.sharding import constrain, largest_divisor, num_batch_devices
 
-BLOCKS, LEAST_BLOCK = 4, 128  # four save 3 of 8 scores; blocks of fewer than 128 queries cost more than they save
-SCORES, SCORES_ON_GPU = 1 << 24, 1 << 28  # float32: 64 MB and 1 GB
-DROPPED_ROWS = 8  # that parts are made for where there is dropout, so that any devices make, and drop, the same
+MAX_BLOCKS, MIN_BLOCK = 4, 128  # four save 3 of 8 scores; blocks of fewer than 128 queries cost more than they save
+MAX_SCORES, MAX_SCORES_ON_GPU = 1 << 24, 1 << 28  # float32: 64 MB and 1 GB
+DROPOUT_ROWS = 8  # that parts are made for where there is dropout, so that any devices make, and drop, the same
 
 
 class KVCache(NamedTuple):
@@ -31,7 +31,7 @@ class CacheView(NamedTuple):
 
     layer: KVCache
     slots: Array  # int32 [B, Q]: the slot of each new token; one beyond the last is not kept
-    empty: bool = False  # nothing has been read yet, so that the new tokens see each other only
+    prefill: bool = False  # nothing has been read yet, so that the new tokens see each other only
 
 
 def write(cache: Array, new: Array, slots: Array) -> Array:
@@ -61,7 +61,7 @@ def choose_kernel(
         return "xla", f"on {backend}"
     head_dim, capability = model.resolved().head_dim or 0, _capability()
     widest = 256 if capability >= (9, 0) else 128
-    masked = masked or model.window is not None or model.positions == "alibi"
+    masked = masked or model.sliding_window is not None or model.positions == "alibi"
     obstacles = [
         reason
         for obstacle, reason in [
@@ -123,22 +123,22 @@ class Attention(nn.Module):
         grown = None
         if cache is not None:
             grown = KVCache(*(write(*pair, cache.slots) for pair in zip(cache.layer, (key, value), strict=True)))
-            if not cache.empty:
+            if not cache.prefill:
                 key, value = (x.swapaxes(1, 2) for x in grown)
                 query = query.astype(key.dtype)
         mixed = self.attend(query, key, value, sight, cache)
-        y = matmul.project(mixed.astype(m.dtype), self.out, self.out_bias, 2)
+        y = matmul.linear(mixed.astype(m.dtype), self.out, self.out_bias, 2)
         return constrain(y, "batch", "length", "features"), grown
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries [B, Q, N, H], keys and values [B, Q, M, H], before any position is worked in."""
         m = self.config
-        query, key = matmul.project(x, self.query, self.query_bias), matmul.project(x, self.key, self.key_bias)
-        value = matmul.project(x, self.value, self.value_bias)
+        query, key = matmul.linear(x, self.query, self.query_bias), matmul.linear(x, self.key, self.key_bias)
+        value = matmul.linear(x, self.value, self.value_bias)
         if m.qk_norm:
             query = ops.rms_norm(query, self.query_scale, m.norm_epsilon)
             key = ops.rms_norm(key, self.key_scale, m.norm_epsilon)
-        if m.mup_width:  # scores are divided by head_dim, not by its root; 8: as usual where heads are 64 wide
+        if m.mup_base_width:  # scores are divided by head_dim, not by its root; 8: as usual where heads are 64 wide
             query = query * (8 / query.shape[-1] ** 0.5)
         return query, key, value
 
@@ -147,34 +147,34 @@ class Attention(nn.Module):
     ) -> Array:
         """Attention by the kernel that `choose_kernel` names.
 
-        For XLA, the queries of a text that is read whole are cut into `BLOCKS`, and no block meets keys that lie
+        For XLA, the queries of a text that is read whole are cut into `MAX_BLOCKS`, and no block meets keys that lie
         beyond what any query of it may see.
         """
         m, length = self.config, query.shape[1]
         masked = sight.query_segments is not None or sight.key_prefix is not None
-        learnt, decoding = length if cache is None else 0, cache is not None and not cache.empty
+        learnt, decoding = length if cache is None else 0, cache is not None and not cache.prefill
         if choose_kernel(m, jax.default_backend(), learnt, masked, decoding)[0] == "cudnn":
-            plain = m.window is None and not masked
+            plain = m.sliding_window is None and not masked
             bias = self.bias(sight)
             return jax.nn.dot_product_attention(
                 query,
                 key,
                 value,
                 bias=None if bias is None else bias.astype(query.dtype),
-                mask=None if plain else ops.visible(sight, m.causal, m.window),
+                mask=None if plain else ops.visible(sight, m.causal, m.sliding_window),
                 is_causal=plain and m.causal,
                 implementation="cudnn",
             )
         dropout_key = self.make_rng("dropout") if m.dropout and self.has_rng("dropout") else None
         if cache is not None or not m.causal or sight.key_prefix is not None:
             return self.by_parts(query, key, value, sight, 0, dropout_key)
-        blocks = largest_divisor(length, max(1, min(BLOCKS, length // LEAST_BLOCK)))
+        blocks = largest_divisor(length, max(1, min(MAX_BLOCKS, length // MIN_BLOCK)))
         size = length // blocks
         # cut with heads before tokens, as the products want them: else every block is turned by itself
         queries, keys, values = (jnp.split(x.swapaxes(1, 2), blocks, axis=2) for x in (query, key, value))
         mixed = []
         for i in range(blocks):
-            first = 0 if m.window is None else max(0, i * size - m.window + 1) // size
+            first = 0 if m.sliding_window is None else max(0, i * size - m.sliding_window + 1) // size
             part = sight.part(slice(i * size, (i + 1) * size), slice(first * size, (i + 1) * size))
             key, value = (jnp.concatenate(x[first : i + 1], axis=2).swapaxes(1, 2) for x in (keys, values))
             block = self.by_parts(queries[i].swapaxes(1, 2), key, value, part, i * size, dropout_key)
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         """Attention of queries, the first of which has that number in its text.
 
         Scores are made again for the gradient, as many of them take more memory than all the rest of a layer. At most
-        `SCORES` of them are made at once on a device: where there are more, those of some queries after the other
+        `MAX_SCORES` of them are made at once on a device: where there are more, those of some queries after the other
         (Rabe & Staats 2021). So memory grows linearly with the length of the text.
         """
         m = self.config
@@ -200,13 +200,13 @@ class Attention(nn.Module):
                 own = jax.random.fold_in(dropout_key, number[0, 0])
                 weights = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
                 factors = ops.dropout(jnp.ones(weights), own, m.dropout)
-            mask, bias = ops.visible(sees, m.causal, m.window), self.bias(sees)
+            mask, bias = ops.visible(sees, m.causal, m.sliding_window), self.bias(sees)
             cap = m.attention_softcap
             return ops.attention(query, key, value, mask=mask, bias=bias, cap=cap, factors=factors)
 
         rows, length, num_heads, _ = query.shape
-        at_once = rows / num_batch_devices() if dropout_key is None else DROPPED_ROWS
-        chunks = num_chunks(length, round(at_once * num_heads * key.shape[1]), limit_for_backend(SCORES, SCORES_ON_GPU))
+        at_once = rows / num_batch_devices() if dropout_key is None else DROPOUT_ROWS
+        chunks = num_chunks(length, round(at_once * num_heads * key.shape[1]), limit_for_backend(MAX_SCORES, MAX_SCORES_ON_GPU))
         number = first + jnp.arange(length)[None]
         part = (query, number, jnp.atleast_2d(sight.query_places), sight.query_segments)
         if chunks > 1:  # places are tied to queries, as else a scan over layers keeps the masks of all parts for later

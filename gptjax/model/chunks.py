@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-KEPT = 1 << 18  # float32: 1 MB, which is quicker kept than made again
+REMAT_THRESHOLD = 1 << 18  # float32: 1 MB, which is quicker kept than made again
 
 
 def remat_if_large(function: Callable[..., Any], numbers: float) -> Callable[..., Any]:
     """The function; where it makes so many numbers on a device that are not its result, again for the gradient."""
-    return jax.checkpoint(function) if numbers > KEPT else function
+    return jax.checkpoint(function) if numbers > REMAT_THRESHOLD else function
 
 
 def num_chunks(size: int, each: int, most: int) -> int:

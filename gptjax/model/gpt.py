@@ -19,7 +19,7 @@ from gptjax import config
 from gptjax.model import matmul, ops
 from gptjax.model.attention import CacheView, KVCache
 from gptjax.model.block import Block, Dropout, Norm
-from gptjax.model.weights import TABLE, Axes, AxisNamed, declare
+from gptjax.model.weights import TOKEN_EMBEDDING, Axes, AxisNamed, declare
 from gptjax.sharding import constrain
 
 REMAT_POLICIES = {
@@ -39,7 +39,7 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         m = self.config
         init = nn.initializers.normal(m.init_std)
-        self.tokens = declare(self, TABLE, ("vocab", "embed"), init)
+        self.tokens = declare(self, TOKEN_EMBEDDING, ("vocab", "embed"), init)
         if m.positions == "learned":
             self.positions = declare(self, "positions", ("positions", "embed"), init)
         for_tokens = m.num_classes == 0
@@ -53,19 +53,19 @@ class Embedding(nn.Module):
             self.transform_norm = Norm(m)
             self.head_bias = declare(self, "head_bias", ("vocab",), nn.initializers.zeros)
 
-    def encode(self, tokens: Array, positions: Array) -> Array:
+    def embed(self, tokens: Array, positions: Array) -> Array:
         """int32 tokens [B, Q] and positions [Q] or [B, Q] -> [B, Q, embed]."""
         m = self.config
         x = matmul.lookup(self.tokens, tokens).astype(m.dtype)
         x = x + self.positions[positions] if m.positions == "learned" else x
         return self.norm(x) if m.embedding_norm else x
 
-    def decode(self, x: Array) -> Array:
+    def unembed(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 logits [B, Q, vocab]."""
         m = self.config
         if m.head == "mlm":
-            x = self.transform_norm(ops.activate(m.ffn, matmul.project(x, self.transform, self.transform_bias)))
-        x = x / m.width_multiplier if m.mup_width else x
+            x = self.transform_norm(ops.activate(m.ffn, matmul.linear(x, self.transform, self.transform_bias)))
+        x = x / m.width_multiplier if m.mup_base_width else x
         logits = matmul.logits(x, self.tokens, self.head if not m.tie_embeddings else None)
         return logits + self.head_bias.astype(jnp.float32) if m.head == "mlm" else logits
 
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 logits [B, Q, classes]."""
-        return matmul.project(x.astype(jnp.float32) / self.config.width_multiplier, self.weight, self.bias)
+        return matmul.linear(x.astype(jnp.float32) / self.config.width_multiplier, self.weight, self.bias)
 
 
 class GPT(nn.Module):
@@ -126,9 +126,9 @@ class GPT(nn.Module):
         `positions` [B, L] counts within documents and `segments` [B, L] numbers them; None: one document a row.
         `prefix` bool [B, L]: tokens that those before them in their document see as well; None: none.
         """
-        return self.logits(self.read(tokens, positions, segments, prefix))
+        return self.logits(self.hidden_states(tokens, positions, segments, prefix))
 
-    def read(
+    def hidden_states(
         self,
         tokens: Array,
         positions: Array | None = None,
@@ -139,14 +139,14 @@ class GPT(nn.Module):
         places = jnp.arange(tokens.shape[1])
         positions = places if positions is None else positions
         m = self.config
-        x = constrain(self.dropout(self.embedding.encode(tokens, positions)), "batch", "length", "features")
+        x = constrain(self.dropout(self.embedding.embed(tokens, positions)), "batch", "length", "features")
         rope = ops.rope_table(m, positions) if m.positions == "rope" else None
         x, _ = self.blocks(x, rope, ops.AttentionMask(places, places, segments, segments, prefix))
         return self.final_norm(x) if m.norm_placement == "pre" else x
 
     def logits(self, x: Array) -> Array:
         """[B, Q, embed] -> float32 [B, Q, vocab or classes]."""
-        head, told = (self.classifier, "classes") if self.config.num_classes else (self.embedding.decode, "vocab")
+        head, told = (self.classifier, "classes") if self.config.num_classes else (self.embedding.unembed, "vocab")
         return constrain(ops.softcap(head(x), self.config.logit_softcap), "batch", "length", told)
 
 
@@ -172,8 +172,8 @@ def _declared(model: config.ModelConfig, key: Array) -> Params:
     return GPT(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def decode(
-    model: config.ModelConfig, params: Any, tokens: Array, places: Array, cache: Cache, empty: bool = False
+def decode_step(
+    model: config.ModelConfig, params: Any, tokens: Array, places: Array, cache: Cache, prefill: bool = False
 ) -> tuple[Array, Cache]:
     """Goes on with texts of any lengths: tokens [B, Q] that stand at places [B, Q] of theirs.
 
@@ -183,17 +183,17 @@ def decode(
     are the first tokens, however many, and they see each other only.
     """
     m, slots = model, cache[0].keys.shape[2]
-    x = Embedding(m).apply({"params": params["embedding"]}, tokens, jnp.maximum(places, 0), method="encode")
+    x = Embedding(m).apply({"params": params["embedding"]}, tokens, jnp.maximum(places, 0), method="embed")
     rope = ops.rope_table(m, places) if m.positions == "rope" else None
     last = places.max(1, keepdims=True)
     kept = (places >= 0) & (places > last - slots)
     barrier = (
         last - (last - jnp.arange(slots)) % slots
     )  # the place of the token in each slot: the last that belongs there
-    sight = ops.AttentionMask(places, places if empty else barrier)
+    sight = ops.AttentionMask(places, places if prefill else barrier)
     grown = []
     for layer, before in zip(params["blocks"], cache, strict=True):
-        given = CacheView(before, jnp.where(kept, places % slots, slots), empty)
+        given = CacheView(before, jnp.where(kept, places % slots, slots), prefill)
         x, after = cast(tuple[Array, KVCache], Block(m).apply({"params": layer}, x, rope, sight, given))
         grown.append(after)
     if m.norm_placement == "pre":
@@ -202,8 +202,8 @@ def decode(
 
 
 def unembed(model: config.ModelConfig, params: Any, x: Array) -> Array:
-    """What `decode` returned, [B, Q, embed] -> float32 logits [B, Q, vocab]."""
-    logits = Embedding(model).apply({"params": params["embedding"]}, x, method="decode")
+    """What `decode_step` returned, [B, Q, embed] -> float32 logits [B, Q, vocab]."""
+    logits = Embedding(model).apply({"params": params["embedding"]}, x, method="unembed")
     return ops.softcap(cast(Array, logits), model.logit_softcap)
 
 

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from gptjax import cpu
 
-WIDENED = 32  # multiplications for each number of the factors: with fewer, widening them costs more than it saves
+MIN_PRODUCTS_PER_ELEMENT = 32  # multiplications for each number of the factors: with fewer, widening them costs more than it saves
 
 
 class Int8(NamedTuple):
@@ -64,7 +64,7 @@ def _to_int8(rows: Array) -> tuple[Array, Array]:
     return jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
 
 
-def project(x: Array, weight: Matrix, bias: Array | None = None, num_inputs: int = 1) -> Array:
+def linear(x: Array, weight: Matrix, bias: Array | None = None, num_inputs: int = 1) -> Array:
     """[..., *in] times a weight [*in, *out], plus a bias [*out] -> [..., *out] in x's dtype.
 
     `num_inputs` is the number of axes in `in`. Sums are taken in float32, those of the bias and its gradient as well.
@@ -72,10 +72,10 @@ def project(x: Array, weight: Matrix, bias: Array | None = None, num_inputs: int
     2022).
     """
     if bias is not None:
-        return (project(x, weight, None, num_inputs).astype(jnp.float32) + bias).astype(x.dtype)
+        return (linear(x, weight, None, num_inputs).astype(jnp.float32) + bias).astype(x.dtype)
     if isinstance(weight, LowRank):
-        learnt = project(project(x, weight.down, None, num_inputs), weight.up)
-        return project(x, weight.weight, None, num_inputs) + weight.scale * learnt
+        learnt = linear(linear(x, weight.down, None, num_inputs), weight.up)
+        return linear(x, weight.weight, None, num_inputs) + weight.scale * learnt
     rows = x.reshape(-1, math.prod(x.shape[x.ndim - num_inputs :]))  # plain products of plain matrices, without copies
     if isinstance(weight, Int8):
         out = weight.scale.shape
@@ -94,7 +94,7 @@ def project(x: Array, weight: Matrix, bias: Array | None = None, num_inputs: int
 def lookup(table: Array | Int8 | LowRank, ids: Array) -> Array:
     """Rows of a table [V, D]: ids [...] -> [..., D]."""
     if isinstance(table, LowRank):
-        return table.weight[ids] + table.scale * project(table.down[ids], table.up)
+        return table.weight[ids] + table.scale * linear(table.down[ids], table.up)
     if isinstance(table, Int8):
         return table.values[ids] * table.scale[ids][..., None]
     return table[ids]
@@ -104,9 +104,9 @@ def logits(x: Array, table: Array | Int8 | LowRank, head: Array | Int8 | Transpo
     """[B, Q, D] against the rows of a table [V, D], or through a head [D, V] where there is one: float32 [B, Q, V]."""
     weight = table if head is None else head
     if isinstance(weight, LowRank):
-        return logits(x, weight.weight, None) + weight.scale * logits(project(x, weight.up.T), weight.down, None)
+        return logits(x, weight.weight, None) + weight.scale * logits(linear(x, weight.up.T), weight.down, None)
     if isinstance(weight, Int8):  # [V, D] in both cases
-        return project(x.astype(jnp.float32), weight)
+        return linear(x.astype(jnp.float32), weight)
     if isinstance(weight, Transposed):
         weight, head = weight.values, None
     spec = "bqe,ve->bqv" if head is None else "bqe,ev->bqv"
@@ -117,44 +117,44 @@ def einsum_f32(spec: str, a: Array, b: Array, dtype: DTypeLike | None = None) ->
     """`einsum` of two arrays of one dtype, with sums in float32 and the result in that dtype, or in the one given."""
     if a.dtype == jnp.float32:
         return jnp.einsum(spec, a, b)
-    return _narrow_product(spec, jnp.dtype(dtype or a.dtype), a, b)
+    return _low_precision_einsum(spec, jnp.dtype(dtype or a.dtype), a, b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _narrow_product(spec: str, dtype: jnp.dtype, a: Array, b: Array) -> Array:
+def _low_precision_einsum(spec: str, dtype: jnp.dtype, a: Array, b: Array) -> Array:
     """XLA's CPU products are 3 to 10 times faster where the result is float32, and then rounded by itself.
 
     The derivative is written out, so that its two products have narrow factors as well, and lie as they are quickest.
     """
-    if _wider_is_quicker(spec, a, b):
+    if _upcast_is_faster(spec, a, b):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _wider_is_quicker(spec: str, a: Array, b: Array) -> bool:
+def _upcast_is_faster(spec: str, a: Array, b: Array) -> bool:
     """Whether the same product, each number of the factors written as float32, which is exact, takes less time."""
-    if jax.default_backend() != "cpu" or cpu.multiplies_bfloat16():
+    if jax.default_backend() != "cpu" or cpu.bfloat16_matmul_is_fast():
         return False
     left, right, _ = re.split(",|->", spec)
     sizes = dict(zip(left + right, a.shape + b.shape, strict=True))
-    return math.prod(sizes.values()) > WIDENED * (a.size + b.size)
+    return math.prod(sizes.values()) > MIN_PRODUCTS_PER_ELEMENT * (a.size + b.size)
 
 
-def _narrow_forward(spec: str, dtype: jnp.dtype, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _narrow_product(spec, dtype, a, b), (a, b)
+def _low_precision_forward(spec: str, dtype: jnp.dtype, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _low_precision_einsum(spec, dtype, a, b), (a, b)
 
 
-def _narrow_backward(spec: str, dtype: jnp.dtype, factors: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _low_precision_backward(spec: str, dtype: jnp.dtype, factors: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     a, b = factors
     dy = dy.astype(a.dtype)
     left, right, out = re.split(",|->", spec)
-    return _laid_for_cpu(f"{out},{right}->{left}", dy, b), _laid_for_cpu(f"{left},{out}->{right}", a, dy)
+    return _einsum_in_cpu_layout(f"{out},{right}->{left}", dy, b), _einsum_in_cpu_layout(f"{left},{out}->{right}", a, dy)
 
 
-_narrow_product.defvjp(_narrow_forward, _narrow_backward)
+_low_precision_einsum.defvjp(_low_precision_forward, _low_precision_backward)
 
 
-def _laid_for_cpu(spec: str, a: Array, b: Array) -> Array:
+def _einsum_in_cpu_layout(spec: str, a: Array, b: Array) -> Array:
     """A narrow product, of which XLA's kernels for CPUs are quick only where the axes to sum over are a factor's last.
 
     Where they are not, the smaller factor is turned first, and the turned copy is held by a barrier, as else XLA would
@@ -162,16 +162,16 @@ def _laid_for_cpu(spec: str, a: Array, b: Array) -> Array:
     """
     left, right, out = re.split(",|->", spec)
     summed = "".join(axis for axis in left if axis not in out)
-    at_its_best = left.endswith(summed) or right.endswith(summed) or _wider_is_quicker(spec, a, b)
+    at_its_best = left.endswith(summed) or right.endswith(summed) or _upcast_is_faster(spec, a, b)
     if jax.default_backend() != "cpu" or at_its_best:
-        return _narrow_product(spec, a.dtype, a, b)
+        return _low_precision_einsum(spec, a.dtype, a, b)
     if a.size > b.size:
         (left, a), (right, b) = (right, b), (left, a)
     batch = "".join(axis for axis in left if axis in right and axis in out)
     first, second = ("".join(axis for axis in side if axis not in batch + summed) for side in (left, right))
     turned = jnp.einsum(f"{left}->{batch}{first}{summed}", a)
     turned = jax.lax.optimization_barrier(with_layout_constraint(turned, Layout(tuple(range(turned.ndim)))))
-    y = _narrow_product(f"{batch}{first}{summed},{right}->{batch}{first}{second}", a.dtype, turned, b)
+    y = _low_precision_einsum(f"{batch}{first}{summed},{right}->{batch}{first}{second}", a.dtype, turned, b)
     return jnp.einsum(f"{batch}{first}{second}->{out}", y)
 
 

@@ -1,7 +1,7 @@
-"""The maths of a GPT as pure functions of arrays; the modules declare the weights and call these.
+"""The math of a GPT as pure functions of arrays. The modules declare weights and call these functions.
 
-Names of axes: B batch, Q query tokens, K key tokens, N query heads, M key/value heads, H width of a head, D any width.
-Sums that lose digits (norms, softmax, cross-entropy) are taken in float32 whatever the inputs are.
+In shapes, `query` and `key` are numbers of tokens, `heads` and `kv_heads` numbers of heads. Reductions that would lose
+precision (norms, softmax, cross-entropy) run in float32 whatever the dtype of the inputs is.
 """
 
 import math
@@ -11,62 +11,83 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.model.matmul import barrier, einsum_f32
-from gptjax.sharding import row_numbers
+from gptjax.sharding import global_row_index
+
+RopeTable = tuple[Float[Array, "*batch 1 half"], Float[Array, "*batch 1 half"]]  # cosines and sines
 
 
-def layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
-    """Zero mean and unit variance over the last axis, then scaled and shifted (Ba et al. 2016). Keeps x's dtype."""
+def layer_norm(
+    x: Float[Array, "*batch embed"],
+    scale: Float[Array, " embed"],
+    bias: Float[Array, " embed"] | None,
+    epsilon: float,
+) -> Float[Array, "*batch embed"]:
+    """Zero mean and unit variance over the last axis, then scale and bias (Ba et al. 2016). Keeps x's dtype."""
     return _norm(epsilon, True, x, scale, bias)
 
 
-def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """Unit root mean square over the last axis, then scaled (Zhang & Sennrich 2019). Keeps x's dtype."""
+def rms_norm(
+    x: Float[Array, "*batch embed"], scale: Float[Array, " embed"], epsilon: float
+) -> Float[Array, "*batch embed"]:
+    """Unit root mean square over the last axis, then scale (Zhang & Sennrich 2019). Keeps x's dtype."""
     return _norm(epsilon, False, x, scale, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _norm(epsilon: float, centred: bool, x: Array, scale: Array, bias: Array | None) -> Array:
-    """Keeps two numbers a row beside x for the gradient: what is as large as x is made again where it is needed."""
-    return _norm_forward(epsilon, centred, x, scale, bias)[0]
+def _norm(epsilon: float, center: bool, x: Array, scale: Array, bias: Array | None) -> Array:
+    """Saves x and two numbers per row for the backward pass, and recomputes there all that is as large as x."""
+    return _norm_forward(epsilon, center, x, scale, bias)[0]
 
 
-class _Norm(NamedTuple):
-    """What the gradient of a norm is made of."""
+class _NormResiduals(NamedTuple):
+    """What the backward pass of a norm needs."""
 
     x: Array
     mean: Array | None
-    rate: Array  # 1 / the root of the variance, or of the mean square
+    inverse_std: Array  # 1 / sqrt(variance), or 1 / sqrt(mean square)
     scale: Array
     bias: Array | None
 
-    def normal(self) -> Array:
-        """x before it is scaled and shifted: float32."""
-        y = self.x.astype(jnp.float32)
-        return (y if self.mean is None else y - self.mean) * self.rate
+    def normalized(self) -> Array:
+        """x before scale and bias: float32."""
+        x = self.x.astype(jnp.float32)
+        if self.mean is not None:
+            x = x - self.mean
+        return x * self.inverse_std
 
 
-def _norm_forward(epsilon: float, centred: bool, x: Array, scale: Array, bias: Array | None) -> tuple[Array, _Norm]:
+def _norm_forward(
+    epsilon: float, center: bool, x: Array, scale: Array, bias: Array | None
+) -> tuple[Array, _NormResiduals]:
     y = x.astype(jnp.float32)
-    mean = barrier(y.mean(-1, keepdims=True)) if centred else None
+    mean = barrier(y.mean(-1, keepdims=True)) if center else None
     variance = jnp.square(y if mean is None else y - mean).mean(-1, keepdims=True)
-    kept = _Norm(x, mean, barrier(jax.lax.rsqrt(variance + epsilon)), scale, bias)
-    y = kept.normal() * scale
-    return (y if bias is None else y + bias).astype(x.dtype), kept
+    residuals = _NormResiduals(x, mean, barrier(jax.lax.rsqrt(variance + epsilon)), scale, bias)
+    y = residuals.normalized() * scale
+    return (y if bias is None else y + bias).astype(x.dtype), residuals
 
 
-def _norm_backward(epsilon: float, centred: bool, kept: _Norm, dy: Array) -> tuple[Array, Array, Array | None]:
-    dy, normal, rows = dy.astype(jnp.float32), kept.normal(), tuple(range(dy.ndim - 1))
-    pull = dy * kept.scale
-    dx = pull - normal * barrier((pull * normal).mean(-1, keepdims=True))
-    dx = kept.rate * (dx - barrier(pull.mean(-1, keepdims=True)) if centred else dx)
-    d_scale = (dy * normal).sum(rows).astype(kept.scale.dtype)
-    d_bias = None if kept.bias is None else dy.sum(rows).astype(kept.bias.dtype)
-    return dx.astype(kept.x.dtype), d_scale, d_bias
+def _norm_backward(
+    epsilon: float, center: bool, residuals: _NormResiduals, dy: Array
+) -> tuple[Array, Array, Array | None]:
+    x, _, inverse_std, scale, bias = residuals
+    dy = dy.astype(jnp.float32)
+    normalized = residuals.normalized()
+    rows = tuple(range(dy.ndim - 1))
+    d_normalized = dy * scale
+    dx = d_normalized - normalized * barrier((d_normalized * normalized).mean(-1, keepdims=True))
+    if center:
+        dx = dx - barrier(d_normalized.mean(-1, keepdims=True))
+    dx = inverse_std * dx
+    d_scale = (dy * normalized).sum(rows).astype(scale.dtype)
+    d_bias = None if bias is None else dy.sum(rows).astype(bias.dtype)
+    return dx.astype(x.dtype), d_scale, d_bias
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
@@ -82,68 +103,72 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def activate(name: str, x: Array) -> Array:
-    """An activation, taken in float32 and back in x's dtype; made again for its gradient, so that only x is kept."""
+def activate(name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """An activation, computed in float32 and returned in x's dtype. The backward pass recomputes it from x."""
     return jax.checkpoint(lambda x: ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype))(x)
 
 
-def softcap(x: Array, cap: float | None) -> Array:
-    """`cap tanh(x / cap)`: never beyond +-cap (Gemma 2). None leaves x alone."""
+def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """`cap tanh(x / cap)`: never beyond +-cap (Gemma 2). None returns x."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def rope_frequencies(model: config.ModelConfig) -> tuple[Array, float]:
-    """Angle per position for each pair of numbers that is turned, and YaRN's factor on queries and keys.
+def rope_frequencies(config: ModelConfig) -> tuple[Float[Array, " half"], float]:
+    """Angle per position for each rotated pair, and YaRN's factor on queries and keys.
 
-    Su et al. 2021; linear: Chen et al. 2023; NTK-aware: base grown so that the slowest pair is stretched by exactly the
-    factor; YaRN: Peng et al. 2023, with its beta_fast = 32, beta_slow = 1 and attention factor 0.1 ln(factor) + 1;
-    llama3: pairs that turn more than 4 times within the original length stay as they are, those that turn less than
-    once are stretched by the factor, with a linear passage between (Llama 3.1).
+    Su et al. 2021; linear: Chen et al. 2023; NTK-aware: theta increased so that the slowest pair is stretched by
+    exactly the factor; YaRN: Peng et al. 2023, with its beta_fast = 32, beta_slow = 1 and attention factor
+    0.1 ln(factor) + 1; llama3: pairs that rotate more than 4 times within the original length are unchanged, those that
+    rotate less than once are stretched by the factor, with linear interpolation between (Llama 3.1).
     """
-    m = model.resolved()
+    m = config.resolved()
     assert m.head_dim and m.rope_original_length
-    half, factor = round(m.head_dim * m.rope_fraction) // 2, m.rope_factor
+    half = round(m.head_dim * m.partial_rotary_factor) // 2
+    factor = m.rope_factor
     exponents = jnp.arange(half, dtype=jnp.float32) / half
     if m.rope_scaling == "ntk":
-        return (m.rope_base * factor ** (half / max(0.5, half - 1))) ** -exponents, 1.0
-    frequencies = m.rope_base**-exponents
+        return (m.rope_theta * factor ** (half / max(0.5, half - 1))) ** -exponents, 1.0
+    frequencies = m.rope_theta**-exponents
     if m.rope_scaling == "none":
         return frequencies, 1.0
     if m.rope_scaling == "linear":
         return frequencies / factor, 1.0
 
-    turns = m.rope_original_length * frequencies / (2 * math.pi)  # that each pair makes within the original length
+    rotations = m.rope_original_length * frequencies / (2 * math.pi)  # of each pair within the original length
     if m.rope_scaling == "llama3":
-        kept = jnp.clip((turns - 1) / (4 - 1), 0, 1)
-        return frequencies / factor * (1 - kept) + frequencies * kept, 1.0
+        unchanged = jnp.clip((rotations - 1) / (4 - 1), 0, 1)
+        return frequencies / factor * (1 - unchanged) + frequencies * unchanged, 1.0
 
-    def pair_that_turns(times: float) -> float:
-        """The (fractional) index of the pair that turns this often within the original length."""
-        return half * math.log(m.rope_original_length / (times * 2 * math.pi)) / math.log(m.rope_base)  # type: ignore[operator]
+    def pair_with_rotations(n: float) -> float:
+        """The (fractional) index of the pair that rotates n times within the original length."""
+        return half * math.log(m.rope_original_length / (n * 2 * math.pi)) / math.log(m.rope_theta)  # type: ignore[operator]
 
-    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), 2 * half - 1)
+    low = max(math.floor(pair_with_rotations(32)), 0)
+    high = min(math.ceil(pair_with_rotations(1)), 2 * half - 1)
     slow = jnp.clip((jnp.arange(half) - low) / max(high - low, 0.001), 0, 1)
     return frequencies / factor * slow + frequencies * (1 - slow), 0.1 * math.log(factor) + 1
 
 
-def rope_table(model: config.ModelConfig, positions: Array) -> tuple[Array, Array]:
-    """Cosines and sines to turn queries and keys by: float32 [..., 1, R / 2] for int positions [...]."""
-    frequencies, attention_factor = rope_frequencies(model)
+def rope_table(config: ModelConfig, positions: Int[Array, "*batch"]) -> RopeTable:
+    """Cosines and sines of the angles that rotate queries and keys: float32."""
+    frequencies, attention_factor = rope_frequencies(config)
     angles = positions[..., None, None] * frequencies
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
-def apply_rope(x: Array, table: tuple[Array, Array]) -> Array:
-    """Turns the pairs (x[i], x[i + R / 2]) of the first R numbers of [B, Q, N, H] by R / 2 angles. Keeps x's dtype."""
+def apply_rope(x: Float[Array, "batch length heads head_dim"], table: RopeTable) -> Array:
+    """Rotates the pairs (x[i], x[i + half]) of the first 2 half numbers of each head. Keeps x's shape and dtype."""
     cos, sin = table
-    turned = 2 * cos.shape[-1]
-    a, b = jnp.split(x[..., :turned].astype(jnp.float32), 2, -1)
+    rotary_dim = 2 * cos.shape[-1]
+    a, b = jnp.split(x[..., :rotary_dim].astype(jnp.float32), 2, -1)
     parts = [part.astype(x.dtype) for part in (a * cos - b * sin, b * cos + a * sin)]
-    return jnp.concatenate([*parts, x[..., turned:]] if turned < x.shape[-1] else parts, -1)
+    if rotary_dim < x.shape[-1]:
+        parts.append(x[..., rotary_dim:])
+    return jnp.concatenate(parts, -1)
 
 
-def alibi_slopes(num_heads: int) -> Array:
-    """The penalty per token of distance for each head, float32 [N] (Press et al. 2022, also between powers of two)."""
+def alibi_slopes(num_heads: int) -> Float[Array, " heads"]:
+    """The penalty per token of distance for each head, float32 (Press et al. 2022, also between powers of two)."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
@@ -151,161 +176,163 @@ def alibi_slopes(num_heads: int) -> Array:
 
 
 class AttentionMask(NamedTuple):
-    """What decides which keys a query may see: places in the text, and documents where they must be kept apart.
+    """Which keys each query may attend to, as positions and segments in place of a [query, key] array.
 
-    Places are int32 [Q] and [K], or [B, Q] and [B, K]; a key at a negative place is none. Segments are int32 [B, Q] and
-    [B, K] or None. `key_prefix`, bool [B, K] or None, is true for keys that queries before them see as well.
+    Positions count tokens in the sequence, across documents. A key at a negative position is padding. With segment ids,
+    a query attends to its own document only. `key_prefix` marks keys that earlier queries may attend to as well.
     """
 
-    query_places: Array
-    key_places: Array
-    query_segments: Array | None = None
-    key_segments: Array | None = None
-    key_prefix: Array | None = None
+    query_positions: Int[Array, "*batch query"]
+    key_positions: Int[Array, "*batch key"]
+    query_segments: Int[Array, "batch query"] | None = None
+    key_segments: Int[Array, "batch key"] | None = None
+    key_prefix: Bool[Array, "batch key"] | None = None
 
-    def part(self, queries: slice, keys: slice) -> "AttentionMask":
-        """Of some queries and keys only."""
-
-        def of(x: Array | None, which: slice) -> Array | None:
-            return None if x is None else x[..., which]
-
+    def slice(self, first_query: int, last_query: int, first_key: int, last_key: int) -> "AttentionMask":
+        """The mask of these queries and keys; the last ones are excluded."""
+        queries, keys = slice(first_query, last_query), slice(first_key, last_key)
         return AttentionMask(
-            self.query_places[..., queries],
-            self.key_places[..., keys],
-            of(self.query_segments, queries),
-            of(self.key_segments, keys),
-            of(self.key_prefix, keys),
+            self.query_positions[..., queries],
+            self.key_positions[..., keys],
+            None if self.query_segments is None else self.query_segments[..., queries],
+            None if self.key_segments is None else self.key_segments[..., keys],
+            None if self.key_prefix is None else self.key_prefix[..., keys],
         )
 
+    def relative_positions(self) -> Int[Array, "batch query key"]:
+        """Query position minus key position; the batch size is 1 if all sequences share their positions."""
+        return jnp.atleast_2d(self.query_positions)[:, :, None] - jnp.atleast_2d(self.key_positions)[:, None, :]
 
-def distances(sight: AttentionMask) -> Array:
-    """How far each query stands after each key: int32 [B or 1, Q, K]."""
-    return jnp.atleast_2d(sight.query_places)[:, :, None] - jnp.atleast_2d(sight.key_places)[:, None, :]
+    def materialize(self, causal: bool, window: int | None) -> Bool[Array, "batch 1 query key"] | None:
+        """True where a query attends to a key; None if every query attends to every key. The batch size may be 1."""
+        distance = self.relative_positions()
+        rules = []
+        if causal:
+            rule = distance >= 0
+            if self.key_prefix is not None:
+                rule = rule | self.key_prefix[:, None, :]
+            rules.append(rule[:, None])
+        if window is not None:
+            rules.append((abs(distance) < window)[:, None])
+        if self.key_positions.ndim > 1:
+            rules.append((self.key_positions >= 0)[:, None, None, :])
+        if self.query_segments is not None and self.key_segments is not None:
+            rules.append((self.query_segments[:, :, None] == self.key_segments[:, None, :])[:, None])
+        if not rules:
+            return None
+        mask = rules[0]
+        for rule in rules[1:]:
+            mask = mask & rule
+        return mask
 
 
-def visible(sight: AttentionMask, causal: bool, window: int | None) -> Array | None:
-    """True where a query sees a key: bool [B or 1, 1, Q, K]; None where everything is seen."""
-    distance = distances(sight)
-    rules = []
-    if causal:
-        known = distance >= 0
-        known = known if sight.key_prefix is None else known | sight.key_prefix[:, None, :]
-        rules.append(known[:, None])
-    if window is not None:
-        rules.append((abs(distance) < window)[:, None])
-    if sight.key_places.ndim > 1:
-        rules.append((sight.key_places >= 0)[:, None, None, :])
-    if sight.query_segments is not None and sight.key_segments is not None:
-        rules.append((sight.query_segments[:, :, None] == sight.key_segments[:, None, :])[:, None])
-    if not rules:
-        return None
-    mask = rules[0]
-    for rule in rules[1:]:
-        mask = mask & rule
-    return mask
+def dropout(x: Float[Array, "rows *shape"], key: Array, rate: float) -> Float[Array, "rows *shape"]:
+    """Sets a fraction of x to zero and scales the rest up, so that the mean does not change.
 
-
-def dropout(x: Array, key: Array, rate: float) -> Array:
-    """Zeroes a share of x [rows, ..., features] and scales the rest up, so that the mean stays.
-
-    A byte decides each element, as in FlashAttention: the share is `rate` to the nearest 1/256, and the scale is exact
-    for that. Random numbers of 32 bits would cost as much as the rest of attention on a CPU. Each row has a key of its
-    own, so that it loses the same elements on whichever core it is.
+    One random byte decides each element, as in FlashAttention: the fraction is `rate` to the nearest 1/256, and the
+    scale is exact for that. Random numbers of 32 bits would cost as much as the rest of attention on a CPU. Each row
+    has its own key, so that it drops the same elements on whichever core it is.
     """
-    keys = jax.vmap(partial(jax.random.fold_in, key))(row_numbers(x.shape[0]))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(global_row_index(x.shape[0]))
     words = jax.vmap(lambda key: jax.random.bits(key, (*x.shape[1:-1], -(-x.shape[-1] // 4)), jnp.uint32))(keys)
-    drawn = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    random_bytes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
     dropped = round(rate * 256)
-    return jnp.where(drawn >= dropped, x * (256 / (256 - dropped)), jnp.zeros_like(x))
+    return jnp.where(random_bytes >= dropped, x * (256 / (256 - dropped)), jnp.zeros_like(x))
 
 
 def attention(
-    query: Array,
-    key: Array,
-    value: Array,
+    query: Float[Array, "batch query heads head_dim"],
+    key: Float[Array, "batch key kv_heads head_dim"],
+    value: Float[Array, "batch key kv_heads head_dim"],
     *,
-    mask: Array | None,
-    bias: Array | None = None,
+    mask: Bool[Array, "#batch 1 query key"] | None,
+    bias: Float[Array, "#batch heads query key"] | None = None,
     cap: float | None = None,
-    factors: Array | None = None,
-) -> Array:
-    """Softmax attention; query [B, Q, N, H], key and value [B, K, M, H] -> [B, Q, N, H] in the query's dtype.
+    dropout_factors: Float[Array, "batch heads query key"] | None = None,
+) -> Float[Array, "batch query heads head_dim"]:
+    """Softmax attention, in the query's dtype.
 
-    M divides N: head n reads key/value head n // (N / M). `mask` is true where a key is seen, [B or 1, 1, Q, K]; a
-    query that sees no key gets the mean of the values. `bias` [B or 1, N, Q, K] is added to the scores, and the weights
-    are multiplied by `factors` [B, N, Q, K] (dropout), which have no gradient.
+    kv_heads divides heads: head n reads key/value head n // (heads / kv_heads). `mask` is true where a query attends to
+    a key; a query that attends to no key gets the mean of the values. `bias` is added to the scores. The attention
+    weights are multiplied by `dropout_factors`, which get no gradient.
     """
-    return _attend(cap, query, key, value, _Seen(mask, bias, factors))
+    return _attend(cap, query, key, value, _ScoreModifiers(mask, bias, dropout_factors))
 
 
-class _Seen(NamedTuple):
-    """What `attention` is told of the keys that a query sees."""
+class _ScoreModifiers(NamedTuple):
+    """What changes scores and attention weights."""
 
     mask: Array | None
     bias: Array | None
-    factors: Array | None
+    dropout_factors: Array | None
 
-    def shown(self, scores: Array) -> Array:
-        """Those that count among the scores [B, N, Q, K]."""
-        scores = scores if self.bias is None else scores + self.bias
+    def modify(self, scores: Array) -> Array:
+        """Scores [batch, heads, query, key] with bias and mask."""
+        if self.bias is not None:
+            scores = scores + self.bias
         return scores if self.mask is None else jnp.where(self.mask, scores, jnp.finfo(jnp.float32).min)
 
-    def weighed(self, weights: Array) -> Array:
-        """The weights [B, N, Q, K], or a gradient of theirs, with what dropout does to them."""
-        return weights if self.factors is None else weights * self.factors
+    def drop(self, weights: Array) -> Array:
+        """Attention weights [batch, heads, query, key], or their gradient, with dropout."""
+        return weights if self.dropout_factors is None else weights * self.dropout_factors
 
 
-class _Attended(NamedTuple):
-    """What the gradient of attention is made of."""
+class _AttentionResiduals(NamedTuple):
+    """What the backward pass of attention needs."""
 
     query: Array
     key: Array
     value: Array
-    seen: _Seen
-    weights: Array  # e^(score - largest score of the row), [B, N, Q, K]
-    total: Array  # their sum, [B, N, Q, 1]
+    modifiers: _ScoreModifiers
+    exp_scores: Array  # e^(score - largest score of the row), [batch, heads, query, key]
+    total: Array  # their sum over keys, [batch, heads, query, 1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(cap: float | None, query: Array, key: Array, value: Array, seen: _Seen) -> Array:
-    """The weights are divided by their sum after the product with the values, which has fewer numbers than they are.
+def _attend(cap: float | None, query: Array, key: Array, value: Array, modifiers: _ScoreModifiers) -> Array:
+    """Divides by the softmax's sum after the product with the values, which has fewer elements than the weights.
 
-    So are their gradients, as in FlashAttention (Dao et al. 2022): half the passes over [B, N, Q, K].
+    The backward pass does the same, as in FlashAttention (Dao et al. 2022): half the passes over the scores.
     """
-    return _attend_forward(cap, query, key, value, seen)[0]
+    return _attend_forward(cap, query, key, value, modifiers)[0]
 
 
-def _attend_forward(cap: float | None, query: Array, key: Array, value: Array, seen: _Seen) -> tuple[Array, _Attended]:
-    scores = seen.shown(_scores(cap, query, key))
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1, keepdims=True)
-    mixed = _mix(seen.weighed(weights).astype(value.dtype), value) / total
-    return mixed.astype(query.dtype).swapaxes(1, 2), _Attended(query, key, value, seen, weights, total)
+def _attend_forward(
+    cap: float | None, query: Array, key: Array, value: Array, modifiers: _ScoreModifiers
+) -> tuple[Array, _AttentionResiduals]:
+    scores = modifiers.modify(_scores(cap, query, key))
+    exp_scores = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = exp_scores.sum(-1, keepdims=True)
+    y = _weighted_values(modifiers.drop(exp_scores).astype(value.dtype), value) / total
+    residuals = _AttentionResiduals(query, key, value, modifiers, exp_scores, total)
+    return y.astype(query.dtype).swapaxes(1, 2), residuals
 
 
-def _attend_backward(cap: float | None, kept: _Attended, d_mixed: Array) -> tuple[Array | _Seen, ...]:
-    query, key, value, seen, weights, total = kept
-    _, to_weights = jax.vjp(_mix, seen.weighed(weights).astype(value.dtype), value)
-    d_weights, d_value = to_weights(d_mixed.swapaxes(1, 2).astype(jnp.float32) / total)
-    d_weights = seen.weighed(d_weights.astype(jnp.float32))
-    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True) / total)
-    if seen.mask is not None:
-        d_scores = jnp.where(seen.mask, d_scores, 0)
-    _, to_factors = jax.vjp(partial(_scores, cap), query, key)
+def _attend_backward(
+    cap: float | None, residuals: _AttentionResiduals, dy: Array
+) -> tuple[Array | _ScoreModifiers, ...]:
+    query, key, value, modifiers, exp_scores, total = residuals
+    _, values_vjp = jax.vjp(_weighted_values, modifiers.drop(exp_scores).astype(value.dtype), value)
+    d_weights, d_value = values_vjp(dy.swapaxes(1, 2).astype(jnp.float32) / total)
+    d_weights = modifiers.drop(d_weights.astype(jnp.float32))
+    d_scores = exp_scores * (d_weights - (exp_scores * d_weights).sum(-1, keepdims=True) / total)
+    if modifiers.mask is not None:
+        d_scores = jnp.where(modifiers.mask, d_scores, 0)
+    _, scores_vjp = jax.vjp(partial(_scores, cap), query, key)
     d_bias = None
-    if seen.bias is not None:
-        _, to_bias = jax.vjp(lambda bias: jnp.broadcast_to(bias.astype(jnp.float32), d_scores.shape), seen.bias)
-        (d_bias,) = to_bias(d_scores)
-    return *to_factors(d_scores), d_value, _Seen(None, d_bias, None)
+    if modifiers.bias is not None:
+        _, bias_vjp = jax.vjp(lambda bias: jnp.broadcast_to(bias.astype(jnp.float32), d_scores.shape), modifiers.bias)
+        (d_bias,) = bias_vjp(d_scores)
+    return *scores_vjp(d_scores), d_value, _ScoreModifiers(None, d_bias, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(cap: float | None, query: Array, key: Array) -> Array:
-    """[B, Q, N, H] with [B, K, M, H] -> float32 [B, N, Q, K].
+    """[batch, query, heads, head_dim] with [batch, key, kv_heads, head_dim] -> float32 [batch, heads, query, key].
 
-    The queries that share a key head are rows of one matrix, so that every product is a plain batched one.
+    The queries that share a key head are rows of one matrix, so that this is one plain batched product.
     """
     query, key = (query * query.shape[-1] ** -0.5).swapaxes(1, 2), key.swapaxes(1, 2)
     rows = query.reshape(*key.shape[:2], -1, query.shape[-1])
@@ -313,17 +340,19 @@ def _scores(cap: float | None, query: Array, key: Array) -> Array:
     return softcap(scores, cap).reshape(*query.shape[:3], -1)
 
 
-def _mix(weights: Array, value: Array) -> Array:
-    """[B, N, Q, K] with [B, K, M, H] -> float32 [B, N, Q, H]."""
+def _weighted_values(weights: Array, value: Array) -> Array:
+    """[batch, heads, query, key] with [batch, key, kv_heads, head_dim] -> float32 [batch, heads, query, head_dim]."""
     value = value.swapaxes(1, 2)
     rows = weights.reshape(*value.shape[:2], -1, weights.shape[-1])
     return einsum_f32("bmrk,bmkh->bmrh", rows, value, jnp.float32).reshape(*weights.shape[:3], -1)
 
 
-def cross_entropy(logits: Array, targets: ArrayLike) -> tuple[Array, Array]:
-    """Nats to name each target, and log Z, of logits [..., vocab] and int targets [...]; both float32 [...].
+def cross_entropy(
+    logits: Float[Array | np.ndarray, "*batch vocab"], targets: Int[Array | np.ndarray, "*batch"]
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """The negative log-likelihood of each target in nats, and log Z; both float32.
 
-    The target's logit is picked by a masked sum, not by a gather, so that it works where the vocabulary is sharded.
+    A masked sum selects the target's logit. Unlike a gather it works if the vocabulary is sharded.
     """
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, -1)

@@ -12,7 +12,7 @@ from gptjax import config
 from gptjax.model.matmul import Int8, LowRank, Transposed
 
 Axes = tuple[str, ...]
-TABLE = "tokens"  # the matrix that is looked up: a target of LoRA like the others
+TOKEN_EMBEDDING = "tokens"  # the matrix that is looked up: a target of LoRA like the others
 LORA_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # within 1 / sqrt(inputs), as in PEFT
 NO_DECAY = ("bias", "scale")  # the last word of a name that is no matrix: not decayed, not for Muon
 
@@ -76,7 +76,7 @@ def declare(module: nn.Module, name: str, axes: Axes, init: nn.initializers.Init
     if not model.lora_rank or name not in model.lora_targets:
         return value
     inputs, zeros = num_inputs(name, axes), nn.initializers.zeros
-    first, second = (zeros, nn.initializers.normal(1.0)) if name == TABLE else (LORA_INIT, zeros)  # both as in PEFT
+    first, second = (zeros, nn.initializers.normal(1.0)) if name == TOKEN_EMBEDDING else (LORA_INIT, zeros)  # both as in PEFT
     down = declare(module, f"{name}_lora_down", (*axes[:inputs], "rank"), first)
     up = declare(module, f"{name}_lora_up", ("rank", *axes[inputs:]), second)
     return LowRank(value, down, up, model.lora_alpha / model.lora_rank)
@@ -87,7 +87,7 @@ def num_inputs(name: str, axes: Axes) -> int:
     return axes.index("embed") if name == "out" else 1
 
 
-def merged(model: config.ModelConfig, params: Any) -> tuple[config.ModelConfig, Any]:
+def merge_lora(model: config.ModelConfig, params: Any) -> tuple[config.ModelConfig, Any]:
     """The same model without LoRA: what was learnt beside a matrix added to it."""
     if not model.lora_rank:
         return model, params
@@ -99,7 +99,7 @@ def merged(model: config.ModelConfig, params: Any) -> tuple[config.ModelConfig, 
         kept = {name: merge(value) for name, value in part.items() if "_lora_" not in name}
         for name in kept.keys() & set(model.lora_targets):
             down, up = part[f"{name}_lora_down"], part[f"{name}_lora_up"]  # [layers, *in, rank], [layers, rank, *out]
-            layers = () if name == TABLE else (len(down),)
+            layers = () if name == TOKEN_EMBEDDING else (len(down),)
             down, up = down.reshape(*layers, -1, model.lora_rank), up.reshape(*layers, model.lora_rank, -1)
             kept[name] = kept[name] + scale * (down @ up).reshape(kept[name].shape)
         return kept

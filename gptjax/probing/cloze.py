@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from gptjax import config
+from gptjax import config, random_streams
 from gptjax.data.objectives import extra_ids
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError, PromptError
@@ -43,7 +43,7 @@ def hide(texts: Iterable[np.ndarray], count: int, longest: int, tokenizer: Token
 
     Hidden are tokens that stand for some text, never the first. Raises `DataError` where there are too few texts.
     """
-    rng = np.random.default_rng((seed, 6))  # 1 to 5 are the batches'
+    rng = np.random.default_rng((seed, random_streams.CLOZE))
     standing = _standing_for_text(tokenizer)
     fit = []
     for ids in texts:
@@ -107,16 +107,16 @@ def _with(gap: ClozeItem, token: int) -> np.ndarray:
 
 
 def _standing_for_text(tokenizer: Tokenizer) -> np.ndarray:
-    return np.array([i for i, piece in enumerate(tokenizer.pieces) if piece], np.int32)
+    return np.array([i for i, piece in enumerate(tokenizer.id_to_bytes) if piece], np.int32)
 
 
 def mask_id(pretrained: Pretrained) -> int:
     """The id that hides a token. Raises `PromptError` for a model that has none."""
-    (mask,) = extra_ids(config.ObjectiveConfig(name="masked"), pretrained.tokenizer)
+    (mask,) = extra_ids(config.ObjectiveConfig(name="mlm"), pretrained.tokenizer)
     if mask >= (pretrained.model.vocab_size or 0):
         raise PromptError(
             f"{pretrained.name}: sees the whole text, but has no mask to hide a token with; give a model that was "
-            "trained with objective.name = 'masked', or a causal one"
+            "trained with objective.name = 'mlm', or a causal one"
         )
     return mask
 
@@ -153,7 +153,7 @@ def _logits_in_gaps(pretrained: Pretrained, gaps: Sequence[ClozeItem], batch_siz
 @partial(jax.jit, static_argnames="model")
 def _logits_at(params: Any, tokens: Array, segments: Array, places: Array, *, model: config.ModelConfig) -> Array:
     """Reads tokens [B, L], each within its segment, and makes logits at one place [B] of each row: [B, vocab]."""
-    x: Any = GPT(model).apply({"params": params}, tokens, None, segments, method="read")
+    x: Any = GPT(model).apply({"params": params}, tokens, None, segments, method="hidden_states")
     x = x[np.arange(len(tokens)), places]
     logits: Any = GPT(model).apply({"params": params}, x[None], method="logits")
     return logits[0]

@@ -25,7 +25,7 @@ def movement(experiment: Experiment, steps: int) -> np.ndarray:
     model = GPT(setup.experiment.model)
     with jax.set_mesh(setup.mesh):
         state = first_state(setup, None)
-        looked_at = jax.tree.map(lambda x: x[0], setup.batches.on_devices(0, setup.mesh))
+        looked_at = jax.tree.map(lambda x: x[0], setup.batches.device_batch(0, setup.mesh))
         say = jax.jit(lambda params: batch_logits(params, looked_at, model, {}))
         before, moved = np.asarray(say(state.params), np.float64), []
         for step in range(steps):

@@ -82,6 +82,6 @@ def _filled(texts: np.ndarray, rows: int) -> np.ndarray:
 @partial(jax.jit, static_argnames="model")
 def _next(params: Any, texts: Array, ids: Array, *, model: config.ModelConfig) -> Array:
     """ln of the probabilities of some tokens after each text [B, L]: [B, ids]."""
-    x: Any = GPT(model).apply({"params": params}, texts, method="read")
+    x: Any = GPT(model).apply({"params": params}, texts, method="hidden_states")
     logits: Any = GPT(model).apply({"params": params}, x[:, -1:], method="logits")
     return jax.nn.log_softmax(logits[:, 0])[:, ids]

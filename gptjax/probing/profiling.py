@@ -18,8 +18,8 @@ from gptjax.training.train_setup import TrainSetup
 
 WARM_UP = 3  # steps before the trace: the first compiles
 MODULES = {  # a part of the path behind an operation -> whose it is
-    "embedding.encode": "embedding",
-    "embedding.decode": "head",
+    "embedding.embed": "embedding",
+    "embedding.unembed": "head",
     "classifier": "head",
     "attention": "attention",
     "ffn": "ffn",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gptjax import random_streams
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.pretrained import Pretrained
@@ -24,7 +25,7 @@ CHANCE = 1 / 8
 
 def document(seed: int, index: int, pairs: int) -> str:
     """Text to learn from: pairs of random keys. A pure function of its arguments, as `question` is."""
-    rng = np.random.default_rng((seed, 7, index))
+    rng = np.random.default_rng((seed, random_streams.RECALL_DOCUMENT, index))
     values = rng.integers(8, size=len(KEYS))
     return _spelt(rng.integers(len(KEYS), size=pairs), values)
 
@@ -36,7 +37,7 @@ def question(seed: int, index: int, distance: int, length: int) -> str:
     pairs of one key have. A fact that would stand before the text's beginning makes the text so much longer.
     """
     assert distance > 0 and distance % 2 == length % 2 == 0, "pairs are two characters long"
-    rng = np.random.default_rng((seed, 8, index, distance))
+    rng = np.random.default_rng((seed, random_streams.RECALL_QUESTION, index, distance))
     values = rng.integers(8, size=len(KEYS))
     asked, *others = rng.permutation(len(KEYS))
     keys = rng.choice(others, max(length, distance + 2) // 2)

@@ -47,7 +47,7 @@ class Checkpoint:
     step: int
     format: int = FORMAT_VERSION
     val_loss: float | None = None  # of this very step, where it was evaluated
-    place: DataPosition | None = None  # in the data; format 1 did not keep it
+    position: DataPosition | None = None  # in the data; format 1 did not keep it
     files: dict[str, tuple[int, str]] = field(default_factory=dict)  # path below `arrays` -> bytes, SHA-256
     damage: str | None = None  # what is wrong with the manifest itself
 
@@ -220,7 +220,7 @@ class CheckpointWriter:
         self._saving: Future[None] | None = None
         _before_threads_end(weakref.WeakMethod(self._at_exit))
 
-    def save(self, state: TrainState | Weights, place: DataPosition, val_loss: float | None = None) -> None:
+    def save(self, state: TrainState | Weights, position: DataPosition, val_loss: float | None = None) -> None:
         """Starts saving this state, unless its step is saved already; returns when the arrays have been copied.
 
         Raises `TrainingFailed`, and saves nothing, where a number in it is not finite.
@@ -242,7 +242,7 @@ class CheckpointWriter:
             self._arrays.save(target / ARRAYS, args=self._args(state))
         except (OSError, ValueError) as e:
             raise self._failed(e) from e
-        self._saving = self._thread.submit(self._commit, target, place, val_loss)
+        self._saving = self._thread.submit(self._commit, target, position, val_loss)
 
     def wait(self) -> None:
         """Returns when nothing is in flight; raises `TrainingFailed` where the last save failed."""
@@ -289,7 +289,7 @@ class CheckpointWriter:
                 "it is not saved. The checkpoints before it are whole; lower optim.learning_rate"
             )
 
-    def _commit(self, target: Path, place: DataPosition, val_loss: float | None) -> None:
+    def _commit(self, target: Path, position: DataPosition, val_loss: float | None) -> None:
         """When Orbax has written and renamed everything: vouch for it, then tidy up.
 
         Orbax's own `post_finalization_callback` is called before the rename, when there is nothing to vouch for yet.
@@ -302,7 +302,7 @@ class CheckpointWriter:
         sync_tree(target)  # Orbax leaves some of its files in the page cache
         files = {name: ((arrays / name).stat().st_size, digest(arrays / name)) for name in _files(arrays)}
         self.checksum_seconds += time.perf_counter() - began
-        values = {"format": FORMAT_VERSION, "val_loss": val_loss, "place": place._asdict(), "files": files}
+        values = {"format": FORMAT_VERSION, "val_loss": val_loss, "place": position.to_json(), "files": files}
         manifest = json.dumps(values, indent=1) + "\n"
         write_atomic(target / MANIFEST, manifest)
         sync_folder(self.folder)
@@ -330,7 +330,7 @@ def state_bytes(abstract: Any) -> int:
 
 def _from_the_best(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     """Those with a validation loss, the lowest first; of one text and context length only, those of the newest."""
-    orders = [c.place.order if c.place else "" for c in checkpoints]
+    orders = [c.position.order_id if c.position else "" for c in checkpoints]
     same = [c for c, order in zip(checkpoints, orders, strict=True) if order == orders[-1] and c.val_loss is not None]
     return sorted(same, key=lambda c: c.val_loss or 0.0)
 
@@ -386,11 +386,11 @@ def _read(folder: Path) -> Checkpoint | None:
                 f"{folder}: is a checkpoint of format {version}, and this gptjax reads 1 and {FORMAT_VERSION}; use the "
                 "release that wrote it, or a newer one"
             )
-        place = DataPosition(**values["place"]) if "place" in values else None
-        if step != (place.step if place else values["step"]):
+        position = DataPosition.from_json(values["place"]) if "place" in values else None
+        if step != (position.step if position else values["step"]):
             raise ValueError("it is of another step than its folder")
         files = {str(name): (int(size), str(sha)) for name, (size, sha) in values["files"].items()}
-        return Checkpoint(folder, step, version, values["val_loss"], place, files)
+        return Checkpoint(folder, step, version, values["val_loss"], position, files)
     except LaterFormat:
         raise
     except FileNotFoundError as e:

@@ -73,7 +73,7 @@ def diagnose(setup: TrainSetup, state: TrainState, step: int) -> Diagnosis:
         found = jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))(*given)
     loss, norm, outputs, grads, rows = jax.device_get(found)
     sequence = _sequence(list(order), m.num_layers)
-    samples = setup.batches.samples(step)[~rows]
+    samples = setup.batches.example_ids(step)[~rows]
     return Diagnosis(
         float(loss), float(norm), _first(sequence, outputs), _first(sequence[::-1], grads), (*samples.tolist(),)
     )
@@ -97,12 +97,12 @@ def replay(run: Run, step: int, open_init: ModelLoader | None = None) -> list[st
         )
     with jax.set_mesh(setup.mesh):
         state = first_state(setup, chosen)
-        setup.batches.start_at((chosen and chosen.place) or setup.batches.place(int(state.step)))
+        setup.batches.seek((chosen and chosen.position) or setup.batches.position(int(state.step)))
         first = int(state.step)
         for before in range(first, step - 1):
             state, _ = setup.train_step(state, setup.batch(state, before)[0])
         found = diagnose(setup, state, step - 1)
-    examples = setup.batches.span(step - 1)
+    examples = setup.batches.example_range(step - 1)
     origin = f"the checkpoint of step {first}" if chosen else "the start"
     text = [
         f"step {step}, made again from {origin}: loss {found.loss:.6g}, gradient norm {found.grad_norm:.6g}",
@@ -116,7 +116,7 @@ def replay(run: Run, step: int, open_init: ModelLoader | None = None) -> list[st
     text.append(f"  numbers   {found}")
     pieces = setup.store.tokenizer.decode
     for number in found.samples[:3]:
-        row = setup.batches.rows(np.array([number]))
+        row = setup.batches.make_examples(np.array([number]))
         text.append(f"  example {number}: {pieces(np.asarray(row.tokens[0]))[:200]!r}")
     return text
 
@@ -129,14 +129,14 @@ def _forward(state: TrainState, part: Batch, model: GPT, index: int, order: dict
 
     def watched(module: Any, method: str) -> bool:
         name = ".".join(module.path) + ("" if method == "__call__" else f".{method}")
-        chosen = bool(module.path) and type(module).__name__ != "Dropout" and method in ("__call__", "encode", "decode")
+        chosen = bool(module.path) and type(module).__name__ != "Dropout" and method in ("__call__", "embed", "unembed")
         if chosen:
             order[name] = None
         return chosen
 
     key = jax.random.fold_in(named_key(state.key, "dropout"), state.step)
     rngs = {"dropout": jax.random.fold_in(key, index)} if model.config.dropout else {}
-    reads = (part.tokens, part.positions, part.segments, part.prefix)
+    reads = (part.tokens, part.positions, part.segment_ids, part.prefix_mask)
     logits, captured = model.apply(
         {"params": state.params}, *reads, rngs=rngs, capture_intermediates=watched, mutable=["intermediates"]
     )
@@ -145,7 +145,7 @@ def _forward(state: TrainState, part: Batch, model: GPT, index: int, order: dict
     for path, x in jax.tree.leaves_with_path(captured["intermediates"], is_leaf=lambda x: isinstance(x, tuple)):
         name = leaf_name(path).removesuffix(".__call__")
         outputs[name] = _all(*[_finite(y, name) for y in jax.tree.leaves(x)])
-    return outputs, jnp.isfinite((nats * part.weights).sum(-1))
+    return outputs, jnp.isfinite((nats * part.loss_weights).sum(-1))
 
 
 def _backward(grads: Any) -> dict[str, Array]:
@@ -153,7 +153,7 @@ def _backward(grads: Any) -> dict[str, Array]:
     found: dict[str, Array] = {}
     for path, x in jax.tree.leaves_with_path(grads):
         module = leaf_name(path).rpartition(".")[0]
-        module = f"{module}.encode" if module == "embedding" else module  # the last that it passes on its way back
+        module = f"{module}.embed" if module == "embedding" else module  # the last that it passes on its way back
         found[module] = _all(*[found[module]] if module in found else [], _finite(x, module))
     return found
 

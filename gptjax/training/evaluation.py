@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import sharding
+from gptjax import random_streams, sharding
 from gptjax.data.objectives import Batch
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
@@ -35,7 +35,7 @@ def evaluate(setup: TrainSetup, state: TrainState, heartbeat: Callable[[], None]
     sums, counts, num_bytes = [], [], 0
     for batch in setup.batches.validation():
         heartbeat()
-        shown, count = setup.eval_step(state, sharding.place(batch, ("batch", "length"), setup.mesh))
+        shown, count = setup.eval_step(state, sharding.shard_from_host(batch, ("batch", "length"), setup.mesh))
         sums.append(shown)
         counts.append(count)
         num_bytes += _num_bytes(setup, batch)
@@ -51,7 +51,7 @@ def _num_bytes(setup: TrainSetup, batch: Batch) -> int:
     """Of the tokens that a batch asks for; 0 where it asks for something else."""
     if not setup.objective.of_tokens:
         return 0
-    pieces, asked = setup.store.tokenizer.pieces, batch.targets[batch.weights > 0]
+    pieces, asked = setup.store.tokenizer.id_to_bytes, batch.targets[batch.loss_weights > 0]
     return sum(len(pieces[i]) for i in asked if i < len(pieces))  # the ids of an objective's own stand for no text
 
 
@@ -64,7 +64,7 @@ def _evaluate_written(setup: TrainSetup, rollout: Rollout, state: TrainState, he
     for number, batch in enumerate(setup.batches.validation()):
         heartbeat()
         questions = rollout.questions(batch)
-        made = rollout.write(params, questions, (setup.experiment.seed, 7, number))
+        made = rollout.write(params, questions, (setup.experiment.seed, random_streams.ON_POLICY_VALIDATION, number))
         scores.append(rollout.scores(questions, made))
     score = float(np.concatenate(scores).mean())
     return {"val_loss": -score, "val_score": score, "val_answers": sum(map(len, scores))}
@@ -82,10 +82,10 @@ def evaluate_run(run: Run, which: str = "last", open_init: ModelLoader | None = 
         began = time.perf_counter()
         figures = evaluate(setup, state)
     seconds = time.perf_counter() - began
-    place = chosen.place or setup.batches.place(chosen.step)
+    position = chosen.position or setup.batches.position(chosen.step)
     return figures | {
         "steps": chosen.step,
-        "tokens": place.tokens,
+        "tokens": position.tokens,
         "seconds": seconds,
         **({"tokens_per_second": figures["val_tokens"] / seconds} if "val_tokens" in figures else {}),
         "num_params": num_params(setup.experiment.model)["total"],

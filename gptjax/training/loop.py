@@ -122,7 +122,7 @@ class Trainer:
     def _stopwatch(self) -> Stopwatch:
         """It goes on from the last logged line, whose tokens belong to its seconds: a checkpoint may be later."""
         batches, seconds = self.setup.batches, self.latest.get("seconds", 0.0)
-        before = batches.place(self.first).tokens - batches.tokens_per_step  # by runs that did not log `timed_tokens`
+        before = batches.position(self.first).tokens - batches.tokens_per_step  # by runs that did not log `timed_tokens`
         return Stopwatch(batches.tokens_per_step, seconds, self.latest.get("timed_tokens", before) if seconds else 0)
 
     def run(self, state: TrainState) -> Figures:
@@ -156,7 +156,7 @@ class Trainer:
 
     def _steps(self, state: TrainState, asked_to_stop: Callable[[int], str | None]) -> TrainState:
         t = self.setup.experiment.train
-        make = partial(self.setup.batches.on_devices, mesh=self.setup.mesh)
+        make = partial(self.setup.batches.device_batch, mesh=self.setup.mesh)
         with contextlib.closing(prefetch(make, range(self.first, t.steps), t.prefetch)) as batches:
             for step in range(self.first + 1, t.steps + 1):
                 self.watchdog.heartbeat(f"step {step}")
@@ -198,7 +198,7 @@ class Trainer:
             jumped = m["loss"] > SPIKE * m["usual_loss"]
             if not (m["skipped_in_row"] or jumped):
                 continue
-            examples = self.setup.batches.span(step - 1)
+            examples = self.setup.batches.example_range(step - 1)
             told = " to ".join(map(str, examples)) or "none"
             about = f"loss {m['loss']:.4g}, gradient norm {m['grad_norm']:.4g}, examples {told}"
             if m["skipped_in_row"]:
@@ -218,7 +218,7 @@ class Trainer:
     def _save(self, step: int, state: TrainState, val_loss: float | None) -> None:
         self.watchdog.heartbeat(f"the save of step {step}")
         self.log.sync()
-        self.writer.save(state, self.setup.batches.place(step), val_loss)
+        self.writer.save(state, self.setup.batches.position(step), val_loss)
 
     def _report(
         self, step: int, state: TrainState, metrics: Metrics, written: Figures, logs: bool, shows: bool
@@ -264,7 +264,7 @@ class Trainer:
 
     def _result(self) -> Figures:
         e, latest, clock = self.setup.experiment, self.latest, self.clock
-        place = self.setup.batches.place(e.train.steps)
+        position = self.setup.batches.position(e.train.steps)
         speed = clock.tokens / clock.seconds if clock.seconds else 0.0
         return {
             **{name: value for name, value in latest.items() if name.startswith("val_")},
@@ -272,8 +272,8 @@ class Trainer:
             "train_loss": latest.get("loss"),
             "steps": e.train.steps,
             "skipped": self.skipped,
-            "samples": place.samples,
-            "tokens": place.tokens,
+            "samples": position.samples,
+            "tokens": position.tokens,
             "seconds": clock.seconds,
             "tokens_per_second": speed,
             "mfu": speed * flops_per_token(e.model) / self.peak,

@@ -20,7 +20,7 @@ from gptjax.atomic_io import write_atomic
 from gptjax.config import Experiment, ModelConfig
 from gptjax.errors import GptjaxError, RunError, TrainingFailed
 from gptjax.model.gpt import init_params
-from gptjax.model.weights import TABLE
+from gptjax.model.weights import TOKEN_EMBEDDING
 from gptjax.sharding import one_device
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets. The first that is a part of what JAX calls
@@ -55,7 +55,7 @@ def num_params(model: ModelConfig) -> dict[str, int]:
     looked_up = sum(
         math.prod(x.shape)
         for name, x in shapes["embedding"].items()  # type: ignore[union-attr]
-        if name == "positions" or (name.startswith(TABLE) and (model.num_classes > 0 or not model.tie_embeddings))
+        if name == "positions" or (name.startswith(TOKEN_EMBEDDING) and (model.num_classes > 0 or not model.tie_embeddings))
     )
     total = sum(sizes.values())
     return {"total": total, "multiplied": total - looked_up}
@@ -117,7 +117,7 @@ class MetricsLog:
         kept = [line for line, values in read_metrics(path) if values["step"] <= resume_step]
         write_atomic(path, "".join(kept))
         self._file = path.open("a")
-        self._trackers = [TRACKERS[name](folder, experiment) for name in experiment.train.track]
+        self._trackers = [TRACKERS[name](folder, experiment) for name in experiment.train.trackers]
 
     def write(self, step: int, **figures: float) -> None:
         """One line, and the same in the trackers."""
@@ -186,7 +186,7 @@ class TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            raise GptjaxError("train.track = 'tensorboard': needs tensorboardX; pip install 'gptjax[track]'") from None
+            raise GptjaxError("train.trackers = 'tensorboard': needs tensorboardX; pip install 'gptjax[track]'") from None
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, figures: dict[str, float]) -> None:
@@ -204,7 +204,7 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise GptjaxError("train.track = 'wandb': needs wandb; pip install 'gptjax[track]'") from None
+            raise GptjaxError("train.trackers = 'wandb': needs wandb; pip install 'gptjax[track]'") from None
         config = json.loads(experiment.to_json())
         self._run = wandb.init(project="gptjax", name=experiment.name, dir=str(folder), config=config, resume="allow")
 

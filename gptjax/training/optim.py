@@ -16,12 +16,11 @@ from optax import contrib
 
 from gptjax.config import Experiment, OptimConfig
 from gptjax.errors import ConfigError
+from gptjax.model.axes import AXES, Axes, axis_sizes
 from gptjax.model.gpt import weight_axes
-from gptjax.model.weights import TABLE, Axes, axis_sizes, is_matrix
+from gptjax.model.weights import TOKEN_EMBEDDING, is_matrix
 
 Tree = Any  # params, or anything in their shape
-GROWING = ("embed", "features", "heads", "kv_heads", "ffn")  # sides of matrices that grow with the width
-HEAD_AXES = ("heads", "kv_heads")  # always followed by head_dim: together one side of a matrix
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
@@ -30,7 +29,7 @@ def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
     axes = pick(weight_axes(experiment.model), learnt)
     clipped = o.noise_multiplier is not None  # already, window by window
     parts = [clip(o.clip_norm)] if o.clip_norm and not clipped else []
-    wider = experiment.model.width_multiplier if experiment.model.mup_width else None
+    wider = experiment.model.width_multiplier if experiment.model.mup_base_width else None
     parts.append(_update_rule(o, make_schedule(o, experiment.train.steps), axes, wider))
     if o.layer_decay != 1:
         parts.append(scale_layers(o.layer_decay, axes, experiment.model.num_layers))
@@ -40,25 +39,25 @@ def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
 
 
 def trained(experiment: Experiment) -> Tree:
-    """True for the weights that are learnt: all that match none of `optim.frozen`; with LoRA only what is new.
+    """True for the weights that are learnt: all that match none of `optim.freeze`; with LoRA only what is new.
 
     Raises `ConfigError` for a pattern that no weight matches, and where nothing is left to learn.
     """
-    frozen, lora = experiment.optim.frozen, experiment.model.lora_rank > 0
-    unused = set(frozen)
+    freeze, lora = experiment.optim.freeze, experiment.model.lora_rank > 0
+    unused = set(freeze)
 
     def learnt(path: tuple[Any, ...], _: Axes) -> bool:
         name = ".".join(part.key for part in path)
-        matched = {pattern for pattern in frozen if fnmatch.fnmatch(name, pattern)}
+        matched = {pattern for pattern in freeze if fnmatch.fnmatch(name, pattern)}
         unused.difference_update(matched)
         new = "_lora_" in name or name.startswith("classifier.")
         return (new or not lora) and not matched
 
     chosen = jax.tree.map_with_path(learnt, weight_axes(experiment.model), is_leaf=_is_axes)
     if unused:
-        raise ConfigError([f"optim.frozen: no weight is called {min(unused)!r}; there is blocks.ffn.up, for instance"])
+        raise ConfigError([f"optim.freeze: no weight is called {min(unused)!r}; there is blocks.ffn.up, for instance"])
     if not any(jax.tree.leaves(chosen)):
-        raise ConfigError([f"optim.frozen = {frozen}: leaves nothing to learn; freeze less"])
+        raise ConfigError([f"optim.freeze = {freeze}: leaves nothing to learn; freeze less"])
     return chosen
 
 
@@ -110,7 +109,7 @@ def scale_layers(decay: float, axes: Tree, num_layers: int) -> optax.GradientTra
             factors = decay ** jnp.arange(num_layers - 1, -1, -1.0)
             return update * factors.reshape(-1, *[1] * (update.ndim - 1))
         part = path[1].key.partition("_lora_")[0] if path[0].key == "embedding" else ""
-        below = part in (TABLE, "positions", "norm")  # the head is above
+        below = part in (TOKEN_EMBEDDING, "positions", "norm")  # the head is above
         return update * decay**num_layers if below else update
 
     return optax.stateless(lambda updates, _: jax.tree.map_with_path(scale, axes, updates, is_leaf=_is_axes))
@@ -123,7 +122,7 @@ def scale_hidden(wider: float, axes: Tree) -> optax.GradientTransformation:
     """
 
     def scale(names: Axes, update: Array) -> Array:
-        growing = [name for name in names if name in GROWING]
+        growing = [name for name in names if AXES[name].scales_with_width]
         return update / wider if len(growing) > 1 else update
 
     return optax.stateless(lambda updates, _: jax.tree.map(scale, axes, updates, is_leaf=_is_axes))
@@ -237,7 +236,7 @@ def _sides(names: Axes) -> list[list[str]]:
     """The axes of a weight, those of a head taken together: layers, rows and columns, where it has them."""
     groups: list[list[str]] = []
     for name in names:
-        if name == "head_dim" and groups and groups[-1][0] in HEAD_AXES:
+        if name == "head_dim" and groups and AXES[groups[-1][0]].counts_heads:
             groups[-1].append(name)
         else:
             groups.append([name])

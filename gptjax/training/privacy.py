@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gptjax import random_streams
 from gptjax.config import Experiment
 from gptjax.data.batches import PoissonSampler
 from gptjax.data.objectives import Batch
@@ -42,8 +43,8 @@ def noise_of(experiment: Experiment, draws: PoissonSampler | None) -> DPConfig |
     o = experiment.optim
     if o.noise_multiplier is None or o.clip_norm is None or draws is None:
         return None
-    first, second = np.random.SeedSequence((experiment.seed, 9)).generate_state(2).tolist()
-    return DPConfig(o.clip_norm, o.noise_multiplier, draws.expected, (first, second))
+    first, second = np.random.SeedSequence((experiment.seed, random_streams.PRIVACY_NOISE)).generate_state(2).tolist()
+    return DPConfig(o.clip_norm, o.noise_multiplier, draws.expected_batch, (first, second))
 
 
 def check_libraries() -> None:
@@ -119,12 +120,12 @@ def spent_by(draws: PoissonSampler, noise_multiplier: float, steps: int) -> tupl
 
     Batches that could not hold all that was drawn are counted with their own, higher price.
     """
-    delta = 0.1 / draws.windows
+    delta = 0.1 / draws.num_windows
     events = _library("dp_accounting")
-    if draws.windows <= draws.most:
+    if draws.num_windows <= draws.max_batch:
         one = events.GaussianDpEvent(noise_multiplier)
     else:
-        one = events.TruncatedSubsampledGaussianDpEvent(draws.windows, draws.rate, draws.most, noise_multiplier)
+        one = events.TruncatedSubsampledGaussianDpEvent(draws.num_windows, draws.sampling_rate, draws.max_batch, noise_multiplier)
     return _epsilon(one, steps, delta, 1e-4 * max(1.0, noise_multiplier**-2)), delta
 
 

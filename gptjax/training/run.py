@@ -31,7 +31,7 @@ from gptjax.atomic_io import read_json, read_text, write_atomic
 from gptjax.config import Experiment, diff
 from gptjax.data import tokenizer
 from gptjax.data.batches import DataPosition
-from gptjax.data.store import Store, names
+from gptjax.data.store import Store, source_names
 from gptjax.data.synthetic import is_function
 from gptjax.errors import RunError
 from gptjax.inference.pretrained import Pretrained
@@ -79,7 +79,7 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def generation(self) -> dict[str, Any]:
-        """`recommended`, `stop_tokens`, `chat_template` and `passed_on` of an imported model; of any other nothing."""
+        """`recommended`, `stop_tokens`, `chat_template` and `extra_generation_config` of an imported model; of any other nothing."""
         path = self.folder / GENERATION
         return read_json(path) if path.exists() else {}
 
@@ -116,10 +116,10 @@ def check_imports(run: Run, store: Store | None) -> None:
     A function that has made its text already, so that there is a `store` of it, is not needed again.
     """
     e = run.experiment
-    named = {"objective.score": e.objective.score} if ":" in e.objective.score else {}
+    named = {"objective.reward": e.objective.reward} if ":" in e.objective.reward else {}
     if store is None:
         sources = {"data.source": e.data.source, "data.val_source": e.data.val_source}
-        named |= {field: s for field, given in sources.items() for s in names(given) if is_function(s)}
+        named |= {field: s for field, given in sources.items() for s in source_names(given) if is_function(s)}
     for field, name in named.items():
         raise RunError(
             f"{run.folder}: {field} = {name!r} names a function, which is imported for an "
@@ -219,7 +219,7 @@ def start_run(
             f"{folder}: what a private run has spent is counted for one noise, batch size, context and text, so that "
             f"{', '.join(counted)} cannot change on the way; choose another --run-dir"
         )
-    if run.tokenizer().pieces != store.tokenizer.pieces:
+    if run.tokenizer().id_to_bytes != store.tokenizer.id_to_bytes:
         raise RunError(
             f"{folder}: was trained with another tokenizer, so its ids mean other text; choose another --run-dir"
         )
@@ -245,11 +245,11 @@ def lines(changes: Changes) -> list[str]:
     return [f"  - {named.get(path, path)}: {old!r} there, {new!r} now" for path, (old, new) in changes.items()]
 
 
-def accept_changes(run: Run, experiment: Experiment, store: Store, changes: Changes, place: DataPosition) -> None:
-    """Makes an experiment the run's own from this place on; provenance.json keeps what was changed, and when."""
+def accept_changes(run: Run, experiment: Experiment, store: Store, changes: Changes, position: DataPosition) -> None:
+    """Makes an experiment the run's own from this position on; provenance.json keeps what was changed, and when."""
     provenance = run.provenance()
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    change = {"when": now, "step": place.step, "samples": place.samples, "tokens": place.tokens, "fields": changes}
+    change = {"when": now, "step": position.step, "samples": position.samples, "tokens": position.tokens, "fields": changes}
     provenance["changes"] = [*provenance.get("changes", []), change]
     now_used = {"data": store.key} | ({"reference": changes["reference"][1]} if "reference" in changes else {})
     write_atomic(run.folder / PROVENANCE, json.dumps(provenance | now_used, indent=2) + "\n")

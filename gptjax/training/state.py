@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import sharding
 from gptjax.config import Experiment
+from gptjax.model.axes import AXES
 from gptjax.model.gpt import init_params, weight_axes
 
 RECENT = 128  # losses that a new one is compared with
@@ -78,7 +79,7 @@ def abstract_state(experiment: Experiment, tx: optax.GradientTransformation, mes
         owner = next((names[i:] for i in range(len(names)) if weights.get(names[i:]) == x.shape), None)
         layout = NamedSharding(mesh, PartitionSpec())
         if owner is not None:
-            layout = sharding.sharding(axes[owner], x.shape, mesh)
+            layout = sharding.named_sharding(axes[owner], x.shape, mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
     return jax.tree.map_with_path(place, shapes)
@@ -90,21 +91,6 @@ def create_state(experiment: Experiment, tx: optax.GradientTransformation, abstr
     # It runs once: on a CPU half the compile time is saved by optimising it less, and it is no slower for it.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda: init_state(experiment, tx), out_shardings=layout, compiler_options=options)()
-
-
-SIZES = {  # axis of a weight -> the field that decides its size
-    "layers": "model.num_layers",
-    "embed": "model.embed_dim",
-    "vocab": "model.vocab_size",
-    "heads": "model.num_heads",
-    "kv_heads": "model.num_kv_heads",
-    "head_dim": "model.head_dim",
-    "ffn": "model.ffn_dim",
-    "positions": "model.context_length",
-    "features": "model.embed_dim",
-    "rank": "model.lora_rank",
-    "classes": "model.num_classes",
-}
 
 
 def state_mismatches(saved: dict[str, jax.ShapeDtypeStruct], abstract: Any, experiment: Experiment) -> list[str]:
@@ -125,7 +111,7 @@ def state_mismatches(saved: dict[str, jax.ShapeDtypeStruct], abstract: Any, expe
         elif there.shape != here.shape:
             owner = next((a for weight, a in axes.items() if name.endswith(f".{weight}")), ())
             sizes = zip(owner, there.shape, here.shape, strict=True) if len(owner) == len(there.shape) else ()
-            fields = ", ".join(SIZES[axis] for axis, x, y in sizes if x != y) or "optim"
+            fields = ", ".join(f"model.{AXES[axis].field}" for axis, x, y in sizes if x != y) or "optim"
             found.append(f"{name}: {_form(there)} saved, {_form(here)} now; decided by {fields}")
         elif there.dtype != here.dtype:
             found.append(f"{name}: {_form(there)} saved, {_form(here)} now; it would have to be rounded")

@@ -38,9 +38,9 @@ def batch_loss(params: Any, batch: Batch, model: GPT, z_loss: float, rngs: Rngs)
     the expected score, reversed (REINFORCE, Williams 1992).
     """
     nats, log_z = token_nll(params, batch, model, rngs)
-    total = (nats * batch.weights).sum()
-    minimised = total if batch.advantages is None else (nats * batch.weights * batch.advantages).sum()
-    return minimised + z_loss * (jnp.square(log_z) * batch.weights).sum(), total
+    total = (nats * batch.loss_weights).sum()
+    minimised = total if batch.advantages is None else (nats * batch.loss_weights * batch.advantages).sum()
+    return minimised + z_loss * (jnp.square(log_z) * batch.loss_weights).sum(), total
 
 
 def token_nll(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array, Array]:
@@ -48,8 +48,8 @@ def token_nll(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array,
 
     No more than `LOGITS` logits exist at once on a device. Where that takes parts, each is made again for the gradient.
     """
-    reads = (batch.tokens, batch.positions, batch.segments, batch.prefix)
-    x: Any = model.apply({"params": params}, *reads, rngs=rngs, method="read")
+    reads = (batch.tokens, batch.positions, batch.segment_ids, batch.prefix_mask)
+    x: Any = model.apply({"params": params}, *reads, rngs=rngs, method="hidden_states")
     rows, length, _ = x.shape
 
     def of(part: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -67,19 +67,19 @@ def token_nll(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[Array,
 
 def batch_logits(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> Array:
     """What the model says at each place of a [rows, length] batch: float32 [rows, length, vocab]."""
-    reads = (batch.tokens, batch.positions, batch.segments, batch.prefix)
+    reads = (batch.tokens, batch.positions, batch.segment_ids, batch.prefix_mask)
     logits: Any = model.apply({"params": params}, *reads, rngs=rngs)
     return logits
 
 
 def num_targets(batch: Batch) -> Array:
     """The sum of the weights, or 1 where there are none."""
-    return jnp.maximum(batch.weights.sum(), 1.0)
+    return jnp.maximum(batch.loss_weights.sum(), 1.0)
 
 
 def num_texts(batch: Batch) -> Array:
     """The rows in which anything is asked for, or 1 where there are none."""
-    return jnp.maximum((batch.weights > 0).any(-1).sum().astype(jnp.float32), 1.0)
+    return jnp.maximum((batch.loss_weights > 0).any(-1).sum().astype(jnp.float32), 1.0)
 
 
 def token_loss(z_loss: float = 0.0, counted: Callable[[Batch], Array] = num_targets) -> Loss:
@@ -100,8 +100,8 @@ def class_loss() -> Loss:
 
     def sums(params: Any, batch: Batch, model: GPT, rngs: Rngs, reference: Any) -> tuple[Array, Metrics]:
         logits = batch_logits(params, batch, model, rngs)
-        nats = (ops.cross_entropy(logits, batch.targets)[0] * batch.weights).sum()
-        return nats, {"loss": nats, "accuracy": ((logits.argmax(-1) == batch.targets) * batch.weights).sum()}
+        nats = (ops.cross_entropy(logits, batch.targets)[0] * batch.loss_weights).sum()
+        return nats, {"loss": nats, "accuracy": ((logits.argmax(-1) == batch.targets) * batch.loss_weights).sum()}
 
     return Loss(sums, num_targets)
 
@@ -183,13 +183,13 @@ def train_step(
     model: GPT,
     tx: optax.GradientTransformation,
     loss: Loss = TOKENS,
-    skip_spikes: float | None = None,
+    spike_sigma: float | None = None,
     learnt: Any = None,
     noise: DPConfig | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update from a [microbatches, rows, length] batch; the same update however the batch is cut into microbatches.
 
-    Where loss or gradient are not finite, or the loss lies `skip_spikes` sigma above the recent ones, the batch is left
+    Where loss or gradient are not finite, or the loss lies `spike_sigma` sigma above the recent ones, the batch is left
     behind: weights and optimiser stay as they are. With `noise` (DP-SGD) the loss does not decide, as that would tell
     of a window: what is not finite is worth nothing in the sum, and counts as skipped.
 
@@ -199,7 +199,7 @@ def train_step(
     """
     shown, grads = loss_and_gradient(state, batch, model, loss, learnt, reference, noise)
     grad_norm = optax.tree.norm(grads)
-    usual, limit = usual_loss(state, skip_spikes)
+    usual, limit = usual_loss(state, spike_sigma)
     sound = jnp.isfinite(shown["loss"]) & jnp.isfinite(grad_norm) & (shown["loss"] <= limit)
     good = sound if noise is None else jnp.isfinite(grad_norm)
 
@@ -219,14 +219,14 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, state.key, health), metrics
 
 
-def usual_loss(state: TrainState, skip_spikes: float | None) -> tuple[Array, Array]:
+def usual_loss(state: TrainState, spike_sigma: float | None) -> tuple[Array, Array]:
     """The mean of the recent losses (infinite before there are any), and the loss above which an update is skipped."""
     losses = state.health.losses
     known = losses > 0  # a state of format 1 has taken updates of which the loss is not known
     mean = jnp.where(known.any(), losses.sum() / jnp.maximum(known.sum(), 1), jnp.inf)
-    if skip_spikes is None:
+    if spike_sigma is None:
         return mean, jnp.full((), jnp.inf)
-    return mean, jnp.where(known.all(), mean + skip_spikes * losses.std(), jnp.inf)
+    return mean, jnp.where(known.all(), mean + spike_sigma * losses.std(), jnp.inf)
 
 
 def _examined(state: TrainState, loss: Array, good: Array) -> Health:
@@ -248,6 +248,6 @@ def eval_step(
     def look(rows: Batch, whole: Any) -> tuple[Metrics, Array]:
         params, reference = whole
         _, shown = loss.sums(params, rows, model, {}, reference)
-        return shown, jnp.where((rows.weights > 0).any(), loss.counted(rows), 0.0)
+        return shown, jnp.where((rows.loss_weights > 0).any(), loss.counted(rows), 0.0)
 
     return map_over_cores(look, batch, (evaluation_params(state.params, state.opt_state), reference), batch_axis=0)

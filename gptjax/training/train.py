@@ -54,7 +54,7 @@ def train(
     with contextlib.ExitStack() as held:
         sharding.on_first_process(lambda: check_folder(folder))
         sharding.on_first_process(lambda: locks.append(held.enter_context(hold(folder))))
-        watchdog = Watchdog(folder, experiment.train.stuck_seconds, locks[0].touch if locks else None)
+        watchdog = Watchdog(folder, experiment.train.watchdog_seconds, locks[0].touch if locks else None)
         failure: BaseException | None = None
         try:
             run = open_run(folder) if (folder / EXPERIMENT).exists() else None
@@ -66,7 +66,7 @@ def train(
                 raise
             raise TrainingFailed(f"{watchdog.doing}: {str(e).splitlines()[0]}; {watchdog.explain()}") from e
         except Interrupted as e:
-            raise Interrupted(f"{e}{' (without --from-step)' if from_step is not None else ''}") from None
+            raise Interrupted(f"{e}{' (without --rollback-to)' if from_step is not None else ''}") from None
         except BaseException as e:
             failure = e
             raise
@@ -100,22 +100,22 @@ def _train(
     first(lambda: _check_choice(run, step, from_step))
     if step is not None and chosen is None:
         raise RunError(f"{folder}: is not the same folder for all processes; put it on a disk that they share")
-    if chosen and chosen.place is None and changes:
+    if chosen and chosen.position is None and changes:
         raise RunError(f"{chosen.folder}: is of format 1 and does not say where it stands in the data; go on without "
                        "changes until the next checkpoint, then make them")  # fmt: skip
     with jax.set_mesh(setup.mesh):
         state = first_state(setup, chosen)
-        setup.batches.start_at((chosen and chosen.place) or setup.batches.place(int(state.step)))
-        place = setup.batches.place(int(state.step))
+        setup.batches.seek((chosen and chosen.position) or setup.batches.position(int(state.step)))
+        position = setup.batches.position(int(state.step))
         if changes or from_step is not None:  # only now, when nothing can be refused any more, is anything moved
-            first(lambda: set_aside_later(run, place.step))
-            first(lambda: checkpoint.set_aside_after(run.checkpoints, place.step))
+            first(lambda: set_aside_later(run, position.step))
+            first(lambda: checkpoint.set_aside_after(run.checkpoints, position.step))
         if changes:
-            first(lambda: accept_changes(run, setup.experiment, setup.store, changes, place))
-            say("\n".join([f"{folder}: goes on from step {place.step}, {place.samples:,} examples and {place.tokens:,} "
+            first(lambda: accept_changes(run, setup.experiment, setup.store, changes, position))
+            say("\n".join([f"{folder}: goes on from step {position.step}, {position.samples:,} examples and {position.tokens:,} "
                            "tokens, with changes:", *lines(changes)]))  # fmt: skip
-        say(summary(setup, place.step))
-        return Trainer(setup, run, place.step, began, watchdog).run(state)
+        say(summary(setup, position.step))
+        return Trainer(setup, run, position.step, began, watchdog).run(state)
 
 
 def _check_choice(run: Run, step: int | None, from_step: int | None) -> None:
@@ -123,11 +123,11 @@ def _check_choice(run: Run, step: int | None, from_step: int | None) -> None:
     t = run.experiment.train
     if step is not None and step > t.steps:
         raise RunError(
-            f"{run.folder}: stands at step {step} already; train.steps must be more, or go back by --from-step"
+            f"{run.folder}: stands at step {step} already; train.steps must be more, or go back by --rollback-to"
         )
     logged = max((line["step"] for line in run.metrics()), default=0)
     if step is None and from_step is None and 0 < 2 * t.checkpoint_every < logged:
         raise RunError(
             f"{run.checkpoints}: holds no checkpoint, and the run has logged step {logged} already; bring the folder "
-            "back from a copy, or begin again with --from-step 0"
+            "back from a copy, or begin again with --rollback-to 0"
         )

@@ -15,8 +15,8 @@ from gptjax import sharding
 from gptjax.checks import check
 from gptjax.config import Experiment
 from gptjax.data.batches import DataLoader
-from gptjax.data.examples import classes_of
-from gptjax.data.objectives import Batch, extra_tokens, rows_together
+from gptjax.data.examples import class_labels
+from gptjax.data.objectives import Batch, extra_tokens, group_size
 from gptjax.data.store import INIT, Store, cache_folder, find_store, open_store
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.windows import PackedStream
@@ -25,7 +25,7 @@ from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.inference.sampling import SamplingParams
 from gptjax.model.attention import choose_kernel
 from gptjax.model.gpt import GPT
-from gptjax.model.weights import merged
+from gptjax.model.weights import merge_lora
 from gptjax.training import checkpoint
 from gptjax.training.checkpoint import Checkpoint
 from gptjax.training.initial import (
@@ -68,7 +68,7 @@ class TrainSetup:
 
         It is `read`, the examples of the step, or what the model writes to their prompts.
         """
-        read = self.batches.on_devices(step, self.mesh) if read is None else read
+        read = self.batches.device_batch(step, self.mesh) if read is None else read
         return self.objective.rollout(state.params, read, step) if self.objective.rollout else (read, {})
 
 
@@ -98,7 +98,7 @@ def build_train_setup(
     store = store or open_store(experiment.data, _given_tokenizer(experiment, start, run, opened))
     tokens, extra = store.tokenizer.vocab_size, len(extra_tokens(experiment.objective))
     needed = max(tokens + extra, (start.model.vocab_size or 0) if start else 0)  # a table may be padded
-    classes = classes_of(experiment.data)
+    classes = class_labels(experiment.data)
     e = experiment.resolved(needed, classes)
     if (e.model.vocab_size or 0) < needed:
         more = f" and objective.name = {e.objective.name!r} adds {extra}" if extra else ""
@@ -106,14 +106,14 @@ def build_train_setup(
     if e.model.num_classes != len(classes):
         raise ConfigError([f"model.num_classes = {e.model.num_classes}: there are {len(classes)} labels; leave it out"])
     batches, model, tx = DataLoader(store, e), GPT(e.model), make_optimizer(e)
-    groups = e.train.batch_size // e.train.microbatches // max(1, rows_together(e.objective)[0])
+    groups = e.train.batch_size // e.train.microbatches // max(1, group_size(e.objective)[0])
     mesh = mesh or sharding.make_mesh(e.mesh, groups, num_params(e.model)["total"])
     abstract = abstract_state(e, tx, mesh)
     layout, everywhere = jax.tree.map(lambda x: x.sharding, abstract), NamedSharding(mesh, PartitionSpec())
     by_core = NamedSharding(mesh, PartitionSpec(sharding.CORES)) if mesh.shape[sharding.CORES] > 1 else everywhere
     objective = make_train_objective(e, store.tokenizer, mesh, opened)
-    noise = noise_of(e, batches.draws)
-    own = dict(skip_spikes=e.train.skip_spikes, learnt=trained(e), noise=noise)
+    noise = noise_of(e, batches.sampler)
+    own = dict(spike_sigma=e.train.spike_sigma, learnt=trained(e), noise=noise)
     compiled = partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     update = partial(train_step, model=model, tx=tx, loss=objective.loss, **own)
     step = compiled(update, donate_argnums=0, out_shardings=(layout, everywhere))
@@ -229,7 +229,7 @@ def check_start(setup: TrainSetup, fresh: bool = True, finished: bool = False) -
     if setup.start is None or not fresh:
         return
     first = setup.start.open()
-    if first.tokenizer.pieces != tokens.pieces:
+    if first.tokenizer.id_to_bytes != tokens.id_to_bytes:
         raise RunError(
             f"init = {e.init!r}: was trained with another tokenizer, so its ids mean other text than here; "
             "set data.tokenizer = 'init'"
@@ -254,7 +254,7 @@ def _check_lesson(setup: TrainSetup) -> None:
     if reference is None:
         return
     check_is_generative(reference.pretrained)
-    if reference.pretrained.tokenizer.pieces != setup.store.tokenizer.pieces:
+    if reference.pretrained.tokenizer.id_to_bytes != setup.store.tokenizer.id_to_bytes:
         raise RunError(
             f"{reference.name}: has another tokenizer than the text, so that its probabilities are of other tokens; "
             "set data.tokenizer = 'init', or to that of the other model"
@@ -295,7 +295,7 @@ def open_trained(run: Run, checkpoint: str = "last", merge: bool = True) -> Pret
     """The model in a run folder. What LoRA learnt is added to the weights, or with `merge` False stays beside them."""
     params, _ = load_params(run, checkpoint)
     model = run.experiment.model
-    model, params = merged(model, params) if merge else (model, params)
+    model, params = merge_lora(model, params) if merge else (model, params)
     labels, given = run.experiment.data.labels if model.num_classes else (), run.generation()
     if len(labels) != model.num_classes:
         raise RunError(
@@ -313,7 +313,7 @@ def open_trained(run: Run, checkpoint: str = "last", merge: bool = True) -> Pret
             recommended=given.get("recommended", {}),
             stop_tokens=tuple(map(int, given.get("stop_tokens", ()))),
             chat_template=given.get("chat_template"),
-            passed_on=dict(given.get("passed_on", {})),
+            extra_generation_config=dict(given.get("passed_on", {})),
         )
     except (TypeError, ValueError, PromptError) as e:
         raise RunError(f"{run.folder / GENERATION}: is damaged ({e})") from None
@@ -339,7 +339,7 @@ def summary(setup: TrainSetup, step: int) -> str:
     corpus = sum(len(s.ids) for s in store.train)
     kernel, why = choose_kernel(m, jax.default_backend(), m.context_length, e.masks_tokens)
     device = jax.devices()[0]
-    cut = sum(s.shortened for s in setup.batches.train_streams if isinstance(s, PackedStream))
+    cut = sum(s.num_truncated for s in setup.batches.train_streams if isinstance(s, PackedStream))
     return "\n".join(
         [
             f"{e.name}: {size:,} parameters{share}, {m.num_layers} layers of width {m.embed_dim}, context "
@@ -365,7 +365,7 @@ def _cores(mesh: jax.sharding.Mesh) -> str:
 
 def privacy(setup: TrainSetup) -> dict[str, float]:
     """The epsilon and delta of the whole run; nothing where it makes no promise."""
-    draws, multiplier = setup.batches.draws, setup.experiment.optim.noise_multiplier
+    draws, multiplier = setup.batches.sampler, setup.experiment.optim.noise_multiplier
     if draws is None or multiplier is None:
         return {}
     epsilon, delta = spent_by(draws, multiplier, setup.experiment.train.steps)
@@ -373,12 +373,12 @@ def privacy(setup: TrainSetup) -> dict[str, float]:
 
 
 def _promise(setup: TrainSetup) -> list[str]:
-    draws, spent = setup.batches.draws, privacy(setup)
+    draws, spent = setup.batches.sampler, privacy(setup)
     if draws is None:
         return []
     kept = " beyond what init tells" if setup.experiment.init else ""
     return [
-        f"  privacy  epsilon {spent['epsilon']:.3g} at delta {spent['delta']:.2g}{kept}, for each of {draws.windows:,} "
-        f"windows being there or empty; a batch draws {draws.expected:.1f} on average. It holds for those who do not "
+        f"  privacy  epsilon {spent['epsilon']:.3g} at delta {spent['delta']:.2g}{kept}, for each of {draws.num_windows:,} "
+        f"windows being there or empty; a batch draws {draws.expected_batch:.1f} on average. It holds for those who do not "
         f"know the seed, which stands in the run folder: pass on weights alone (gptjax export)"
     ]

@@ -2,7 +2,7 @@
 
 Each process of a job shows in RUN/processes/ what it is doing; the others read it every few seconds. One that failed is
 noticed at the next look, one that was killed or frozen after `GONE_SECONDS`, and whoever makes no progress for
-`train.stuck_seconds` shows the stacks of its threads and ends.
+`train.watchdog_seconds` shows the stacks of its threads and ends.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ FOLDER = "processes"
 
 
 class Watchdog:
-    """Watches over a run from its folder until `close`; `stuck_seconds` counts from the first `heartbeat`."""
+    """Watches over a run from its folder until `close`; `watchdog_seconds` counts from the first `heartbeat`."""
 
-    def __init__(self, folder: Path, stuck_seconds: float, tick: Callable[[], None] | None = None):
-        self._folder, self._stuck_seconds, self._tick = folder / FOLDER, stuck_seconds, tick
+    def __init__(self, folder: Path, watchdog_seconds: float, tick: Callable[[], None] | None = None):
+        self._folder, self._watchdog_seconds, self._tick = folder / FOLDER, watchdog_seconds, tick
         self._me, self._count = jax.process_index(), jax.process_count()
         self.doing = "starting"
         self._since: float | None = None
@@ -74,9 +74,9 @@ class Watchdog:
                 with contextlib.suppress(OSError):  # a moment's trouble of the disk is no reason to stop watching
                     self._tick()
             silent = time.monotonic() - self._since if self._since is not None else 0.0
-            if silent > self._stuck_seconds:
+            if silent > self._watchdog_seconds:
                 self._end(
-                    f"stuck: no progress for {silent:.0f} s (train.stuck_seconds), in {self.doing}; "
+                    f"stuck: no progress for {silent:.0f} s (train.watchdog_seconds), in {self.doing}; "
                     f"the stacks of all threads are above{self._others()}",
                     stacks=True,
                 )

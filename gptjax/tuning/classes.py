@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gptjax.data.examples import told_at
+from gptjax.data.examples import token_classes
 from gptjax.data.tasks import Example, Task
 from gptjax.errors import DataError
 from gptjax.inference.classes import Question, log_probabilities
@@ -30,8 +30,8 @@ def tell(
 
     Of a text longer than the context the end is read, as in training. Raises `DataError` where labels stand before.
     """
-    pieces = [pretrained.tokenizer.parts([part.text for part in example.parts]) for example in examples]
-    truths = [told_at(example, own, pretrained.labels) for example, own in zip(examples, pieces, strict=True)]
+    pieces = [pretrained.tokenizer.encode_parts([part.text for part in example.parts]) for example in examples]
+    truths = [token_classes(example, own, pretrained.labels) for example, own in zip(examples, pieces, strict=True)]
     starts = [max(len(truth) - pretrained.model.context_length, 0) for truth in truths]
     for example, truth, start in zip(examples, truths, starts, strict=True):
         if (truth[:start] >= 0).any():

@@ -25,8 +25,8 @@ def distillation_loss(teacher: ReferenceModel, divergence: Literal["forward", "r
         common = min(logits.shape[-1], theirs.shape[-1])  # a table may be padded
         ours, theirs = (jax.nn.log_softmax(x[..., :common]) for x in (logits, theirs))
         first, second = (theirs, ours) if divergence == "forward" else (ours, theirs)
-        kl = ((jnp.exp(first) * (first - second)).sum(-1) * batch.weights).sum()
+        kl = ((jnp.exp(first) * (first - second)).sum(-1) * batch.loss_weights).sum()
         nats = -jnp.take_along_axis(ours, batch.targets[..., None], -1)[..., 0]
-        return kl, {"loss": (nats * batch.weights).sum(), "divergence": kl}
+        return kl, {"loss": (nats * batch.loss_weights).sum(), "divergence": kl}
 
     return Loss(sums, num_targets)

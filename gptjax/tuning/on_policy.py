@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax import sharding
+from gptjax import random_streams, sharding
 from gptjax.config import Experiment
 from gptjax.data.objectives import Batch
 from gptjax.data.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from gptjax.errors import ConfigError, GptjaxError
 from gptjax.inference.generator import Completion, Generator
 from gptjax.inference.pretrained import Pretrained
 from gptjax.model.gpt import GPT
-from gptjax.model.weights import merged
+from gptjax.model.weights import merge_lora
 from gptjax.training.step import token_nll
 from gptjax.tuning.reference import ReferenceModel
 
@@ -44,7 +44,7 @@ class Rollout:
         self, experiment: Experiment, tokenizer: Tokenizer, reference: ReferenceModel | None, mesh: jax.sharding.Mesh
     ):
         self.experiment, self.tokenizer, self.reference, self.mesh = experiment, tokenizer, reference, mesh
-        self.score = make_scorer(experiment.objective.score)
+        self.score = make_scorer(experiment.objective.reward)
         self.nats = jax.jit(
             lambda params, batch, model: token_nll(params, batch, GPT(model), {})[0], static_argnames="model"
         )
@@ -57,28 +57,28 @@ class Rollout:
         o, shape = self.experiment.objective, batch.tokens.shape
         rows: Batch = jax.tree.map(lambda x: np.asarray(x).reshape(-1, shape[-1]), jax.device_get(batch))
         questions = self.questions(rows)
-        made = self.write(params, questions, (self.experiment.seed, 6, step))
+        made = self.write(params, questions, (self.experiment.seed, random_streams.ON_POLICY_TRAIN, step))
         scores = self.scores(questions, made)
         written = as_batch([q.prompt for q in questions], [c.ids for c in made], shape[-1])
         moved = self._moved(params, written, shape)
         advantages = (group_advantages if o.name == "grpo" else leave_one_out_advantages)(
-            scores.reshape(-1, o.samples), moved, np.asarray(written.weights), o.beta
+            scores.reshape(-1, o.num_generations), moved, np.asarray(written.loss_weights), o.beta
         )
         whole = jax.tree.map(lambda x: x.reshape(shape), written._replace(advantages=advantages))
         figures = {
             "score": scores.mean(),
             "kl": moved.sum() / len(moved),
-            "answer_tokens": written.weights.sum() / len(moved),
+            "answer_tokens": written.loss_weights.sum() / len(moved),
         }
-        return sharding.place(whole, ("microbatch", "batch", "length"), self.mesh), {
+        return sharding.shard_from_host(whole, ("microbatch", "batch", "length"), self.mesh), {
             name: float(x) for name, x in figures.items()
         }
 
     def questions(self, rows: Batch) -> list[Question]:
         """What the [rows, length] of a `supervised` batch ask; rows that ask nothing, the padding, are left out."""
-        end, room = self.tokenizer.eos_id, rows.tokens.shape[1] - self.experiment.objective.new_tokens
+        end, room = self.tokenizer.eos_id, rows.tokens.shape[1] - self.experiment.objective.max_new_tokens
         found = []
-        for tokens, targets, weights in zip(rows.tokens, rows.targets, rows.weights, strict=True):
+        for tokens, targets, weights in zip(rows.tokens, rows.targets, rows.loss_weights, strict=True):
             asked = np.flatnonzero(weights)
             if len(asked) == 0:
                 continue
@@ -96,9 +96,9 @@ class Rollout:
         stops = self.reference.pretrained.stop_tokens if self.reference else ()
         seeds = np.random.default_rng(key).integers(1 << 62, size=len(questions)).tolist()
         with jax.set_mesh(mesh):
-            model, whole = merged(self.experiment.model, params)
+            model, whole = merge_lora(self.experiment.model, params)
             writer = Generator(Pretrained(self.experiment.name, model, whole, self.tokenizer, stop_tokens=stops))
-            return writer.complete([q.prompt for q in questions], self.experiment.objective.new_tokens, seeds=seeds)
+            return writer.complete([q.prompt for q in questions], self.experiment.objective.max_new_tokens, seeds=seeds)
 
     def scores(self, questions: Sequence[Question], made: Sequence[Completion]) -> np.ndarray:
         """The score of each answer: float64, higher is better."""
@@ -113,10 +113,10 @@ class Rollout:
         moved = []
         for first in range(0, len(rows.tokens), shape[1]):
             part = jax.tree.map(lambda x, first=first: x[first : first + shape[1]], rows)
-            placed = sharding.place(part, ("batch", "length"), self.mesh)
+            placed = sharding.shard_from_host(part, ("batch", "length"), self.mesh)
             of_reference, of_model = (self.nats(p, placed, m) for p, m in (theirs, (params, self.experiment.model)))
             moved.append(np.asarray(of_reference, np.float64) - np.asarray(of_model, np.float64))
-        return np.concatenate(moved) * rows.weights
+        return np.concatenate(moved) * rows.loss_weights
 
 
 def as_batch(prompts: Sequence[np.ndarray], made: Sequence[np.ndarray], length: int) -> Batch:
@@ -164,11 +164,11 @@ def make_scorer(name: str) -> Scorer:
         from gptjax.tuning.scores import METRICS, bleu_of_a_text
     except ModuleNotFoundError as e:
         raise GptjaxError(
-            f"objective.score = {name!r}: needs a library that is not installed ({e}); pip install 'gptjax[tasks]'"
+            f"objective.reward = {name!r}: needs a library that is not installed ({e}); pip install 'gptjax[tasks]'"
         ) from None
     known = sorted(METRICS.keys() - {"f1"})  # which is of many answers together
     if name not in known:
-        raise ConfigError([f"objective.score = {name!r}: must be one of {', '.join(known)}, or module:function"])
+        raise ConfigError([f"objective.reward = {name!r}: must be one of {', '.join(known)}, or module:function"])
     metric, sign = METRICS[name], -1.0 if name in LOWER_IS_BETTER else 1.0
     if name == "bleu":
         metric = bleu_of_a_text
@@ -185,7 +185,7 @@ def _by_function(
     scores = [function(*row) for row in zip(prompts, texts, answers, strict=True)]
     for score, text in zip(scores, texts, strict=True):
         if not isinstance(score, int | float | np.number) or not np.isfinite(score):
-            raise GptjaxError(f"objective.score: gave {score!r} for the answer {text!r}; a finite number is needed")
+            raise GptjaxError(f"objective.reward: gave {score!r} for the answer {text!r}; a finite number is needed")
     return np.array(scores, np.float64)
 
 
@@ -194,8 +194,8 @@ def _find(name: str) -> Callable[[str, str, str], float]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as e:  # of the user's own module
-        problem = f"objective.score = {name!r}: cannot be imported ({type(e).__name__}: {e})"
+        problem = f"objective.reward = {name!r}: cannot be imported ({type(e).__name__}: {e})"
         raise ConfigError([f"{problem}; name a function as module:function"]) from None
     if not callable(found):
-        raise ConfigError([f"objective.score = {name!r}: is no function of (prompt, text, answer), but {found!r}"])
+        raise ConfigError([f"objective.reward = {name!r}: is no function of (prompt, text, answer), but {found!r}"])
     return found

@@ -24,7 +24,7 @@ def preference_loss(reference: ReferenceModel, beta: float) -> Loss:
         ours = _log_probability(params, batch, model, rngs)
         theirs = _log_probability(jax.lax.stop_gradient(weights), batch, reference.gpt, {})
         better, worse = (ours - theirs).reshape(-1, 2).T
-        there = (batch.weights > 0).any(-1).reshape(-1, 2).all(-1)  # the last batch of validation may be padded
+        there = (batch.loss_weights > 0).any(-1).reshape(-1, 2).all(-1)  # the last batch of validation may be padded
         margin = beta * (better - worse)
         loss = jnp.where(there, jax.nn.softplus(-margin), 0.0).sum()
         return loss, {"loss": loss, "accuracy": (there & (margin > 0)).sum().astype(jnp.float32)}
@@ -35,4 +35,4 @@ def preference_loss(reference: ReferenceModel, beta: float) -> Loss:
 def _log_probability(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> Array:
     """ln of the probability of each row's answer: float32 [rows]."""
     nats, _ = token_nll(params, batch, model, rngs)
-    return -(nats * batch.weights).sum(-1)
+    return -(nats * batch.loss_weights).sum(-1)

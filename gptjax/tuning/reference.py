@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import sharding
+from gptjax.config import names_of_format_1
 from gptjax.inference.pretrained import Pretrained
 from gptjax.model.gpt import GPT, weight_axes
 
@@ -33,7 +34,8 @@ class ReferenceModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the shape and the weights: what is learnt beside it depends on all of them."""
-        digest = hashlib.sha256(repr(self.pretrained.model).encode())
+        shape = ", ".join(f"{name}={x!r}" for name, x in names_of_format_1("model", self.pretrained.model).items())
+        digest = hashlib.sha256(f"Model({shape})".encode())
         for x in jax.tree.leaves(self.pretrained.params):
             digest.update(np.asarray(x, np.float32).tobytes())
         return digest.hexdigest()
@@ -43,7 +45,7 @@ class ReferenceModel:
         """Its weights on the devices, in float32."""
 
         def place(axes: tuple[str, ...], x: Any) -> jax.Array:
-            return jax.device_put(jnp.asarray(x, jnp.float32), sharding.sharding(axes, x.shape, self.mesh))
+            return jax.device_put(jnp.asarray(x, jnp.float32), sharding.named_sharding(axes, x.shape, self.mesh))
 
         axes = weight_axes(self.pretrained.model)
         return jax.tree.map(place, axes, self.pretrained.params, is_leaf=lambda x: isinstance(x, tuple))

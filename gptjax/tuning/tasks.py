@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import DataConfig
-from gptjax.data.examples import examples, uses_samples
-from gptjax.data.tasks import Example, Side, Task, baseline
+from gptjax.data.examples import load_examples, uses_samples
+from gptjax.data.tasks import Example, Split, Task, baseline
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError, PromptError
 from gptjax.inference import scoring
@@ -44,7 +44,7 @@ class Prediction:
 def evaluate_task(
     pretrained: Pretrained,
     task: Task,
-    side: Side = "test",
+    side: Split = "test",
     limit: float | None = None,
     batch_size: int = 8,
     dtype: str | None = None,
@@ -67,7 +67,7 @@ def evaluate_task(
     """
     began = time.perf_counter()
     source = f"task:{task.name}"
-    questions = _drawn(list(examples(source, DataConfig(), side)), limit, seed)
+    questions = _drawn(list(load_examples(source, DataConfig(), side)), limit, seed)
     if not questions:
         raise DataError(f"{source}: its {side} side has no example (limit = {limit})")
     groups = _groups(questions)
@@ -76,13 +76,13 @@ def evaluate_task(
         if not model.labels:
             return _in_text(model, task, questions, batch_size, dtype, temperature, seed)
         check_labels(model, task)
-        labelled = _drawn(list(examples(source, DataConfig(answers="classes"), side)), limit, seed)
+        labelled = _drawn(list(load_examples(source, DataConfig(answers="classes"), side)), limit, seed)
         return tell(model, task, labelled, batch_size, dtype)
 
     predictions, nats, counts, shortened = zip(*told_by(pretrained), strict=True)
     references = [tuple(r.strip() for r in q.references or (q.answer,)) for q in questions]
     if against is None:
-        trivial = list(map(baseline(task, examples(source, DataConfig(), "train")), questions))
+        trivial = list(map(baseline(task, load_examples(source, DataConfig(), "train")), questions))
     else:
         trivial = [answer for answer, *_ in told_by(against)]
 
@@ -144,8 +144,8 @@ def _groups(questions: Sequence[Example]) -> list[int]:
 
 def _ids(tokenizer: Tokenizer, question: Example, answer: str) -> tuple[np.ndarray, np.ndarray]:
     """The prompt, at least one token, and an answer to it, cut into tokens as in training."""
-    last = max(i for i, part in enumerate(question.parts) if part.asked)
-    *before, own = tokenizer.parts([*([part.text for part in question.parts[:last]] or [""]), answer])
+    last = max(i for i, part in enumerate(question.parts) if part.is_target)
+    *before, own = tokenizer.encode_parts([*([part.text for part in question.parts[:last]] or [""]), answer])
     prompt = np.concatenate(before).astype(np.int32)
     if len(prompt):
         return prompt, own
@@ -162,7 +162,7 @@ def _around(answer: str, label: str) -> str:
 
 def _room(pretrained: Pretrained, task: Task, question: Example) -> int:
     """How many tokens of a prompt leave room for an answer."""
-    context, needed = pretrained.model.context_length, task.new_tokens
+    context, needed = pretrained.model.context_length, task.max_new_tokens
     if task.labels:
         labels = (_around(question.answer, label) for label in task.labels)
         needed = max(len(_ids(pretrained.tokenizer, question, label)[1]) for label in labels)
@@ -217,7 +217,7 @@ def _written(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [seeds[i] for i in chosen]
-        made = writer.complete([prompts[i] for i in chosen], task.new_tokens, rule, stop, own)
+        made = writer.complete([prompts[i] for i in chosen], task.max_new_tokens, rule, stop, own)
         for i, completion in zip(chosen, made, strict=True):
             texts[i] = completion.text.strip()
     return texts

@@ -146,7 +146,7 @@ def own_task(monkeypatch):
 
     rows = [({"x": f"line {i}", "y": ("even", "odd")[i % 2]}, f"rows.txt:{i}") for i in range(6)]
     task = tasks.Task(
-        name="parity", summary="", read=lambda side, folder: iter(rows), prompt="{x}: ", answer="{y}",
+        name="parity", summary="", load_rows=lambda split, folder: iter(rows), prompt="{x}: ", answer="{y}",
         labels=("even", "odd"), metrics=("accuracy", "edit_distance"), baseline="majority", source="", licence="",
     )  # fmt: skip
     monkeypatch.setitem(tasks.TASKS, "parity", task)

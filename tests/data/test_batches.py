@@ -47,24 +47,29 @@ def test_permutations_are_mixed_and_differ():
 @settings(max_examples=100, deadline=None)
 def test_an_epoch_asks_for_every_token_exactly_once(size, length, seed, epoch):
     stream = windows_of(numbered(size), length, (seed,))
-    count = stream.windows
+    count = stream.windows_per_epoch
     batch = causal(stream.shuffled(np.arange(epoch * count, (epoch + 1) * count)))
-    asked = batch.targets[batch.weights > 0]
+    asked = batch.targets[batch.loss_weights > 0]
     assert sorted(asked) == list(range(1, size))
-    assert np.array_equal(batch.tokens[batch.weights > 0] + 1, asked), "each is asked right after the one before it"
+    assert np.array_equal(batch.tokens[batch.loss_weights > 0] + 1, asked), (
+        "each is asked right after the one before it"
+    )
 
 
 @given(size=st.integers(2, 300), length=st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
 def test_validation_is_one_plain_pass(size, length):
     stream = windows_of(numbered(size), length)
-    batch = causal(stream.in_order(np.arange(-(-stream.answers // length))))
-    assert list(batch.targets[batch.weights > 0]) == list(range(1, size))
+    batch = causal(stream.in_order(np.arange(-(-stream.num_targets // length))))
+    assert list(batch.targets[batch.loss_weights > 0]) == list(range(1, size))
 
 
 def test_the_cuts_move_from_epoch_to_epoch():
     stream = windows_of(numbered(1000), 10)
-    first = [stream.shuffled(np.arange(e * stream.windows, (e + 1) * stream.windows)).ids[:, 0] % 10 for e in range(8)]
+    first = [
+        stream.shuffled(np.arange(e * stream.windows_per_epoch, (e + 1) * stream.windows_per_epoch)).ids[:, 0] % 10
+        for e in range(8)
+    ]
     assert len({collections.Counter(phase).most_common(1)[0][0] for phase in first}) > 2
 
 
@@ -85,29 +90,29 @@ def make_batches(sizes, weights=(), seed=0, **changes) -> DataLoader:
 )
 def test_batches_do_not_depend_on_how_they_are_made(sizes, batch_size, step, seed):
     one = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size})
-    whole = one.batch(step)
-    again = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size}).batch(step)
+    whole = one.host_batch(step)
+    again = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size}).host_batch(step)
     np.testing.assert_array_equal(whole.tokens, again.tokens)
-    in_parts = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size, "train.microbatches": 2}).batch(step)
+    in_parts = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size, "train.microbatches": 2}).host_batch(step)
     np.testing.assert_array_equal(in_parts.tokens.reshape(whole.tokens.shape), whole.tokens)
     for host in range(2):  # two hosts, each making its own columns only
         columns = np.arange(host, batch_size, 2)
-        np.testing.assert_array_equal(one.batch(step, columns).targets, whole.targets[:, columns])
+        np.testing.assert_array_equal(one.host_batch(step, columns).targets, whole.targets[:, columns])
     twice = make_batches(sizes, seed=seed, **{"train.batch_size": 2 * batch_size})
     np.testing.assert_array_equal(
-        twice.batch(step).tokens[0],
-        np.concatenate([one.batch(2 * step).tokens[0], one.batch(2 * step + 1).tokens[0]]),
+        twice.host_batch(step).tokens[0],
+        np.concatenate([one.host_batch(2 * step).tokens[0], one.host_batch(2 * step + 1).tokens[0]]),
     )
 
 
 def test_every_source_of_a_mixture_keeps_its_epochs():
     batches = make_batches([330, 170], weights=(3.0, 1.0), **{"train.batch_size": 8})
-    first, second = (w.windows for w in batches.train_streams)
+    first, second = (w.windows_per_epoch for w in batches.train_streams)
     samples = 0
     counts = collections.Counter()
     while samples < 4 * CYCLE:
-        batch = batches.batch(samples // 8)
-        counts.update(batch.targets[batch.weights > 0].tolist())
+        batch = batches.host_batch(samples // 8)
+        counts.update(batch.targets[batch.loss_weights > 0].tolist())
         samples += 8
     in_first = [counts[i] for i in range(1, 330)]
     in_second = [counts[10_000 + i] for i in range(1, 170)]
@@ -134,21 +139,21 @@ def test_without_weights_sources_count_by_their_size():
 
 
 def test_the_seed_changes_the_order():
-    assert not np.array_equal(make_batches([500]).batch(0).tokens, make_batches([500], seed=1).batch(0).tokens)
+    assert not np.array_equal(make_batches([500]).host_batch(0).tokens, make_batches([500], seed=1).host_batch(0).tokens)
 
 
 def test_document_masks_follow_the_documents():
     stream = windows_of(numbered(20, documents=(0, 5, 12)), 10, track=True)
     batch = causal(stream.in_order(np.arange(2)))
-    assert batch.segments.tolist() == [[1] * 5 + [2] * 5, [1, 1] + [2] * 7 + [2]]
+    assert batch.segment_ids.tolist() == [[1] * 5 + [2] * 5, [1, 1] + [2] * 7 + [2]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7]]
-    assert batch.weights.tolist() == [[1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1, 1, 1, 1, 0]]
+    assert batch.loss_weights.tolist() == [[1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1, 1, 1, 1, 0]]
 
 
 def test_padding_is_a_document_of_its_own():
     ids = np.array([[3, 4, 5, 0, 0]], np.int32)
     batch = causal(Windows(ids, ids > 0, np.array([[1, 1, 1, 0, 0]], np.int32)))
-    assert batch.weights.tolist() == [[1, 1, 0, 0]] and batch.segments.tolist() == [[1, 1, 1, 0]]
+    assert batch.loss_weights.tolist() == [[1, 1, 0, 0]] and batch.segment_ids.tolist() == [[1, 1, 1, 0]]
 
 
 @given(st.lists(st.lists(st.integers(1, 3), min_size=6, max_size=6).map(sorted), min_size=1, max_size=4))
@@ -162,8 +167,8 @@ def test_the_same_global_batch_lies_on_every_mesh():
     batches = make_batches([500])
     for data, model in ((1, 1), (8, 1), (4, 2), (2, 4)):
         mesh = sharding.mesh_of(jax.devices()[: data * model], data, model)
-        placed = batches.on_devices(3, mesh)
-        np.testing.assert_array_equal(placed.tokens, batches.batch(3).tokens)
+        placed = batches.device_batch(3, mesh)
+        np.testing.assert_array_equal(placed.tokens, batches.host_batch(3).tokens)
         assert placed.tokens.sharding.spec[1] == ("cores", "data")
 
 
@@ -216,20 +221,20 @@ def test_a_run_goes_on_from_the_example_at_which_it_stood(tmp_path):
         return DataLoader(open_store(e.data), e.resolved(257))
 
     first = batches()
-    place = first.place(10)
-    assert (place.samples, place.tokens, place.next) == (80, 80 * 16, 80)
+    position = first.position(10)
+    assert (position.samples, position.tokens, position.next_example) == (80, 80 * 16, 80)
     larger = batches(**{"train.batch_size": 12})
-    larger.start_at(place)
-    assert larger.samples(10).ravel().tolist() == list(range(80, 92))
-    np.testing.assert_array_equal(larger.batch(10).tokens[0], first.rows(np.arange(80, 92)).tokens)
-    assert larger.place(10) == place and larger.place(12)[:4] == (12, 104, 104 * 16, 104)
+    larger.seek(position)
+    assert larger.example_ids(10).ravel().tolist() == list(range(80, 92))
+    np.testing.assert_array_equal(larger.host_batch(10).tokens[0], first.make_examples(np.arange(80, 92)).tokens)
+    assert larger.position(10) == position and larger.position(12)[:4] == (12, 104, 104 * 16, 104)
     longer = batches(**{"model.context_length": 32})
-    longer.start_at(larger.place(12))
-    assert longer.samples(12).ravel().tolist() == list(range(8))
-    assert longer.place(13)[:4] == (13, 112, 104 * 16 + 8 * 32, 8)
+    longer.seek(larger.position(12))
+    assert longer.example_ids(12).ravel().tolist() == list(range(8))
+    assert longer.position(13)[:4] == (13, 112, 104 * 16 + 8 * 32, 8)
     again = batches(**{"model.context_length": 32})
-    again.start_at(longer.place(13))
-    assert again.samples(13).ravel().tolist() == list(range(8, 16)), "in the order that was begun"
+    again.seek(longer.position(13))
+    assert again.example_ids(13).ravel().tolist() == list(range(8, 16)), "in the order that was begun"
 
 
 def packed(lengths, length: int, seed=(0,)) -> PackedStream:
@@ -244,18 +249,18 @@ def packed(lengths, length: int, seed=(0,)) -> PackedStream:
 @settings(max_examples=50, deadline=None)
 def test_an_epoch_of_examples_shows_each_once_whole_and_apart(lengths, seed, epoch):
     stream = packed(lengths, 16, (seed,))
-    count = stream.windows
+    count = stream.windows_per_epoch
     windows = stream.shuffled(np.arange(epoch * count, (epoch + 1) * count))
     ids = windows.ids[windows.valid]
     assert sorted(ids) == list(range(sum(lengths)))
     batch = supervised(windows)
-    right = batch.weights > 0
-    assert sorted(batch.targets[right]) == list(np.flatnonzero(stream.asked)), "every answer is asked for once"
+    right = batch.loss_weights > 0
+    assert sorted(batch.targets[right]) == list(np.flatnonzero(stream.loss_mask)), "every answer is asked for once"
     np.testing.assert_array_equal(batch.tokens[right] + 1, batch.targets[right])
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for row in range(len(windows.ids)):
         inside = windows.valid[row]
-        own, numbers = owner[windows.ids[row][inside]], windows.documents[row][inside]
+        own, numbers = owner[windows.ids[row][inside]], windows.document_ids[row][inside]
         assert len(set(zip(own, numbers, strict=True))) == len(set(own)) == len(set(numbers))
 
 
@@ -270,7 +275,7 @@ def test_packs_hold_all_and_are_not_many(lengths):
 
 def test_of_a_long_example_the_end_is_read_and_answers_must_fit(tmp_path):
     stream = packed([30, 8], 20)
-    assert stream.shortened == 1 and stream.begins.tolist() == [9, 30]
+    assert stream.num_truncated == 1 and stream.starts.tolist() == [9, 30]
     with pytest.raises(DataError, match=r"row 1: its answers are 30 tokens long, and model.context_length = 20 must"):
         (tmp_path / "origins").write_text("table.csv, row 1\ntable.csv, row 2")
         first = Stream("x", np.arange(68), np.array([0, 60]), np.arange(68) % 60 >= 30, tmp_path / "origins")

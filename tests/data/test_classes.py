@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from gptjax.config import DataConfig
 from gptjax.data import tasks
 from gptjax.data.batches import DataLoader
-from gptjax.data.examples import classes_of, examples, told_at
+from gptjax.data.examples import class_labels, load_examples, token_classes
 from gptjax.data.objectives import Windows, positions_within, supervised
 from gptjax.data.store import Stream, open_store
-from gptjax.data.tasks import TASKS, Example, Part, Tagging, Task
+from gptjax.data.tasks import TASKS, Example, Tagging, Task, TextPart
 from gptjax.data.tasks.entities import TAGS, answer_of, tags_of
 from gptjax.data.windows import PackedStream
 from gptjax.errors import DataError
@@ -38,10 +38,10 @@ def register(monkeypatch, tmp_path):
     def make(rows, labels=("O", "X"), name="ours") -> Task:
         def parts(row):
             pairs = zip(row["x"].split("|"), row["y"].split("|"), strict=True)
-            return tuple(Part(word, False, tag) for word, tag in pairs)
+            return tuple(TextPart(word, False, tag) for word, tag in pairs)
 
         task = Task(
-            name=name, summary="", read=lambda side, folder: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
+            name=name, summary="", load_rows=lambda split, folder: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
             prompt="{x}", answer="{y}", metrics=("f1",), baseline="majority", source="", licence="",
             tagging=Tagging(labels, parts, lambda row, tags: "|".join(tags)),
         )  # fmt: skip
@@ -57,7 +57,7 @@ def asked_of(batches: DataLoader, steps) -> collections.Counter:
     found = collections.Counter()
     labels = batches.experiment.data.labels
     for step in steps:
-        batch = batches.batch(step)
+        batch = batches.host_batch(step)
         for row in zip(*(x.reshape(-1, x.shape[-1]) for x in batch[:5]), strict=True):
             tokens, targets, weights, segments, _ = row
             for place in np.flatnonzero(weights):
@@ -72,15 +72,15 @@ def test_a_label_is_told_at_the_end_of_its_prompt_once_an_epoch(tmp_path):
     e = TINY.override(model=dict(context_length=17), train=dict(batch_size=1, sample_tokens=0))
     data = table(tmp_path, rows)
     e = e.override({f"data.{name}": getattr(data, name) for name in DataConfig.__dataclass_fields__})
-    e = e.override({"objective.name": "supervised"}).resolved(257, classes_of(data))
+    e = e.override({"objective.name": "sft"}).resolved(257, class_labels(data))
     batches = DataLoader(open_store(e.data), e)
     stream = batches.train_streams[0]
-    expected = collections.Counter((ex.parts[0].text, ex.parts[0].label) for ex in examples(data.source, data, "train"))
+    expected = collections.Counter((ex.parts[0].text, ex.parts[0].label) for ex in load_examples(data.source, data, "train"))
     assert max(len(text) for text, _ in expected) == 17, "as long as the context"
-    assert asked_of(batches, range(stream.windows)) == expected
-    assert asked_of(batches, range(2 * stream.windows)) == expected + expected
-    val = sum(batch.weights.sum() for batch in batches.validation())
-    assert 20 < val == len(list(examples(data.source, data, "validation"))) == stream_labels(batches)
+    assert asked_of(batches, range(stream.windows_per_epoch)) == expected
+    assert asked_of(batches, range(2 * stream.windows_per_epoch)) == expected + expected
+    val = sum(batch.loss_weights.sum() for batch in batches.validation())
+    assert 20 < val == len(list(load_examples(data.source, data, "validation"))) == stream_labels(batches)
 
 
 def stream_labels(batches):
@@ -95,7 +95,7 @@ def test_every_word_has_its_tag_at_its_last_token(register):
     assert bytes(stream.ids.tolist()).decode() == "ab cde fé!g"
     #                                   a   b      c   d  e      f   é     !  g
     assert stream.classes.tolist() == [-1, 0, -1, -1, -1, 1, -1, 0, -1, 1, 1, 0]
-    assert not stream.asked.any(), "no text is asked for"
+    assert not stream.loss_mask.any(), "no text is asked for"
 
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=30)
@@ -108,26 +108,26 @@ def test_packed_windows_ask_for_every_class_at_its_own_token(sizes, seed, data):
     classes = np.array(data.draw(st.lists(st.integers(-1, 4), min_size=sum(sizes), max_size=sum(sizes))), np.int16)
     ids = np.arange(starts[-1], dtype=np.uint32)  # every token is its own place
     stream = PackedStream(Stream("x", ids, starts[:-1], np.zeros(len(ids), bool), None, classes), 12, (seed,))
-    assert stream.answers == (classes >= 0).sum()
-    batch = supervised(stream.shuffled(np.arange(stream.windows)))
-    asked = batch.weights > 0
+    assert stream.num_targets == (classes >= 0).sum()
+    batch = supervised(stream.shuffled(np.arange(stream.windows_per_epoch)))
+    asked = batch.loss_weights > 0
     told = dict(zip(batch.tokens[asked].tolist(), batch.targets[asked].tolist(), strict=True))
     assert told == {i: c for i, c in enumerate(classes) if c >= 0} and len(told) == asked.sum()
-    read = batch.segments > 0
+    read = batch.segment_ids > 0
     assert sorted(batch.tokens[read]) == ids.tolist(), "every token is read once, also the last of a full window"
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    for tokens, segments in zip(batch.tokens, batch.segments, strict=True):
+    for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
         for i, j in pairwise(np.flatnonzero(segments)):
             assert (segments[i] == segments[j]) == (owner[tokens[i]] == owner[tokens[j]])
-    np.testing.assert_array_equal(batch.positions, positions_within(batch.segments))
+    np.testing.assert_array_equal(batch.positions, positions_within(batch.segment_ids))
 
 
 def test_padding_tells_nothing():
     ids = np.array([[5, 6, 0, 0]], np.int32)
     windows = Windows(ids, ids > 0, (ids > 0).astype(np.int32), ids < 0, np.array([[-1, 3, -1, -1]], np.int16))
     batch = supervised(windows)
-    assert batch.targets.tolist() == [[0, 3, 0]] and batch.weights.tolist() == [[0, 1, 0]]
-    assert batch.targets.dtype == np.int32 and batch.segments.tolist() == [[1, 1, 0]]
+    assert batch.targets.tolist() == [[0, 3, 0]] and batch.loss_weights.tolist() == [[0, 1, 0]]
+    assert batch.targets.dtype == np.int32 and batch.segment_ids.tolist() == [[1, 1, 0]]
 
 
 def test_of_a_long_text_the_end_is_read_and_no_label_may_be_lost(tmp_path):
@@ -139,7 +139,7 @@ def test_of_a_long_text_the_end_is_read_and_no_label_may_be_lost(tmp_path):
     classes = np.full(30, -1, np.int16)
     classes[[4, 19, 29]] = 1  # the first 4 of 20 tokens are left out
     batch = supervised(stream(classes).in_order(np.arange(2)))
-    assert sorted(batch.tokens[batch.weights > 0]) == [4, 19, 29]
+    assert sorted(batch.tokens[batch.loss_weights > 0]) == [4, 19, 29]
     classes[3] = 0
     with pytest.raises(DataError, match=r"rows.txt:1: its labelled words are 20 tokens long, and model.context_length"):
         stream(classes)
@@ -186,23 +186,23 @@ def test_tags_outside_the_set_and_words_without_tokens_are_named(register):
 
 
 def test_a_model_tells_one_set_of_labels(register):
-    assert classes_of(DataConfig(source="task:sentiment", answers="classes")) == ("negative", "positive")
-    assert classes_of(DataConfig(source="task:sentiment", labels=("a",))) == (), "answers are text"
+    assert class_labels(DataConfig(source="task:sentiment", answers="classes")) == ("negative", "positive")
+    assert class_labels(DataConfig(source="task:sentiment", labels=("a",))) == (), "answers are text"
     with pytest.raises(DataError, match=r"task:dialogue: its answers are text without labels"):
         open_store(DataConfig(source="task:dialogue", answers="classes"))
     with pytest.raises(DataError, match=r"task:sentiment: its labels are negative, positive, not a, b"):
-        classes_of(DataConfig(source="task:sentiment", answers="classes", labels=("a", "b")))
+        class_labels(DataConfig(source="task:sentiment", answers="classes", labels=("a", "b")))
     with pytest.raises(DataError, match=r"task:entities: its labels are O, .*, not negative, positive"):
-        classes_of(DataConfig(source=("task:sentiment", "task:entities"), answers="classes"))
+        class_labels(DataConfig(source=("task:sentiment", "task:entities"), answers="classes"))
     register([], labels=("negative", "positive"))
     both = DataConfig(source="task:sentiment", val_source="task:ours", answers="classes")
-    assert classes_of(both) == ("negative", "positive")
+    assert class_labels(both) == ("negative", "positive")
 
 
 def test_labels_stand_at_the_parts_that_have_one():
-    parts = (Part("ab", False, "y"), Part("c", False), Part("d", False, "x"))
+    parts = (TextPart("ab", False, "y"), TextPart("c", False), TextPart("d", False, "x"))
     pieces = [np.array([1, 2]), np.array([3]), np.array([4])]
-    assert told_at(Example(parts, "f:1"), pieces, ("x", "y")).tolist() == [-1, 1, -1, 0]
+    assert token_classes(Example(parts, "f:1"), pieces, ("x", "y")).tolist() == [-1, 1, -1, 0]
     assert Example(parts, "f:1").prompt == "abcd", "all of it is read"
 
 
@@ -211,8 +211,8 @@ def test_messages_are_words_with_tags_and_answers_again():
     task, data = TASKS["entities"], DataConfig(answers="classes")
     assert task.classes == TAGS and len(TAGS) == 13
     for side in ("train", "validation", "test"):
-        in_text = list(examples("task:entities", DataConfig(), side))
-        tagged = list(examples("task:entities", data, side))
+        in_text = list(load_examples("task:entities", DataConfig(), side))
+        tagged = list(load_examples("task:entities", data, side))
         for text, words in zip(in_text, tagged, strict=True):
             assert text.where == words.where and words.prompt == text.values["tokens"]
             labels = [part.label for part in words.parts]

@@ -26,7 +26,7 @@ DOCUMENTS = [f"document {i}: " + "words and more " * (i % 5 + 1) for i in range(
 
 
 def texts(source, **settings):
-    return list(corpus.read(str(source), DataConfig(**settings)))
+    return list(corpus.iter_documents(str(source), DataConfig(**settings)))
 
 
 def write_tables(folder):
@@ -61,12 +61,12 @@ def test_the_rows_of_a_table_are_exact_and_know_their_lines(rows, data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         path.write_text(written.getvalue(), encoding="utf-8")
-        found = list(corpus.rows(str(path), DataConfig()))
+        found = list(corpus.iter_rows(str(path), DataConfig()))
         assert [(x["a"], x["b"]) for x, _ in found] == rows
         assert [where for _, where in found] == [f"{path}, line {n}" for n in lines]
         path = path.with_suffix(".jsonl")
         path.write_text("\n".join(json.dumps({"a": a}) + "\n" * (len(b) % 2) for a, b in rows))
-        found, at = list(corpus.rows(str(path), DataConfig())), 1
+        found, at = list(corpus.iter_rows(str(path), DataConfig())), 1
         for (a, b), (x, where) in zip(rows, found, strict=True):
             assert x == {"a": a} and where == f"{path}, line {at}"
             at += 1 + len(b) % 2
@@ -86,7 +86,7 @@ def test_tables_that_are_not_what_they_say_are_refused_with_the_line(tmp_path):
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError) as caught:
-            list(corpus.read(str(tmp_path / name), DataConfig(column="a")))
+            list(corpus.iter_documents(str(tmp_path / name), DataConfig(column="a")))
         assert name in str(caught.value) and message in str(caught.value), name
 
 
@@ -191,9 +191,9 @@ def test_the_store_holds_exactly_the_text(tmp_path, kind):
 
 def documents_of(opened, stream):
     """The documents of a stream as text; each must be closed by `eos_id`."""
-    ends = [*stream.documents[1:], len(stream.ids)]
+    ends = [*stream.document_starts[1:], len(stream.ids)]
     assert all(stream.ids[end - 1] == opened.tokenizer.eos_id for end in ends)
-    return [opened.tokenizer.decode(stream.ids[a:b]) for a, b in zip(stream.documents, ends, strict=True)]
+    return [opened.tokenizer.decode(stream.ids[a:b]) for a, b in zip(stream.document_starts, ends, strict=True)]
 
 
 def test_a_split_by_document_keeps_documents_whole(tmp_path):
@@ -265,19 +265,19 @@ def test_an_id_that_the_tokenizer_does_not_have_is_refused_at_the_start_or_when_
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"holds the id 32\d\d\d, and the vocabulary has only 257"):
         open_store(e.data)
-    monkeypatch.setattr(store, "LOOKED_AT", 10)  # as in a corpus too large to be looked through
+    monkeypatch.setattr(store, "CHECKED_AT_OPEN", 10)  # as in a corpus too large to be looked through
     batches = DataLoader(open_store(e.data), e.resolved(257))
     with pytest.raises(DataError, match=r"holds the id 32\d\d\d"):
         for step in range(50):
-            batches.batch(step)
+            batches.host_batch(step)
     shutil.rmtree(opened.folder)
     open_store(e.data)
 
 
 def test_chunks_of_a_text_without_line_breaks():
-    assert list(store.chunks("x" * 100, 10)) == ["x" * 100]
-    assert "".join(store.chunks("a\nb" * 50, 7)) == "a\nb" * 50
-    assert np.all([len(c) < 20 for c in store.chunks("ab\n" * 50, 7)])
+    assert list(store.text_chunks("x" * 100, 10)) == ["x" * 100]
+    assert "".join(store.text_chunks("a\nb" * 50, 7)) == "a\nb" * 50
+    assert np.all([len(c) < 20 for c in store.text_chunks("ab\n" * 50, 7)])
 
 
 @pytest.mark.parametrize("kind", ["char", "sentencepiece"])
@@ -288,5 +288,5 @@ def test_the_tokenizer_of_a_run_can_be_named_by_its_folder(tmp_path, kind):
     folder.mkdir(parents=True)
     first.tokenizer.save(folder)
     again = open_store(DataConfig(str(path), tokenizer=str(folder)))
-    assert again.tokenizer.kind == kind and again.tokenizer.pieces == first.tokenizer.pieces
+    assert again.tokenizer.kind == kind and again.tokenizer.id_to_bytes == first.tokenizer.id_to_bytes
     assert (again.train[0].ids == first.train[0].ids).all()

@@ -4,7 +4,7 @@ import pytest
 
 from gptjax.checks import check
 from gptjax.config import DataConfig, Experiment
-from gptjax.data.examples import examples, fingerprint
+from gptjax.data.examples import fingerprint, load_examples
 from gptjax.errors import ConfigError, DataError
 
 
@@ -18,12 +18,12 @@ def table(folder, *rows: str) -> DataConfig:
 
 def test_a_table_and_two_templates_make_examples(tmp_path):
     data = table(tmp_path, *(f"film {i} {{is}} fine,{'good' if i % 2 else 'bad'}" for i in range(200)))
-    sides = {side: list(examples(data.source, data, side)) for side in ("train", "validation", "test")}
+    sides = {side: list(load_examples(data.source, data, side)) for side in ("train", "validation", "test")}
     assert sides["test"] == sides["validation"] and 20 < len(sides["test"]) < 65
     texts = {e.prompt for side in ("train", "validation") for e in sides[side]}
     assert len(sides["train"]) + len(sides["test"]) == len(texts) == 200, "no row on both sides"
     first = sides["train"][0]
-    assert [p.asked for p in first.parts] == [False, True] and first.answer in (" good", " bad")
+    assert [p.is_target for p in first.parts] == [False, True] and first.answer in (" good", " bad")
     assert "{is}" in first.prompt, "braces in a row are text"
     before = fingerprint(data.source, data)
     assert before != fingerprint(data.source, table(tmp_path, "film 1 is fine,good"))
@@ -40,16 +40,16 @@ def test_a_table_and_two_templates_make_examples(tmp_path):
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
     data = table(tmp_path, "a,good", row, "b,bad")
     with pytest.raises(DataError, match=r"table.csv, line 3.*" + message):
-        list(examples(data.source, data, "train"))
+        list(load_examples(data.source, data, "train"))
 
 
 def test_all_that_is_wrong_is_told_together_and_a_missing_column_once(tmp_path):
     data = table(tmp_path, "a,good", "fine,x", "fine,y")
     with pytest.raises(DataError, match=r"(?s)rows that cannot be used.*'x'.*'y'"):
-        list(examples(data.source, data, "train"))
+        list(load_examples(data.source, data, "train"))
     (tmp_path / "table.csv").write_text("words,label\na,good\n")
     with pytest.raises(DataError, match=r"has no column 'text' \(data.prompt, data.answer\); it has words, label"):
-        list(examples(data.source, data, "train"))
+        list(load_examples(data.source, data, "train"))
 
 
 @pytest.mark.parametrize(

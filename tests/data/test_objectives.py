@@ -15,7 +15,7 @@ from gptjax.data.objectives import (
     extra_ids,
     extra_tokens,
     make_objective,
-    needs_others,
+    needs_negatives,
     prefix,
     supervised,
     vocabulary_of,
@@ -60,7 +60,7 @@ def texts(windows):
     """(row, first, last) of every document, or of every row, one token at a time."""
     for row, valid in enumerate(windows.valid):
         size = int(valid.sum())
-        number = np.ones(size) if windows.documents is None else windows.documents[row, :size]
+        number = np.ones(size) if windows.document_ids is None else windows.document_ids[row, :size]
         cuts = [0, *(i for i in range(1, size) if number[i] != number[i - 1]), size]
         yield from ((row, first, last) for first, last in pairwise(cuts) if last > first)
 
@@ -70,8 +70,8 @@ def test_supervised_asks_for_the_answers_exactly(windows):
     batch = supervised(windows)
     expected = np.zeros(windows.ids.shape)
     for row, first, last in texts(windows):
-        expected[row, first + 1 : last] = windows.asked[row, first + 1 : last]  # nothing precedes the first token
-    np.testing.assert_array_equal(batch.weights, expected[:, 1:])
+        expected[row, first + 1 : last] = windows.loss_mask[row, first + 1 : last]  # nothing precedes the first token
+    np.testing.assert_array_equal(batch.loss_weights, expected[:, 1:])
     np.testing.assert_array_equal(batch.targets, windows.ids[:, 1:])
 
 
@@ -85,20 +85,20 @@ def test_a_prefix_ends_inside_every_text_and_all_after_it_is_asked_for(windows):
     batch = prefix(windows, rngs(len(windows.ids)))
     asked = np.zeros(windows.ids.shape)
     for row, first, last in texts(windows):
-        read = batch.prefix[row, first:last]
+        read = batch.prefix_mask[row, first:last]
         count = int(read.sum())
         assert read[:count].all() and count >= min(1, len(read)), "the prefix is the beginning"
         assert last - first == 1 or count < last - first, "and leaves something to ask for"
         asked[row, first + count : last] = last - first > 1
-    np.testing.assert_array_equal(batch.weights, asked[:, 1:])
-    assert not np.any(batch.prefix & ~windows.valid[:, :-1]), "padding is no prefix"
+    np.testing.assert_array_equal(batch.loss_weights, asked[:, 1:])
+    assert not np.any(batch.prefix_mask & ~windows.valid[:, :-1]), "padding is no prefix"
     plain = causal(windows)
-    for field in ("tokens", "targets", "segments", "positions"):
+    for field in ("tokens", "targets", "segment_ids", "positions"):
         np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
 
 
 def test_prefixes_of_plain_text_end_everywhere_alike():
-    ends = prefix(text_windows(4000, 8), rngs(4000)).prefix.sum(1)
+    ends = prefix(text_windows(4000, 8), rngs(4000)).prefix_mask.sum(1)
     counts = np.bincount(ends, minlength=9)
     assert counts[0] == 0
     assert ((counts[1:] - 500) ** 2 / 500).sum() < 29.9  # chi-square, 7 degrees of freedom, p = 1e-4
@@ -108,15 +108,17 @@ def test_prefixes_of_plain_text_end_everywhere_alike():
 def test_the_prefix_of_an_example_ends_where_its_first_answer_begins(windows):
     batch = prefix(windows, rngs(len(windows.ids)))
     for row, first, last in texts(windows):
-        answers = np.flatnonzero(windows.asked[row, first:last])
+        answers = np.flatnonzero(windows.loss_mask[row, first:last])
         end = first + answers[0] if len(answers) else last
         expected = np.arange(first, last) < end
-        np.testing.assert_array_equal(batch.prefix[row, first:last], expected[: len(batch.prefix[row]) - first])
-    np.testing.assert_array_equal(batch.weights, supervised(windows).weights)
+        np.testing.assert_array_equal(
+            batch.prefix_mask[row, first:last], expected[: len(batch.prefix_mask[row]) - first]
+        )
+    np.testing.assert_array_equal(batch.loss_weights, supervised(windows).loss_weights)
 
 
 def masked_batch(windows, seed=0, tokenizer=BYTES, others=None, **fields):
-    objective = ObjectiveConfig(name="masked", **fields)
+    objective = ObjectiveConfig(name="mlm", **fields)
     return make_objective(objective, tokenizer)(windows, rngs(len(windows.ids), seed), others)
 
 
@@ -126,14 +128,14 @@ def test_masked_changes_and_asks_only_what_it_has_chosen(windows, rate, whole_wo
     batch = masked_batch(windows, seed, mask_rate=rate, whole_words=whole_words)
     valid = windows.valid[:, :-1]
     np.testing.assert_array_equal(batch.targets, windows.ids[:, :-1])
-    assert np.all((batch.tokens == batch.targets) | (batch.weights == 1)), "what is not asked for stays"
-    assert not np.any(batch.weights[~valid])
-    np.testing.assert_array_equal(batch.weights.any(1), valid.any(1)), "each row asks for something"
+    assert np.all((batch.tokens == batch.targets) | (batch.loss_weights == 1)), "what is not asked for stays"
+    assert not np.any(batch.loss_weights[~valid])
+    np.testing.assert_array_equal(batch.loss_weights.any(1), valid.any(1)), "each row asks for something"
     if not whole_words:
         expected = rate * valid.sum(1)
-        assert np.all(np.abs(batch.weights.sum(1) - expected) < np.maximum(1, 1 - expected + 1e-6))
-    documents = valid if windows.documents is None else windows.documents[:, :-1]
-    np.testing.assert_array_equal(batch.segments, np.where(valid, documents, 0))
+        assert np.all(np.abs(batch.loss_weights.sum(1) - expected) < np.maximum(1, 1 - expected + 1e-6))
+    documents = valid if windows.document_ids is None else windows.document_ids[:, :-1]
+    np.testing.assert_array_equal(batch.segment_ids, np.where(valid, documents, 0))
     again = masked_batch(windows, seed, mask_rate=rate, whole_words=whole_words)
     np.testing.assert_array_equal(batch.tokens, again.tokens)
 
@@ -141,7 +143,7 @@ def test_masked_changes_and_asks_only_what_it_has_chosen(windows, rate, whole_wo
 def test_masked_keeps_berts_rates():
     windows = text_windows(2000, 50)
     batch = masked_batch(windows)
-    asked = batch.weights == 1
+    asked = batch.loss_weights == 1
     places, rate = asked.size, asked.mean()
     assert abs(rate - 0.15) < 4 * np.sqrt(0.15 * 0.85 / places)
     assert np.all(np.abs(asked.mean(0) - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 2000)), "every place alike"
@@ -160,24 +162,24 @@ def test_the_end_of_a_text_is_never_asked_for():
     windows = text_windows(50, 20)
     windows.ids[:, ::3] = END
     batch = masked_batch(windows, mask_rate=0.9)
-    assert not np.any(batch.weights[windows.ids[:, :-1] == END])
+    assert not np.any(batch.loss_weights[windows.ids[:, :-1] == END])
 
 
 def test_whole_words_are_never_split():
     windows = text_windows(300, 120)
     batch = masked_batch(windows, whole_words=True)
-    for row, asked in zip(windows.ids, batch.weights, strict=True):
+    for row, asked in zip(windows.ids, batch.loss_weights, strict=True):
         inside = [byte >= 128 or chr(byte).isalnum() for byte in row.tolist()]
         for i in range(1, len(asked)):
             if inside[i] and inside[i - 1]:
                 assert asked[i] == asked[i - 1], f"{bytes(row.astype(np.uint8))!r} is split at {i}"
-    assert 0.15 < batch.weights.mean() < 0.2, "the last word may go beyond the share"
+    assert 0.15 < batch.loss_weights.mean() < 0.2, "the last word may go beyond the share"
 
 
 def test_words_end_where_documents_do():
     ids = np.full((200, 9), ord("a"), np.int32)
     documents = np.array([[1] * 4 + [2] * 5] * 200, np.int32)
-    asked = masked_batch(Windows(ids, documents > 0, documents), whole_words=True).weights
+    asked = masked_batch(Windows(ids, documents > 0, documents), whole_words=True).loss_weights
     assert {tuple(row) for row in asked.tolist()} == {(1, 1, 1, 1, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1, 1, 1)}
 
 
@@ -207,14 +209,14 @@ WORDPIECE = json.dumps(
 
 def test_words_of_wordpiece_go_on_with_its_endings_only():
     tokenizer = WordPieceTokenizer(WORDPIECE)
-    objective = ObjectiveConfig(name="masked", whole_words=True, next_sentence=True)
+    objective = ObjectiveConfig(name="mlm", whole_words=True, next_sentence=True)
     v = vocabulary_of(objective, tokenizer)
     assert np.flatnonzero(v.goes_on).tolist() == [5, 6]
     assert np.flatnonzero(v.text).tolist() == [4, 5, 6, 7, 8]
     assert v.extra == [3, 1, 2, 9 + 3, 9 + 4], "its own [MASK], [CLS] and [SEP], and new ids for the answers"
     ids = np.tile(tokenizer.encode("a dog plays playing dogs"), (100, 1))  # a dog play ##s play ##ing dog ##s
     windows = Windows(np.pad(ids, ((0, 0), (0, 1))), np.pad(ids > 0, ((0, 0), (0, 1))), None)
-    asked = masked_batch(windows, tokenizer=tokenizer, whole_words=True, mask_rate=0.3).weights
+    asked = masked_batch(windows, tokenizer=tokenizer, whole_words=True, mask_rate=0.3).loss_weights
     assert np.array_equal(asked[:, 2::2], asked[:, 3::2])
     assert np.any(asked[:, 0] != asked[:, 1]), "whole words stay apart"
 
@@ -223,18 +225,18 @@ def test_next_sentence_takes_the_second_half_from_elsewhere_half_of_the_time():
     rows, length = 2000, 20
     here = np.tile(np.arange(length + 1, dtype=np.int32), (rows, 1))
     windows, others = (Windows(ids, np.ones(ids.shape, bool), None) for ids in (here, here + 100))
-    objective = ObjectiveConfig(name="masked", next_sentence=True, mask_rate=0.2)
-    assert needs_others(objective) and not needs_others(ObjectiveConfig(name="masked"))
+    objective = ObjectiveConfig(name="mlm", next_sentence=True, mask_rate=0.2)
+    assert needs_negatives(objective) and not needs_negatives(ObjectiveConfig(name="mlm"))
     _, classify, separate, follows, elsewhere = extra_ids(objective, BYTES)
     batch = make_objective(objective, BYTES)(windows, rngs(rows), others)
     assert np.all(batch.tokens[:, 0] == classify) and np.all(batch.tokens[:, 10] == separate), "never masked"
-    assert np.all(batch.weights[:, 0] == 1) and not np.any(batch.weights[:, 10])
+    assert np.all(batch.loss_weights[:, 0] == 1) and not np.any(batch.loss_weights[:, 10])
     np.testing.assert_array_equal(batch.targets[:, 1:10], here[:, :9])
     second = {follows: here[0, 9:18], elsewhere: here[0, 9:18] + 100}
     np.testing.assert_array_equal(batch.targets[:, 11:], [second[answer] for answer in batch.targets[:, 0]])
     assert abs((batch.targets[:, 0] == follows).mean() - 0.5) < 4 * 0.5 / np.sqrt(rows)
-    assert batch.weights[:, 1:].sum(1).mean() == pytest.approx(0.2 * 18, abs=0.05)
-    assert np.all(batch.segments == 1), "both halves see each other"
+    assert batch.loss_weights[:, 1:].sum(1).mean() == pytest.approx(0.2 * 18, abs=0.05)
+    assert np.all(batch.segment_ids == 1), "both halves see each other"
 
 
 @given(packed(), packed(), st.integers(0, 100))
@@ -245,20 +247,20 @@ def test_the_length_of_a_pair_does_not_tell_whether_it_is_one(windows, others, s
     batch = masked_batch(windows, seed, others=others, next_sentence=True)
     for row in range(rows):
         left = min(size - 3, windows.valid[row].sum(), others.valid[row].sum())
-        assert batch.segments[row].sum() == (left + 2 if left >= 2 else 0)
-        assert batch.weights[row].any() == (left >= 2), "a row without two halves asks for nothing"
+        assert batch.segment_ids[row].sum() == (left + 2 if left >= 2 else 0)
+        assert batch.loss_weights[row].any() == (left >= 2), "a row without two halves asks for nothing"
 
 
 @settings(deadline=None)
 @given(packed(), st.booleans(), st.integers(0, 1000))
 def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
-    tokenizer = BYTES if has_end else CharTokenizer("".join(map(chr, range(256))), has_end_of_text=False)
-    objective = ObjectiveConfig(name="fill_in", fill_in_rate=1.0)
+    tokenizer = BYTES if has_end else CharTokenizer("".join(map(chr, range(256))), has_eos=False)
+    objective = ObjectiveConfig(name="fim", fim_rate=1.0)
     marks = extra_ids(objective, tokenizer)
     assert marks == [tokenizer.vocab_size + i for i in range(3)]
     batch = make_objective(objective, tokenizer)(windows, rngs(len(windows.ids), seed), None)
     plain = causal(windows)
-    for field in ("weights", "segments", "positions"):
+    for field in ("loss_weights", "segment_ids", "positions"):
         np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
     ids = np.concatenate([batch.tokens, batch.targets[:, -1:]], 1)
     for row, first, last in texts(windows):
@@ -274,7 +276,7 @@ def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
 
 
 def test_fill_in_rearranges_its_share_and_cuts_everywhere():
-    objective = ObjectiveConfig(name="fill_in", fill_in_rate=0.3)
+    objective = ObjectiveConfig(name="fim", fim_rate=0.3)
     tokens = make_objective(objective, BYTES)(text_windows(3000, 12), rngs(3000), None).tokens
     changed = tokens[:, 0] == 257
     assert abs(changed.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 3000)
@@ -285,10 +287,10 @@ def test_fill_in_rearranges_its_share_and_cuts_everywhere():
 
 
 def test_every_objective_names_the_ids_it_needs():
-    assert extra_tokens(ObjectiveConfig()) == extra_tokens(ObjectiveConfig(name="prefix")) == ()
-    assert extra_tokens(ObjectiveConfig(name="masked")) == ("mask",)
-    for name in ("causal", "supervised"):
+    assert extra_tokens(ObjectiveConfig()) == extra_tokens(ObjectiveConfig(name="prefix_lm")) == ()
+    assert extra_tokens(ObjectiveConfig(name="mlm")) == ("mask",)
+    for name in ("causal", "sft"):
         make = make_objective(ObjectiveConfig(name=name), BYTES)
-        windows = text_windows(2, 6)._replace(asked=np.ones((2, 7), bool))
+        windows = text_windows(2, 6)._replace(loss_mask=np.ones((2, 7), bool))
         unused = (pytest.fail("a generator was made for nothing") for _ in range(2))
         np.testing.assert_array_equal(make(windows, unused, None).targets, windows.ids[:, 1:])

@@ -47,9 +47,9 @@ def data(name, count=20, **more):
 
 
 def test_documents_are_those_of_the_function_in_their_order(module):
-    assert list(corpus.read("function:made_up:text", data("text", 3))) == ["0:0 ", "0:1 ", "0:4 "]
-    assert list(corpus.read("function:made_up:text:7", data("text", 2))) == ["7:0 ", "7:1 "]
-    rows = list(corpus.rows("function:made_up:row:2", data("row", 2)))
+    assert list(corpus.iter_documents("function:made_up:text", data("text", 3))) == ["0:0 ", "0:1 ", "0:4 "]
+    assert list(corpus.iter_documents("function:made_up:text:7", data("text", 2))) == ["7:0 ", "7:1 "]
+    rows = list(corpus.iter_rows("function:made_up:row:2", data("row", 2)))
     assert [row["sum"] for row, _ in rows] == [2, 3]
     assert rows[1][1] == "made_up:row:2, index 1"
 
@@ -68,10 +68,10 @@ def test_a_store_of_documents_and_one_of_examples(module):
     plain = open_store(data("text", 200, split="document", val_fraction=0.2))
     found = plain.tokenizer.decode(np.concatenate([plain.train[0].ids, plain.validation[0].ids]))
     assert all(f"0:{i * i} " in found for i in range(200)), "every document is on one of the two sides"
-    assert len(plain.validation[0].documents) + len(plain.train[0].documents) == 200
+    assert len(plain.validation[0].document_starts) + len(plain.train[0].document_starts) == 200
     examples = open_store(data("row", 200, prompt="{question}=", answer="{sum}"))
     stream = examples.train[0]
-    answers = examples.tokenizer.decode(stream.ids[np.asarray(stream.asked)])
+    answers = examples.tokenizer.decode(stream.ids[np.asarray(stream.loss_mask)])
     assert "17" in answers and "+" not in answers
 
 
@@ -91,14 +91,14 @@ def test_a_store_of_documents_and_one_of_examples(module):
 )
 def test_what_gives_no_text_is_refused_with_its_place(module, source, message):
     with pytest.raises(DataError, match=message):
-        list(corpus.read(source, DataConfig(source=source, max_documents=4)))
+        list(corpus.iter_documents(source, DataConfig(source=source, max_documents=4)))
 
 
 def test_text_has_no_columns_and_no_end(module):
     with pytest.raises(DataError, match="a dict of columns is needed"):
-        list(corpus.rows("function:made_up:text", data("text")))
+        list(corpus.iter_rows("function:made_up:text", data("text")))
     with pytest.raises(DataError, match=r"data\.max_documents"):
-        next(corpus.read("function:made_up:text", DataConfig()))
+        next(corpus.iter_documents("function:made_up:text", DataConfig()))
 
 
 def test_a_run_folder_never_makes_a_function_run(module, tmp_path, single_device):

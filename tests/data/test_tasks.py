@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.config import DataConfig
-from gptjax.data.examples import SAMPLES, _tell_of_sample, examples
+from gptjax.data.examples import SAMPLES, _tell_of_sample, load_examples
 from gptjax.data.tasks import TASKS, baseline, find_task
 from gptjax.data.tasks.entities import tags_of
 from gptjax.errors import DataError
@@ -27,11 +27,11 @@ def test_a_task_that_is_not_there_is_named():
 def test_data_that_is_not_there_is_named_with_where_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setenv("GPTJAX_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"no such file, and task:translation reads it from \$GPTJAX_DATA; get it from"):
-        list(examples("task:translation", DataConfig(), "train"))
+        list(load_examples("task:translation", DataConfig(), "train"))
     monkeypatch.delenv("GPTJAX_DATA")
     monkeypatch.setattr("gptjax.data.examples.SAMPLES", tmp_path)
     with pytest.raises(DataError, match=r"task:sentiment: has no sample in gptjax; set GPTJAX_DATA to the folder"):
-        list(examples("task:sentiment", DataConfig(), "train"))
+        list(load_examples("task:sentiment", DataConfig(), "train"))
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.source])
@@ -57,11 +57,11 @@ def test_a_task_reads_its_data(name):
 def check_sides(name: str, least: int) -> dict:
     """Reads all sides of a task twice: the same examples, with prompts, answers, right labels and a trivial answer."""
     task = find_task(name)
-    sides = {side: list(examples(f"task:{name}", DataConfig(), side)) for side in ("train", "validation", "test")}
+    sides = {side: list(load_examples(f"task:{name}", DataConfig(), side)) for side in ("train", "validation", "test")}
     assert all(len(found) >= least for found in sides.values()) and len(sides["train"]) > len(sides["test"])
-    assert sides["train"] == list(examples(f"task:{name}", DataConfig(), "train"))
+    assert sides["train"] == list(load_examples(f"task:{name}", DataConfig(), "train"))
     for found in sides.values():
-        assert all(any(p.asked for p in e.parts) and e.prompt.strip() and e.answer.strip() for e in found)
+        assert all(any(p.is_target for p in e.parts) and e.prompt.strip() and e.answer.strip() for e in found)
         assert all(not task.labels or e.answer.strip() in task.labels for e in found)
     trivial = baseline(task, sides["train"])
     assert all(isinstance(trivial(e), str) for e in sides["test"])
@@ -84,14 +84,14 @@ def test_the_samples_come_with_an_installed_gptjax(tmp_path):
 
 @pytest.mark.usefixtures("real_data")
 def test_sentences_of_one_text_stand_on_one_side():
-    texts = [{" ".join(e.prompt.casefold().split()) for e in examples("task:sentiment", DataConfig(), side)}
+    texts = [{" ".join(e.prompt.casefold().split()) for e in load_examples("task:sentiment", DataConfig(), side)}
              for side in ("train", "validation", "test")]  # fmt: skip
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
 
 
 @pytest.mark.usefixtures("real_data")
 def test_entities_that_are_written_out_can_be_found_again():
-    found = list(examples("task:entities", DataConfig(), "train"))
+    found = list(load_examples("task:entities", DataConfig(), "train"))
     same = [tags_of(e.answer, e.values["tokens"].split()) == e.values["tags"].split() for e in found]
     assert sum(same) / len(same) >= 0.99
 
@@ -105,12 +105,12 @@ def test_a_file_that_the_readme_shows_is_a_task(tmp_path):
     rows = [f'"The river rose, by {i} feet. It fell again.",River rises {i} feet' for i in range(60)]
     (tmp_path / "headlines.csv").write_text("text,headline\n" + "\n".join(rows))
     script = """
-from gptjax.config import Data
-from gptjax.data.examples import examples
+from gptjax.config import DataConfig
+from gptjax.data.examples import load_examples
 from gptjax.data.tasks import baseline, find_task
-for side in ("train", "validation", "test"):
-    for e in examples("task:headlines", Data(), side):
-        print(side, repr(e.prompt), repr(e.answer), repr(baseline(find_task("headlines"), ())(e)), e.where, sep=" | ")
+for split in ("train", "validation", "test"):
+    for e in load_examples("task:headlines", DataConfig(), split):
+        print(split, repr(e.prompt), repr(e.answer), repr(baseline(find_task("headlines"), ())(e)), e.where, sep=" | ")
 """
     environment = {"PATH": os.environ["PATH"], "GPTJAX_DATA": str(tmp_path)}
     command = [sys.executable, "-c", script]

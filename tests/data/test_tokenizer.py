@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptjax.data import tokenizer, tokenizer_formats
-from gptjax.data.store import chunks
+from gptjax.data import tokenizer
+from gptjax.data.store import text_chunks
 from gptjax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -22,7 +22,10 @@ from gptjax.data.tokenizer import (
     SentencePieceTokenizer,
     WordPieceTokenizer,
 )
-from gptjax.data.tokenizer_formats import from_huggingface, to_huggingface
+from gptjax.data.tokenizer.builtin import _training_lines
+from gptjax.data.tokenizer.huggingface_read import from_huggingface
+from gptjax.data.tokenizer.huggingface_write import spec_of, to_huggingface
+from gptjax.data.tokenizer.tokenizer_json import PROBES, same_unigram_score
 from gptjax.errors import DataError
 
 CORPUS = "".join(f"the {i} quick brown foxes jumped, over 字 and élan!\n\n  indent\tTab {i % 7}\n" for i in range(300))
@@ -70,10 +73,10 @@ def test_round_trip_is_exact(tokens, text):
 @every_lossless
 def test_streaming_never_splits_a_character(tokens):
     text = "中文 😀👩‍👩‍👧 ok ▁"
-    parts = list(tokens.stream(tokens.encode(text)))
+    parts = list(tokens.decode_stream(tokens.encode(text)))
     assert "".join(parts) == text
     assert "\ufffd" not in "".join(parts)
-    cut = list(tokens.stream(tokens.encode("😀")[:-1]))
+    cut = list(tokens.decode_stream(tokens.encode("😀")[:-1]))
     assert "".join(cut) in ("\ufffd", ""), "an unfinished character is shown as such at the end only"
 
 
@@ -81,7 +84,7 @@ def test_streaming_never_splits_a_character(tokens):
 def test_saved_and_loaded_is_the_same(tokens, tmp_path):
     tokens.save(tmp_path)
     loaded = tokenizer.load(tmp_path)
-    assert loaded.pieces == tokens.pieces and loaded.eos_id == tokens.eos_id
+    assert loaded.id_to_bytes == tokens.id_to_bytes and loaded.eos_id == tokens.eos_id
     np.testing.assert_array_equal(loaded.encode(CORPUS), tokens.encode(CORPUS))
 
 
@@ -97,13 +100,13 @@ def test_half_a_surrogate_pair_is_refused(tokens):
 def test_cutting_a_long_text_changes_no_token(tokens, seed, size):
     rng = random.Random(seed)
     text = "".join(rng.choice(["word", " ", "\n", "\n\n", "  ", "x", "▁", ",", "字"]) for _ in range(300))
-    parts = list(chunks(text, size))
+    parts = list(text_chunks(text, size))
     assert "".join(parts) == text
     np.testing.assert_array_equal(np.concatenate([tokens.encode(p) for p in parts]), tokens.encode(text))
 
 
 def test_char_knows_its_characters_and_names_any_other(tmp_path):
-    tokens = CharTokenizer("".join(sorted(set("hello 世界😀\n"))), has_end_of_text=False)
+    tokens = CharTokenizer("".join(sorted(set("hello 世界😀\n"))), has_eos=False)
     text = "hell 世😀\no"
     assert tokens.decode(tokens.encode(text)) == text and tokens.eos_id is None
     for other in ("é", "\U0010ffff", "\ud800"):
@@ -125,7 +128,7 @@ def test_sentencepiece_learns_the_same_pieces_twice_and_compresses():
 
 def test_special_tokens_are_text_in_a_text():
     tokens = LOSSLESS["bpe"]
-    assert tokens.pieces[tokens.eos_id] == b""
+    assert tokens.id_to_bytes[tokens.eos_id] == b""
     assert tokens.decode([*tokens.encode("a"), tokens.eos_id, *tokens.encode("b")]) == "ab"
 
 
@@ -144,7 +147,7 @@ def test_what_is_no_byte_level_bpe_is_refused(tmp_path, content):
 def test_missing_and_damaged_tokenizers_are_refused(tmp_path):
     with pytest.raises(DataError, match="neither a tokenizer"):
         BPETokenizer.from_path(tmp_path / "nothing")
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(DataError, match="has no tokenizer"):
         tokenizer.load(tmp_path)
     ByteTokenizer().save(tmp_path)
     path = tmp_path / tokenizer.DESCRIPTION
@@ -212,7 +215,7 @@ def test_bpe_by_words_leaves_to_the_engine_what_it_would_cut_otherwise(monkeypat
     assert words is not None
     monkeypatch.setitem(words._alike, "é", False)
     assert words.encode("café") is None and words.encode("cafe") is not None
-    monkeypatch.setattr("gptjax.data.words.MOST_WORDS", 0)
+    monkeypatch.setattr("gptjax.data.tokenizer.word_cache.MAX_WORDS", 0)
     for text in ("the quick brown foxes", "other words"):
         assert words.encode(text).tolist() == by_engine(LOSSLESS["bpe"], text) and len(words._known) < 5
 
@@ -247,11 +250,11 @@ def test_what_a_foreign_tokenizer_loses_is_said():
     spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
     prefixed = json.loads(json.dumps(spec))
     prefixed["pre_tokenizer"]["add_prefix_space"] = True
-    assert "does not give texts back" in BPETokenizer(json.dumps(prefixed)).caveat
+    assert "changes texts" in BPETokenizer(json.dumps(prefixed)).caveat
     partial = json.loads(json.dumps(spec))
     del partial["model"]["vocab"]["z"]
     partial["model"]["merges"] = []
-    assert "has no piece for 1 of the 256 bytes" in BPETokenizer(json.dumps(partial)).caveat
+    assert "has no token for 1 of the 256 bytes" in BPETokenizer(json.dumps(partial)).caveat
     cut = json.loads(json.dumps(spec)) | {
         "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     }
@@ -261,18 +264,18 @@ def test_what_a_foreign_tokenizer_loses_is_said():
 def test_vocabulary_and_merges_must_belong_together(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(DataError, match="the two files are not of one tokenizer"):
+    with pytest.raises(DataError, match="the files belong to different tokenizers"):
         BPETokenizer.from_path(tmp_path)
 
 
 def test_a_document_longer_than_the_training_limit_is_cut_not_left_out():
-    assert "".join(tokenizer._training_lines(["x\n" * 100], 50)) == "x" * 25
+    assert "".join(_training_lines(["x\n" * 100], 50)) == "x" * 25
 
 
 # Folders of Hugging Face
 
 TEXTS = [
-    *tokenizer_formats.PROBES,
+    *PROBES,
     CORPUS[:2000],
     "the 12 quick brown foxes jumped\n\n\n over  é字 élan",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
@@ -366,15 +369,15 @@ def there_and_back(tmp_path_factory):
     return make
 
 
-def as_likely(tokens, ids, others):
-    """Whether two cuts of a text are the same but for the rounding of SentencePiece's single precision."""
-    spec = tokenizer_formats._spec(tokens)
-    return tokenizer_formats._as_likely(spec, list(ids), list(others))
+def equally_likely(tokens, ids, others):
+    """Whether two segmentations of a text differ only by the rounding of SentencePiece's single precision."""
+    spec = spec_of(tokens)
+    return same_unigram_score(spec, list(ids), list(others))
 
 
 def check_same(tokens, ids, expected):
     ids, expected = list(ids), list(expected)
-    assert ids == expected or as_likely(tokens, ids, expected), (ids, expected)
+    assert ids == expected or equally_likely(tokens, ids, expected), (ids, expected)
 
 
 @pytest.mark.parametrize("name", [*OWN, *FOREIGN])
@@ -383,7 +386,7 @@ def check_same(tokens, ids, expected):
 @example(text="<|endoftext|><unk><0x41>[INST]</s> <s> [SEP]")
 def test_what_was_written_for_hugging_face_comes_back(there_and_back, name, text):
     tokens, _, back = there_and_back(name)
-    assert back.pieces == tokens.pieces
+    assert back.pieces == tokens.id_to_bytes
     assert (back.bos_id, back.eos_id) == (tokens.bos_id, tokens.eos_id)
     if name.startswith("char"):
         text = "".join(c for c in text if c in KNOWN)
@@ -406,10 +409,10 @@ def test_transformers_gives_the_same_ids_and_texts(there_and_back, name, config)
         ids = auto(text)["input_ids"]
         if name == "wordpiece":
             assert ids.pop() == tokens.eos_id
-        check_same(tokens, ids, tokens.prompt(text))
+        check_same(tokens, ids, tokens.encode_prompt(text))
         if name != "wordpiece":
             given = auto.decode(ids, skip_special_tokens=True)
-            assert given.encode(errors="replace") == tokens.decode(ids, whole=True).encode(errors="replace")
+            assert given.encode(errors="replace") == tokens.decode(ids, from_start=True).encode(errors="replace")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -436,13 +439,14 @@ def sentencepiece_model_of(name):
 
 def test_llama_tokenizers_write_a_space_before_a_text_which_whole_texts_drop(tmp_path):
     tokens = imported(tmp_path, "llama")
-    assert type(tokens) is PieceTokenizer and tokens.first_space and (tokens.bos_id, tokens.eos_id) == (1, 2)
+    assert type(tokens) is PieceTokenizer and tokens.adds_prefix_space and (tokens.bos_id, tokens.eos_id) == (1, 2)
     for text in ["the", " the", "  two", "字😀", ""]:
-        ids = tokens.prompt(text)
-        assert ids[0] == 1 and tokens.decode(ids, whole=True) == text == "".join(tokens.stream(ids, whole=True))
+        ids = tokens.encode_prompt(text)
+        assert ids[0] == 1 and tokens.decode(ids, from_start=True) == text
+        assert "".join(tokens.decode_stream(ids, from_start=True)) == text
         assert tokens.decode(tokens.encode(text)) == (" " + text if text else ""), "what continues a text keeps it"
-    assert "a space of its own" in tokens.caveat and "'▁' becomes ' '" in tokens.caveat
-    assert tokens.pieces[3 + 0x0A] == b"\n" and tokens.pieces[0] == tokens.pieces[1] == b""
+    assert "adds a space before every text" in tokens.caveat and "'▁' becomes ' '" in tokens.caveat
+    assert tokens.id_to_bytes[3 + 0x0A] == b"\n" and tokens.id_to_bytes[0] == tokens.id_to_bytes[1] == b""
 
 
 def test_special_words_are_text_except_in_a_template(tmp_path):
@@ -452,7 +456,8 @@ def test_special_words_are_text_except_in_a_template(tmp_path):
     text = "<|begin_of_text|>hi<|eot_id|>"
     assert tokens.encode_special(text).tolist() == [begin, *tokens.encode("hi"), end]
     assert tokens.decode(tokens.encode(text)) == text and begin not in tokens.encode(text)
-    assert ByteTokenizer().encode_special("<s>").tolist() == list(b"<s>") == ByteTokenizer().prompt("<s>").tolist()
+    assert ByteTokenizer().encode_special("<s>").tolist() == list(b"<s>")
+    assert ByteTokenizer().encode_prompt("<s>").tolist() == list(b"<s>")
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -460,9 +465,9 @@ def test_a_foreign_tokenizer_saved_and_loaded_is_the_same(there_and_back, name, 
     tokens, *_ = there_and_back(name)
     tokens.save(tmp_path)
     loaded = tokenizer.load(tmp_path)
-    assert type(loaded) is type(tokens) and loaded.pieces == tokens.pieces and loaded.caveat == tokens.caveat
+    assert type(loaded) is type(tokens) and loaded.id_to_bytes == tokens.id_to_bytes and loaded.caveat == tokens.caveat
     assert (loaded.bos_id, loaded.eos_id) == (tokens.bos_id, tokens.eos_id)
-    np.testing.assert_array_equal(loaded.prompt(CORPUS), tokens.prompt(CORPUS))
+    np.testing.assert_array_equal(loaded.encode_prompt(CORPUS), tokens.encode_prompt(CORPUS))
 
 
 def test_descriptions_of_older_versions_load(tmp_path):
@@ -474,11 +479,11 @@ def test_descriptions_of_older_versions_load(tmp_path):
 def test_bert_words(tmp_path):
     tokens = imported(tmp_path, "wordpiece")
     assert type(tokens) is WordPieceTokenizer and tokens.special_tokens["[CLS]"] == tokens.bos_id
-    assert tokens.decode(tokens.prompt("The  QUICK foxes"), whole=True) == "the quick foxes"
+    assert tokens.decode(tokens.encode_prompt("The  QUICK foxes"), from_start=True) == "the quick foxes"
     assert "lower case" in tokens.caveat
     bert = pytest.importorskip("transformers").BertTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert bert(text)["input_ids"] == [*tokens.prompt(text), tokens.eos_id]
+        assert bert(text)["input_ids"] == [*tokens.encode_prompt(text), tokens.eos_id]
 
 
 def test_llama_and_gpt2_of_transformers_agree(tmp_path, real_data):
@@ -491,9 +496,9 @@ def test_llama_and_gpt2_of_transformers_agree(tmp_path, real_data):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
     other = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert reference(text)["input_ids"] == gpt2.prompt(text).tolist()
+        assert reference(text)["input_ids"] == gpt2.encode_prompt(text).tolist()
         if not text.startswith((" ", "▁")):  # transformers 5 writes no space before one; SentencePiece and Llama 2 do
-            assert other(text)["input_ids"] == llama.prompt(text).tolist()
+            assert other(text)["input_ids"] == llama.encode_prompt(text).tolist()
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert from_huggingface(tmp_path).bos_id is None
 
@@ -509,7 +514,7 @@ def test_words_beside_the_files_of_gpt2_are_added(tmp_path):
     assert (tokens.bos_id, tokens.eos_id, tokens.vocab_size) == (None, 258, 259)
     assert tokens.encode_special("<|im_start|>a<|im_end|>").tolist() == [257, *tokens.encode("a"), 258]
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 999}')
-    with pytest.raises(DataError, match=r"'<\|im_end\|>' should be 999, and is 257"):
+    with pytest.raises(DataError, match=r"'<\|im_end\|>' should have the id 999, and has 257"):
         from_huggingface(tmp_path)
 
 
@@ -529,7 +534,7 @@ def test_other_characters_are_refused_after_the_export_too(there_and_back):
 
 
 def test_what_is_no_tokenizer_folder_is_refused_by_name(tmp_path):
-    with pytest.raises(DataError, match=r"holds no tokenizer; looked for tokenizer.json, then vocab.json with merges"):
+    with pytest.raises(DataError, match=r"has no tokenizer; looked for tokenizer.json, then vocab.json with merges"):
         from_huggingface(tmp_path)
     for name, content in [
         ("vocab.txt", "a\nb"),

@@ -64,7 +64,7 @@ def texts_of(steps, count):
     return [[int(s.tokens[i]) for s in steps if s.live[i]] for i in range(count)]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(positions="rope", window=4)], ids=["plain", "window"])
+@pytest.mark.parametrize("changes", [{}, dict(positions="rope", sliding_window=4)], ids=["plain", "window"])
 @pytest.mark.parametrize("kind", ["lookup", "same", "other"])
 def test_guesses_change_no_likeliest_token(changes, kind):
     model = tiny_model(vocab_size=257, context_length=48, **changes)

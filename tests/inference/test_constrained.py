@@ -70,7 +70,7 @@ def test_every_sample_matches_the_expression(writer, pattern):
 
 def test_every_sample_is_of_the_grammar_even_without_an_end_of_text():
     source = 'start: sum\nsum: DIGIT ("+" DIGIT){1,4}\nDIGIT: /[0-9]/'
-    tokenizer = CharTokenizer("0123456789+-ehnrswTa :.", has_end_of_text=False)
+    tokenizer = CharTokenizer("0123456789+-ehnrswTa :.", has_eos=False)
     made = texts(writer_of(tokenizer), Grammar(tokenizer, "grammar", source))
     assert all(re.fullmatch(r"\d(\+\d){1,4}", text) for text in made)
 

@@ -52,8 +52,8 @@ def greedy_by_the_whole_model(model, params, prompt, new_tokens, length=64):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(positions="rope", num_kv_heads=1), dict(positions="alibi", window=5),
-     dict(positions="rope", window=3, norm="rmsnorm"), dict(dtype="bfloat16")],
+    [{}, dict(positions="rope", num_kv_heads=1), dict(positions="alibi", sliding_window=5),
+     dict(positions="rope", sliding_window=3, norm="rmsnorm"), dict(dtype="bfloat16")],
     ids=["plain", "gqa", "alibi-window", "rope-window", "bfloat16"],
 )  # fmt: skip
 def test_greedy_is_the_likeliest_token_of_the_whole_model(changes):
@@ -78,7 +78,7 @@ def test_beyond_its_context_a_text_sees_the_last_tokens_only():
     model = tiny_model(vocab_size=257, context_length=16, positions="rope")
     pretrained = pretrained_of(model)
     (text,) = made(make_engine(pretrained), [ask(range(20), 30, sampling=GREEDY)])
-    windowed = tiny_model(vocab_size=257, context_length=64, positions="rope", window=16)
+    windowed = tiny_model(vocab_size=257, context_length=64, positions="rope", sliding_window=16)
     assert text == greedy_by_the_whole_model(windowed, pretrained.params, list(range(20)), 30)
     assert slots_for(model, 1000) == bucket(16) and slots_for(MODEL, 20) == 24
     assert slots_for(model, 1000, at_once=30) >= 16 + 29

@@ -23,7 +23,7 @@ def pretrained(tokenizer=None, **changes) -> Pretrained:
     model = tiny_model(**changes)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     params = jax.tree.map(lambda x: 4 * x, params)  # decided, so that context matters
-    return Pretrained("tiny", model, params, tokenizer or CharTokenizer(LETTERS, has_end_of_text=True))
+    return Pretrained("tiny", model, params, tokenizer or CharTokenizer(LETTERS, has_eos=True))
 
 
 def random_ids(count: int, seed: int = 0) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_every_token_is_scored_once_as_one_pass_for_each_token_would(tiny, strid
 @pytest.mark.parametrize("length, stride", [(8, 3), (8, 7), (12, 4), (17, 16), (17, 1)])
 def test_windows_are_those_of_the_guide_to_perplexity_of_transformers(length, stride):
     """Its loop, with a model that reads `length` tokens and makes nothing of the last: one less is a window here."""
-    p = pretrained(CharTokenizer(LETTERS + "k", has_end_of_text=False), context_length=17)
+    p = pretrained(CharTokenizer(LETTERS + "k", has_eos=False), context_length=17)
     ids = random_ids(45, seed=length)
     nats, count, before = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
@@ -170,7 +170,7 @@ def test_figures_count_each_document_from_its_beginning(tiny):
 
 
 def test_bytes_are_those_of_the_scored_text():
-    p = pretrained(CharTokenizer("äbcdefghijk", has_end_of_text=False))
+    p = pretrained(CharTokenizer("äbcdefghijk", has_eos=False))
     f = evaluate_texts(Scorer(p), ["ää", "bä"]).figures()
     assert (f["tokens"], f["bytes"]) == (2, 4), "the first character of each is given"
     p = pretrained(ByteTokenizer(), vocab_size=257)

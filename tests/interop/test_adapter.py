@@ -20,11 +20,11 @@ from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.adapter import WEIGHTS, save_adapter
 from gptjax.interop.huggingface import load_folder, read_config
 from gptjax.interop.layout import nested
-from gptjax.interop.logit_check import agreement, logits
+from gptjax.interop.logit_check import compare_logits, logits
 from gptjax.interop.open import open_model
 from gptjax.interop.saving import choose_family, save_folder
 from gptjax.model.gpt import init_params
-from gptjax.model.weights import merged
+from gptjax.model.weights import merge_lora
 from gptjax.training import train
 
 TARGETS = ("tokens", "query", "key", "value", "out", "up", "down", "gate")
@@ -50,7 +50,7 @@ def adapted(base: Pretrained, seed: int) -> Pretrained:
 
 def in_one(ours: Pretrained) -> Pretrained:
     """The model with what LoRA learnt added to its weights."""
-    model, params = merged(ours.model, ours.params)
+    model, params = merge_lora(ours.model, ours.params)
     return dataclasses.replace(ours, model=model, params=params)
 
 
@@ -67,7 +67,7 @@ def test_peft_has_the_logits_of_a_run_with_lora_and_its_merge_is_ours(tmp_path, 
     save_folder(made(changes), base)
     ours = adapted(made(changes), seed)
     save_adapter(ours, adapter, str(base), base)
-    found = agreement(ours, base, adapter)
+    found = compare_logits(ours, base, adapter)
     assert found.difference < 1e-4 and found.other == "peft"
     assert choose_family(in_one(ours).model).name == family
     save_folder(in_one(ours), whole)
@@ -175,7 +175,7 @@ def test_a_bert_has_adapters_too(tmp_path, peft):
     with_tokenizer(tmp_path / "base")
     ours = adapted(load_folder(tmp_path / "base"), 1)
     save_adapter(ours, tmp_path / "adapter", "base", tmp_path / "base")
-    assert agreement(ours, tmp_path / "base", tmp_path / "adapter").difference < 1e-4
+    assert compare_logits(ours, tmp_path / "base", tmp_path / "adapter").difference < 1e-4
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_a_base_of_another_shape_is_refused_before_anything_is_written(tmp_path)
 
 def test_without_peft_gptjax_reads_the_adapter_again(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("gptjax.interop.logit_check.find_spec", lambda name: None if name == "peft" else name)
-    found = agreement(adapted(made({}), 0), tmp_path / "base", adapter)
+    found = compare_logits(adapted(made({}), 0), tmp_path / "base", adapter)
     assert found.difference < 1e-5 and found.other.endswith("as peft is not installed")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptjax.data.tokenizer import ByteTokenizer
-from gptjax.data.tokenizer_formats import to_huggingface
+from gptjax.data.tokenizer.huggingface_write import to_huggingface
 from gptjax.inference.beams import BeamConfig, beam_search
 from gptjax.inference.engine import make_engine
 from gptjax.inference.generate import Request, generate

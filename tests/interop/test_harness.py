@@ -237,7 +237,7 @@ def test_what_there_is_not_is_named(both, tmp_path):
     with pytest.raises(PromptError, match="1 to 64 are possible"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a", " b" * 99), 0)])
     with pytest.raises(PromptError, match="neither begin_of_text nor end_of_text"):
-        GptjaxLM(Pretrained("x", ours.pretrained.model, {}, CharTokenizer("ab", has_end_of_text=False)))
+        GptjaxLM(Pretrained("x", ours.pretrained.model, {}, CharTokenizer("ab", has_eos=False)))
 
 
 def test_generation_settings():

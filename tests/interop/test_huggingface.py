@@ -24,7 +24,7 @@ from gptjax.errors import Disagreement, ExchangeError, GptjaxError, RunError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.huggingface import load_folder
 from gptjax.interop.layout import nested, weight_shapes
-from gptjax.interop.logit_check import Agreement, agreement, insist, logits, rounded
+from gptjax.interop.logit_check import Agreement, compare_logits, require_agreement, logits, rounded
 from gptjax.interop.open import fetch, open_model
 from gptjax.interop.runs import import_run
 from gptjax.interop.saving import choose_family, save_folder
@@ -69,7 +69,7 @@ MODELS = {  # the family that is chosen -> models of gptjax that it can express
         dict(norm="rmsnorm", positions="rope", ffn="swiglu", bias=False, rope_scaling="llama3", rope_factor=2.0),
     ],
     "gpt_neox": [
-        dict(positions="rope", parallel_residual=True, rope_fraction=0.25, tie_embeddings=False),
+        dict(positions="rope", parallel_residual=True, partial_rotary_factor=0.25, tie_embeddings=False),
         dict(positions="rope", ffn="relu", rope_scaling="linear", rope_factor=2.0),
     ],
 }
@@ -191,7 +191,7 @@ def theirs(folder: Path, family: str, seed: int):
 
 
 def with_tokenizer(folder: Path) -> None:
-    from gptjax.data.tokenizer_formats import to_huggingface
+    from gptjax.data.tokenizer.huggingface_write import to_huggingface
 
     to_huggingface(ByteTokenizer(), folder)
 
@@ -229,7 +229,7 @@ def test_transformers_has_the_logits_of_an_export(tmp_path, quiet, family, chang
     ours = made(changes)
     assert choose_family(ours.model).name == family
     save_folder(ours, tmp_path / "out")
-    found = agreement(ours, tmp_path / "out")
+    found = compare_logits(ours, tmp_path / "out")
     assert found.difference < 1e-4 and found.other == "transformers"
 
 
@@ -240,7 +240,7 @@ def test_bfloat16_weights(tmp_path, quiet):
     model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
     read = load_folder(tmp_path / "theirs")
     assert {str(x.dtype) for x in named(read.params).values()} == {"bfloat16"}
-    assert agreement(read, tmp_path / "theirs").difference < 1e-4
+    assert compare_logits(read, tmp_path / "theirs").difference < 1e-4
     save_folder(read, tmp_path / "again", dtype="bfloat16")
     assert_same_bits(load_folder(tmp_path / "again").params, read.params)
 
@@ -279,9 +279,9 @@ def test_there_and_back_has_the_same_bits(tmp_path, family, changes):
     back = load_folder(tmp_path / "out")
     assert (back.recommended, back.chat_template) == (ours.recommended, ours.chat_template)
     assert back.stop_tokens == ours.stop_tokens
-    assert back.tokenizer.pieces[:256] == ours.tokenizer.pieces[:256]
+    assert back.tokenizer.id_to_bytes[:256] == ours.tokenizer.id_to_bytes[:256]
     if changes.get("rope_scaling") == "ntk":  # comes back as what it is, a larger base
-        assert back.model.rope_scaling == "none" and back.model.rope_base > 10_000
+        assert back.model.rope_scaling == "none" and back.model.rope_theta > 10_000
     elif changes.get("bias") is False and ours.model.norm == "layernorm":  # comes back with biases of zero
         assert back.model.bias
         extra = named(back.params).keys() - named(ours.params).keys()
@@ -297,14 +297,14 @@ def test_there_and_back_has_the_same_bits(tmp_path, family, changes):
 
 def test_what_no_family_can_express_is_named():
     with pytest.raises(ExchangeError) as caught:
-        choose_family(made(dict(positions="alibi", qk_norm=True, window=4, logit_softcap=30.0)).model)
-    for words in ("gpt2 has no", "llama has no", "gpt_neox has no", "positions = 'alibi'", "qk_norm", "window = 4",
+        choose_family(made(dict(positions="alibi", qk_norm=True, sliding_window=4, logit_softcap=30.0)).model)
+    for words in ("gpt2 has no", "llama has no", "gpt_neox has no", "positions = 'alibi'", "qk_norm", "sliding_window = 4",
                   "logit_softcap = 30.0"):  # fmt: skip
         assert words in str(caught.value)
     with pytest.raises(ExchangeError, match="ffn = 'none'"):
         choose_family(made(dict(ffn="none")).model)
-    with pytest.raises(ExchangeError, match="mup_width = 4"):
-        choose_family(made(dict(mup_width=4)).model)
+    with pytest.raises(ExchangeError, match="mup_base_width = 4"):
+        choose_family(made(dict(mup_base_width=4)).model)
     with pytest.raises(ExchangeError, match="there are auto, gpt2, gpt_neox, llama"):
         choose_family(made({}).model, "bert")
 
@@ -459,7 +459,7 @@ def test_a_stop_token_that_the_tokenizer_lacks_is_refused(folder):
 def test_a_tokenizer_far_smaller_than_its_model_is_doubted(ids, rows, doubtful, tmp_path, capsys):
     characters = "".join(map(chr, range(0x100, 0x100 + ids)))
     ours = made(dict(vocab_size=rows, context_length=4, num_layers=1, embed_dim=2, num_heads=1, ffn_dim=2))
-    tokenizer = CharTokenizer(characters, has_end_of_text=False)
+    tokenizer = CharTokenizer(characters, has_eos=False)
     assert tokenizer.vocab_size == ids
     save_folder(dataclasses.replace(ours, tokenizer=tokenizer), tmp_path / "out")
     assert capsys.readouterr().err == "", "whoever writes a model knows its tokenizer"
@@ -660,18 +660,18 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_disagreement_has_an_exit_code_of_its_own(folder):
     ours = made({})
-    assert agreement(ours, folder).difference < 1e-4
+    assert compare_logits(ours, folder).difference < 1e-4
     ours.params["embedding"]["tokens"] += 0.1
     with pytest.raises(Disagreement, match=r"largest difference of logits") as caught:
-        insist(agreement(ours, folder), "x")
+        require_agreement(compare_logits(ours, folder), "x")
     assert caught.value.exit_code == 3
     with pytest.raises(Disagreement):
-        insist(Agreement(float("nan"), 1e-4, "y"), "x")
+        require_agreement(Agreement(float("nan"), 1e-4, "y"), "x")
 
 
 def test_without_transformers_gptjax_reads_the_folder_again(folder, monkeypatch):
     monkeypatch.setattr("gptjax.interop.logit_check.find_spec", lambda name: None)
-    found = agreement(made({}), folder)
+    found = compare_logits(made({}), folder)
     assert found.difference == 0 and "not installed" in found.other
     assert rounded(made({}), "bfloat16").params["final_norm"]["scale"].dtype == jnp.bfloat16
 

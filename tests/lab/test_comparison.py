@@ -13,7 +13,7 @@ from made_runs import BASE, make_run, make_sweep
 
 from gptjax.errors import GptjaxError
 from gptjax.lab.comparison import compare, judge
-from gptjax.lab.progress import note
+from gptjax.lab.progress import write_note
 from gptjax.lab.text_report import as_json, as_text
 from gptjax.lab.trials import read_sweep, trials_of, write_sweep
 from gptjax.lab.variants import variants_of
@@ -83,7 +83,7 @@ def test_what_is_not_finished_is_shown(tmp_path):
     trials["b-seed0"].log.write_text("words of a finished run\n")
     shutil.rmtree(trials["c-seed0"].folder, ignore_errors=True)
     trials["c-seed0"].log.write_text("Traceback\n\nValueError: no good\n")
-    note(trials["c-seed1"], "ended", code=3, why="step 4: diverged")
+    write_note(trials["c-seed1"], "ended", code=3, why="step 4: diverged")
     trials["c-seed1"].log.write_text("")
     c = compared(folder)
     states = {r.name: (r.state, r.why) for r in c.unfinished}
@@ -142,7 +142,7 @@ def test_two_sweeps_of_one_file_are_not_one_when_they_differ(tmp_path):
 DATA = {"data": "other"}
 OTHER = [
     ({"model.context_length": 8}, {}, "model.context_length", True),
-    ({"objective.name": "prefix"}, {}, "objective.name", False),
+    ({"objective.name": "prefix_lm"}, {}, "objective.name", False),
     ({"data.tokenizer": "char"}, DATA, "data (text, tokenizer or split)", True),
     ({"data.source": "other.txt"}, DATA, "data (text, tokenizer or split)", False),
     ({"data.source": "other.txt", "data.tokenizer": "char"}, DATA, "data (text, tokenizer or split)", False),

@@ -11,19 +11,19 @@ from made_runs import BASE, make_run, make_sweep
 
 from gptjax.errors import RunError
 from gptjax.lab.listing import as_json, as_text
-from gptjax.lab.records import find, look, numbers
+from gptjax.lab.records import find_runs, finite_numbers, inspect_run
 from gptjax.training import lock
 
 
 def state_of(folder):
-    record = look(folder)
+    record = inspect_run(folder)
     as_text([record])
     json.dumps(as_json([record]), allow_nan=False)
     return record.state, record.why
 
 
 def test_the_state_of_a_run(finished_run, tmp_path):
-    record = look(finished_run)
+    record = inspect_run(finished_run)
     assert (record.state, record.step, record.why) == ("finished", 6, "") and record.figures["num_params"] > 0
     assert record.started and "--- sample" not in record.samples()
     run = shutil.copytree(finished_run, tmp_path / "run")
@@ -78,7 +78,7 @@ DAMAGES = [
 def test_a_damaged_run_is_a_line_that_says_why(tmp_path, damage, why):
     make_run(tmp_path / "whole", BASE, 3.0)
     damage(make_run(tmp_path / "bad", BASE, 3.0))
-    found = {r.name: r for r in find(tmp_path)}
+    found = {r.name: r for r in find_runs(tmp_path)}
     assert found["whole"].state == "finished" and found["bad"].state == "damaged" and why in found["bad"].why
     assert "\n" not in found["bad"].why and str(tmp_path) not in found["bad"].why
     assert len(as_text(list(found.values())).splitlines()) == 3
@@ -101,7 +101,7 @@ def test_whatever_json_a_stranger_wrote_is_listed(tmp_path, name, values):
     before = json.loads((run / name).read_text())
     (run / name).write_text(json.dumps(before | values))
     try:
-        assert len(find(tmp_path)) == 1 and state_of(run)[0] in ("finished", "damaged", "stopped")
+        assert len(find_runs(tmp_path)) == 1 and state_of(run)[0] in ("finished", "damaged", "stopped")
     finally:
         (run / name).write_text(json.dumps(before))
 
@@ -111,9 +111,9 @@ def test_nothing_of_a_stranger_is_executed(tmp_path):
     for name in ("sweep.py", "experiment.py", "__init__.py", "conftest.py"):
         (run / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
         (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert len(find(tmp_path)) == 1 and not (tmp_path / "ran").exists()
+    assert len(find_runs(tmp_path)) == 1 and not (tmp_path / "ran").exists()
     evil = make_run(tmp_path / "evil", BASE, 3.0, provenance={"started": "\x1b[31mred"})
-    assert "\x1b" not in as_text([look(evil)])
+    assert "\x1b" not in as_text([inspect_run(evil)])
 
 
 def test_sweeps_and_runs_are_found_however_deep(tmp_path):
@@ -129,15 +129,15 @@ def test_sweeps_and_runs_are_found_however_deep(tmp_path):
     (tmp_path / "worse" / "sweep.json").write_text(
         '{"format": 1, "trials": [{"name": "../a", "variant": "", "seed": 0}]}'
     )
-    found = {r.name: r.state for r in find(tmp_path)}
+    found = {r.name: r.state for r in find_runs(tmp_path)}
     assert found == {
         "a": "finished", "deep/er/b": "finished", "deep/s/x-seed0": "finished", "deep/s/y-seed0": "finished",
         "deep/s/x-seed1": "missing", "deep/s/y-seed1": "finished", "bad": "damaged", "worse": "damaged",
     }  # fmt: skip
-    assert [r.name for r in find(tmp_path / "a")] == ["a"]
+    assert [r.name for r in find_runs(tmp_path / "a")] == ["a"]
     for path in (tmp_path / "none", tmp_path / "a" / "result.json"):
         with pytest.raises(RunError, match="name a folder of runs"):
-            find(path)
+            find_runs(path)
 
 
 def test_only_finite_numbers_are_figures():
@@ -149,4 +149,4 @@ def test_only_finite_numbers_are_figures():
         "h": 10**400,
         "i": [1],
     }
-    assert dict(numbers(values)) == {"a": 1, "b.c": 2.5}
+    assert dict(finite_numbers(values)) == {"a": 1, "b.c": 2.5}

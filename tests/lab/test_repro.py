@@ -14,7 +14,7 @@ from gptjax.lab.claims_page import page
 FILE = '''"""What is asked."""
 from pathlib import Path
 from gptjax.errors import DataError
-from gptjax.lab.repro import Claim, Measured
+from gptjax.lab.repro import Claim, Measurement
 
 def measure(folder):
     {body}
@@ -178,7 +178,7 @@ TRAINS = """import conftest
 def test_a_claim_trains_in_its_folder_and_what_is_trained_is_not_trained_again(papers, tmp_path, single_device):
     papers("mine", TRAINS)
     (first,) = repro.reproduce([repro.load_claim("mine")], tmp_path / "out")
-    assert (first.verdict, first.name) == ("pass", "mine"), first.seen
+    assert (first.verdict, first.name) == ("pass", "mine"), first.note
     saved = sorted((tmp_path / "out/mine/tiny/checkpoints").iterdir())
     times = [path.stat().st_mtime_ns for path in saved]
     (tmp_path / "out/mine/claim.json").unlink()  # cut off before the outcome was written

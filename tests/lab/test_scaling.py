@@ -173,9 +173,9 @@ def test_a_large_run_that_is_another_is_not_scored(study):
 def test_a_change_of_a_registered_prediction_is_noticed(study, field, value):
     kept = scaling.register(study)
     study.prediction.write_text(json.dumps(kept | {field: value}))
-    for look in (scaling.registered, scaling.register, scaling.score):
+    for inspect_run in (scaling.read_prediction, scaling.register, scaling.score):
         with pytest.raises(RunError, match="was changed after it was registered"):
-            look(study)
+            inspect_run(study)
 
 
 def test_a_registered_prediction_is_not_changed_by_another_family(study, tmp_path):
@@ -256,7 +256,7 @@ def test_the_verb_predicts_trains_awaits_and_scores(tmp_path, capsys, monkeypatc
         f"from gptjax.config import Experiment, zip_\nexperiment = Experiment.from_json({BIG.to_json()!r})\n"
         "sweep = zip_(experiment.override(name='small'), {'train.steps': [10, 20, 40, 80, 160]})\n"
     )
-    scale(["mine.py", "--list"])
+    scale(["mine.py", "--status"])
     assert "6 runs (6 new)\nnothing is predicted yet" in capsys.readouterr().out and not Path("runs").exists()
     with pytest.raises(SystemExit) as stopped:
         scale(["mine.py", "--workers", "2"])
@@ -266,7 +266,7 @@ def test_the_verb_predicts_trains_awaits_and_scores(tmp_path, capsys, monkeypatc
     Path("learner.py").write_text(LEARNER)
     large = Path("runs/mine/large")
     somebody = subprocess.Popen([sys.executable, "learner.py", f"{large}.json", large], env=os.environ)
-    scale(["mine.py", "--wait"])
+    scale(["mine.py", "--external"])
     assert somebody.wait() == 0
     told = capsys.readouterr().out
     assert "big: loss 1.2524, predicted 1.25" in told and "inside the interval" in told and "100 times" in told

@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 from gptjax.lab import slurm
-from gptjax.lab.progress import note, noted, state_of
+from gptjax.lab.progress import read_note, state_of, write_note
 from gptjax.lab.slurm import Resources, Slurm
 from gptjax.lab.trials import trials_of, write_sweep
 
@@ -50,7 +50,7 @@ def cluster(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    monkeypatch.setattr(slurm, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "QUERY_SECONDS", 0.0)
     return Cluster(tmp_path / "bin")
 
 
@@ -60,7 +60,7 @@ def trials(tmp_path):
     made = trials_of([TINY.override(name=name, seed=i) for i, name in enumerate("abc")], 1, tmp_path / "s")
     write_sweep(tmp_path / "s", made)
     for i, trial in enumerate(made):
-        note(trial, "submitted", job=f"5_{i}")
+        write_note(trial, "submitted", job=f"5_{i}")
     return made
 
 
@@ -73,7 +73,7 @@ def test_a_cluster_that_does_not_answer_has_forgotten_nothing(tmp_path, cluster,
     cluster.answers(True)
     cluster.says(queue={"5_0": "RUNNING"}, past={"5_1": "TIMEOUT"})
     assert [job.poll() for job in jobs.values()] == [None, 75, 75], "out of time, and forgotten"
-    assert [noted(t)["event"] for t in trials] == ["submitted", "ended", "ended"]
+    assert [read_note(t)["event"] for t in trials] == ["submitted", "ended", "ended"]
 
 
 def test_a_request_to_stop_is_repeated_until_it_is_heard(tmp_path, cluster, trials):
@@ -98,14 +98,14 @@ def test_how_jobs_end(tmp_path, cluster, trials, monkeypatch):
     assert state_of(trials[1]).why.startswith("job 5_1: NODE_FAIL; see ") and "5_1_0_log.out" in state_of(trials[1]).why
     cluster.says(past={"5_2": "COMPLETED"})
     assert jobs[2].poll() is None, "what its node wrote last may not be seen yet"
-    note(trials[2], "ended", code=2, job="5_2")
+    write_note(trials[2], "ended", code=2, job="5_2")
     assert jobs[2].poll() == 2
 
 
 def test_a_job_that_another_command_has_replaced_is_left_alone(tmp_path, cluster, trials):
     cluster.says(queue={"5_0": "RUNNING", "5_1": "RUNNING", "5_2": "RUNNING"})
     job = Slurm(tmp_path / "s", Resources()).adopt(trials)[trials[0].name]
-    note(trials[0], "submitted", job="6_0")
+    write_note(trials[0], "submitted", job="6_0")
     cluster.says(past={"5_0": "CANCELLED"})
     before = json.loads(trials[0].note.read_text())
-    assert job.poll() == 75 and noted(trials[0]) == before
+    assert job.poll() == 75 and read_note(trials[0]) == before

@@ -24,9 +24,9 @@ from gptjax.config import Experiment, Search, Uniform, grid, zip_
 from gptjax.errors import ConfigError, GptjaxError, Interrupted, RunError
 from gptjax.lab import local
 from gptjax.lab.comparison import compare
-from gptjax.lab.live_table import Progress
-from gptjax.lab.local import Local, places
-from gptjax.lab.progress import memory_needed, note, noted, seconds_needed, state_of
+from gptjax.lab.live_table import LiveTable
+from gptjax.lab.local import Local, divide_machine
+from gptjax.lab.progress import memory_needed, read_note, seconds_needed, state_of, write_note
 from gptjax.lab.search import SearchPlan
 from gptjax.lab.sweep import FixedPlan, train_missing
 from gptjax.lab.trials import Trial, read_sweep, trials_of, write_sweep
@@ -136,7 +136,7 @@ def test_a_file_may_hold_a_sweep_an_experiment_or_neither(tmp_path):
 
 @given(st.integers(1, 9), st.integers(1, 16), st.integers(0, 8))
 def test_the_machine_is_divided_evenly(workers, cores, cards):
-    made = places(workers, list(range(cores)), [str(i) for i in range(cards)])
+    made = divide_machine(workers, list(range(cores)), [str(i) for i in range(cards)])
     used = [core for place in made for core in place.cores]
     assert all(place.cores for place in made) and set(used) <= set(range(cores))
     if workers <= cores:
@@ -154,18 +154,20 @@ def test_the_machine_is_divided_evenly(workers, cores, cards):
 
 def test_a_failing_trial_does_not_stop_the_others_and_is_tried_again(tmp_path, learner, capsys):
     trials = made(tmp_path / "s", ("good", "bad"))
-    with Progress() as show:
+    with LiveTable() as show:
         states = train_missing(FixedPlan(trials), Local(2), show)
     assert {name: s.status for name, s in states.items()} == {
         "good-seed0": "done", "bad-seed0": "failed", "good-seed1": "done", "bad-seed1": "failed"
     }  # fmt: skip
     told = capsys.readouterr().err
     assert "bad-seed0 failed (exit code 2), and ended with\n    what went wrong" in told
-    notes = {t.name: noted(t) for t in trials}
+    notes = {t.name: read_note(t) for t in trials}
     learner.write_text(LEARNER.replace('"bad"', '"worse"'))  # mended
     states = train_missing(FixedPlan(trials), Local(1), silent)
     assert all(s.done for s in states.values())
-    assert {t.name for t in trials if noted(t) != notes[t.name]} == {"bad-seed0", "bad-seed1"}, "only what was missing"
+    assert {t.name for t in trials if read_note(t) != notes[t.name]} == {"bad-seed0", "bad-seed1"}, (
+        "only what was missing"
+    )
 
 
 def test_a_trial_that_is_killed_has_failed_unless_we_killed_it(tmp_path, learner):
@@ -291,18 +293,18 @@ def wait(what, seconds: float = PATIENCE) -> None:
 def test_where_a_trial_is(tmp_path):
     trial = made(tmp_path / "s")[0]
     assert state_of(trial).status == "new"
-    note(trial, "submitted", job="7")
+    write_note(trial, "submitted", job="7")
     assert state_of(trial, ours=True).status == "waiting" and state_of(trial).status == "new"
-    note(trial, "ended", code=3)
+    write_note(trial, "ended", code=3)
     assert (state_of(trial).status, state_of(trial).why) == ("failed", "exit code 3")
-    note(trial, "ended", code=-9)
+    write_note(trial, "ended", code=-9)
     assert (state_of(trial).status, "signal 9" in state_of(trial).why) == ("failed", True)
     for code in (0, 75, -15):  # the last: asked to stop before it could save
-        note(trial, "ended", code=code)
+        write_note(trial, "ended", code=code)
         assert state_of(trial).status == "new"
-    note(trial, "cancelled", why="by hand")
+    write_note(trial, "cancelled", why="by hand")
     assert (state_of(trial).status, state_of(trial).why) == ("cancelled", "by hand")
-    note(trial, "ended", code=75)
+    write_note(trial, "ended", code=75)
     trial.folder.mkdir()
     (trial.folder / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 3.0}\n{"step": 2, "val_loss": 2.5}\n{"step": 3, "lo'
@@ -342,7 +344,7 @@ def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
         f"from gptjax.config import Experiment, grid\nbase = Experiment.from_json({TINY.to_json()!r})\n"
         "sweep = grid(base, {'model.ffn': ['gelu', 'relu']})\n"
     )
-    sweep(["mine.py", "--list", "--seeds", "2", "--set", "train.steps=70", "model.norm=rmsnorm"])
+    sweep(["mine.py", "--status", "--seeds", "2", "--set", "train.steps=70", "model.norm=rmsnorm"])
     told = capsys.readouterr().out
     assert told.count("0/70") == 4 and "runs/mine: 4 trials (4 new)" in told
     assert not Path("runs").exists(), "a list makes nothing"
@@ -351,10 +353,10 @@ def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
         (["mine.py", "--set", "steps"], "needs section.field=VALUE"),
         (["mine.py", "--seeds", "0"], "must be 1 or more"),
         (["mine.py", "--workers", "0"], "must be 1 or more"),
-        (["mine.py", "--on", "slurm", "--slurm.minutes", "2"], "saves 2 minutes before its end"),
-        (["mine.py", "--on", "slurm", "--slurm.parallel", "0"], "--slurm.parallel: must be 1 or more"),
-        (["mine.py", "--slurm.partition", "gpu"], "--partition.*no effect without --on slurm"),
-        (["mine.py", "--on", "slurm", "--workers", "2"], "--workers.*no effect with --on slurm"),
+        (["mine.py", "--executor", "slurm", "--slurm.minutes", "2"], "saves 2 minutes before its end"),
+        (["mine.py", "--executor", "slurm", "--slurm.parallel", "0"], "--slurm.parallel: must be 1 or more"),
+        (["mine.py", "--slurm.partition", "gpu"], "--partition.*no effect without --executor slurm"),
+        (["mine.py", "--executor", "slurm", "--workers", "2"], "--workers.*no effect with --executor slurm"),
         (["mine.py", "--set", "model.num_heads=7"], "does not divide"),
     ):
         with pytest.raises(GptjaxError, match=message):
@@ -364,7 +366,7 @@ def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
         trials_of([TINY.override(name="tiny-ffn=gelu", model=dict(ffn="gelu"))], 1, Path("runs/mine")),
     )
     with pytest.raises(GptjaxError, match=r"holds another sweep .*train.steps: \d+ there, 70 now"):
-        sweep(["mine.py", "--list", "--set", "train.steps=70"])
+        sweep(["mine.py", "--status", "--set", "train.steps=70"])
     Path("search.py").write_text(
         Path("mine.py")
         .read_text()
@@ -374,7 +376,7 @@ def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
         )
     )
     with pytest.raises(GptjaxError, match=r"defines a `search` and no `sweep`.*--search"):
-        sweep(["search.py", "--list"])
+        sweep(["search.py", "--status"])
 
 
 SEARCHER = LEARNER.replace(
@@ -392,10 +394,10 @@ def test_a_search_finds_the_best_values_and_goes_on(tmp_path, learner):
     learner.write_text(SEARCHER.replace("time.sleep(0.02)", "pass"))
     states = train_missing(searched(tmp_path / "s", "tpe", 6), Local(2), silent)
     assert len(states) == 6 and all(s.done for s in states.values())
-    first = {t.name: noted(t) for t in read_sweep(tmp_path / "s")}
+    first = {t.name: read_note(t) for t in read_sweep(tmp_path / "s")}
     plan = searched(tmp_path / "s", "tpe", 14)
     assert len(train_missing(plan, Local(2), silent)) == 14
-    assert {t.name: noted(t) for t in read_sweep(tmp_path / "s")[:6]} == first, "what was done stays"
+    assert {t.name: read_note(t) for t in read_sweep(tmp_path / "s")[:6]} == first, "what was done stays"
     rates = [t.experiment.optim.learning_rate for t in read_sweep(tmp_path / "s")]
     _, figure, values = plan.best()
     nearest = min(rates, key=lambda rate: abs(rate - 0.3))
@@ -406,7 +408,7 @@ def test_a_search_finds_the_best_values_and_goes_on(tmp_path, learner):
 def test_successive_halving_gives_up_what_is_worse(tmp_path, learner, monkeypatch):
     pytest.importorskip("optuna")
     learner.write_text(SEARCHER.replace("time.sleep(0.02)", "time.sleep(0.05)"))
-    monkeypatch.setattr("gptjax.lab.sweep.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("gptjax.lab.sweep.POLL_SECONDS", 0.1)
     states = train_missing(searched(tmp_path / "s", "halving", 8), Local(2), silent)
     trials = {t.name: t for t in read_sweep(tmp_path / "s")}
     distance = {name: abs(t.experiment.optim.learning_rate - 0.3) for name, t in trials.items()}
@@ -414,9 +416,9 @@ def test_successive_halving_gives_up_what_is_worse(tmp_path, learner, monkeypatc
     assert ended["done"] and ended["cancelled"] and len(ended["done"]) + len(ended["cancelled"]) == 8
     assert min(distance, key=distance.get) in ended["done"], "the best is not given up"
     assert all("given up at step" in states[name].why for name in ended["cancelled"])
-    again = {t.name: noted(t) for t in trials.values()}
+    again = {t.name: read_note(t) for t in trials.values()}
     train_missing(searched(tmp_path / "s", "halving", 8), Local(2), silent)
-    assert {t.name: noted(t) for t in trials.values()} == again, "nor is it tried again"
+    assert {t.name: read_note(t) for t in trials.values()} == again, "nor is it tried again"
 
 
 def test_a_search_goes_on_past_trials_that_are_killed_or_diverge(tmp_path, learner):
@@ -471,11 +473,11 @@ def test_what_another_command_has_given_up_is_not_begun_again(tmp_path):
     for trial, loss in zip(trials, (0.1, 0.9), strict=True):
         trial.folder.mkdir()
         (trial.folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "val_loss": loss}) + "\n")
-        note(trial, "started")
+        write_note(trial, "started")
         one.trials({t.name: state_of(t, ours=True) for t in trials})
-    (worse,) = one.given_up({})
+    (worse,) = one.pruned({})
     other.trials({t.name: state_of(t) for t in trials})
-    assert worse == trials[1].name and list(other.given_up({})) == [worse]
+    assert worse == trials[1].name and list(other.pruned({})) == [worse]
 
 
 def test_a_search_says_what_is_wrong_with_it(tmp_path):

@@ -35,7 +35,7 @@ def test_parts_are_joined_in_their_order(size, chunks, axis):
 
 KINDS = {
     "plain": {},
-    "grouped, window, capped": dict(num_heads=4, num_kv_heads=2, window=5, attention_softcap=8.0, positions="rope"),
+    "grouped, window, capped": dict(num_heads=4, num_kv_heads=2, sliding_window=5, attention_softcap=8.0, positions="rope"),
     "ALiBi": dict(positions="alibi"),
     "encoder": dict(causal=False),
 }
@@ -51,16 +51,16 @@ def test_parts_give_the_losses_and_gradients_of_the_whole(monkeypatch, changes, 
     if documents:
         segments = (np.arange(24) // 9 + np.zeros((3, 1))).astype(np.int32)
         places = (np.arange(24) % 9 + np.zeros((3, 1))).astype(np.int32)
-        batch = batch._replace(segments=segments, positions=places)
-        batch = batch._replace(prefix=places < 4) if m.causal and m.window is None else batch
+        batch = batch._replace(segment_ids=segments, positions=places)
+        batch = batch._replace(prefix_mask=places < 4) if m.causal and m.sliding_window is None else batch
 
     def made():
         total = jax.jit(jax.value_and_grad(lambda p: jnp.square(token_nll(p, batch, GPT(m), {})[0]).sum()))
         return total(params), str(jax.make_jaxpr(total)(params)).num_chunks("scan[")
 
     whole, loops = made()
-    monkeypatch.setattr(attention, "LEAST_BLOCK", 6)
-    monkeypatch.setattr(attention, "SCORES", 3 * m.num_heads * 24 * 4)
+    monkeypatch.setattr(attention, "MIN_BLOCK", 6)
+    monkeypatch.setattr(attention, "MAX_SCORES", 3 * m.num_heads * 24 * 4)
     monkeypatch.setattr(step, "LOGITS", 3 * 24 * 8)
     parts, more_loops = made()
     assert more_loops > loops
@@ -82,7 +82,7 @@ def test_blocks_of_a_causal_text_give_what_the_whole_gives_for_less(monkeypatch,
         return flops, jax.jit(jax.value_and_grad(apply, argnums=(0, 1)))(params, x)
 
     more, whole = made()
-    monkeypatch.setattr(attention, "LEAST_BLOCK", 16)
+    monkeypatch.setattr(attention, "MIN_BLOCK", 16)
     less, blocks = made()
     assert less < 0.9 * more if m.causal else less == more
     tolerance = 1e-4 if dtype == "float32" else 0.05
@@ -93,7 +93,7 @@ def test_blocks_of_a_causal_text_give_what_the_whole_gives_for_less(monkeypatch,
 
 def test_every_part_drops_out_other_weights(monkeypatch):
     m = tiny_model(dropout=0.5, context_length=64, positions="none", causal=False)  # every query sees the same
-    monkeypatch.setattr(attention, "SCORES", attention.DROPPED_ROWS * m.num_heads * 64 * 16)
+    monkeypatch.setattr(attention, "MAX_SCORES", attention.DROPOUT_ROWS * m.num_heads * 64 * 16)
     layer, x = attention.Attention(m), jnp.ones((1, 64, m.embed_dim))
     sight = attention.ops.AttentionMask(jnp.arange(64), jnp.arange(64))
     params = layer.init(jax.random.key(0), x, None, sight)
@@ -104,7 +104,7 @@ def test_every_part_drops_out_other_weights(monkeypatch):
 
 @pytest.mark.parametrize("layers", ["scan", "unrolled"])
 def test_memory_grows_linearly_with_the_context(monkeypatch, layers):
-    monkeypatch.setattr(attention, "SCORES", 1 << 14)
+    monkeypatch.setattr(attention, "MAX_SCORES", 1 << 14)
     monkeypatch.setattr(step, "LOGITS", 1 << 14)
 
     def needed(length):
@@ -122,7 +122,7 @@ def test_memory_grows_linearly_with_the_context(monkeypatch, layers):
 @pytest.mark.parametrize("ffn", ["gelu", "swiglu"])
 def test_a_layer_keeps_neither_its_scores_nor_what_is_active(monkeypatch, layers, ffn):
     """What one layer more adds to a step's memory: its streams, and not half of its scores on top of them."""
-    monkeypatch.setattr(chunks, "KEPT", 1 << 10)
+    monkeypatch.setattr(chunks, "REMAT_THRESHOLD", 1 << 10)
     width, rows, length, heads = 32, 2, 128, 4
 
     def needed(num_layers):

@@ -13,7 +13,7 @@ from conftest import tiny_model
 from gptjax.inference.cache import cache_bytes, empty_cache
 from gptjax.model import attention, ops
 from gptjax.model.attention import choose_kernel
-from gptjax.model.gpt import GPT, decode, init_params, unembed, unstack_layers, weight_axes
+from gptjax.model.gpt import GPT, decode_step, init_params, unembed, unstack_layers, weight_axes
 from gptjax.training.metrics import flops_per_token, num_params
 
 VARIANTS = {
@@ -26,15 +26,15 @@ VARIANTS = {
     "layernorm-post": dict(norm_placement="post", bias=False),
     "gqa": dict(num_heads=4, num_kv_heads=2, positions="rope"),
     "mqa": dict(num_heads=4, num_kv_heads=1, head_dim=6),
-    "window": dict(window=3),
-    "window-alibi-caps": dict(window=4, positions="alibi", attention_softcap=5.0, logit_softcap=3.0),
+    "window": dict(sliding_window=3),
+    "window-alibi-caps": dict(sliding_window=4, positions="alibi", attention_softcap=5.0, logit_softcap=3.0),
     "qk-norm": dict(qk_norm=True, ffn="relu2"),
     "swiglu-free-head": dict(ffn="swiglu", tie_embeddings=False, bias=False),
     "geglu": dict(ffn="geglu"),
-    "neox": dict(positions="rope", rope_fraction=0.25, parallel_residual=True, ffn="gelu_exact"),
+    "neox": dict(positions="rope", partial_rotary_factor=0.25, parallel_residual=True, ffn="gelu_exact"),
     "llama3": dict(positions="rope", rope_scaling="llama3", rope_factor=2.0),
     "bert": dict(norm_placement="post", embedding_norm=True, head="mlm", ffn="gelu_exact"),
-    "mup": dict(mup_width=8, tie_embeddings=False),
+    "mup": dict(mup_base_width=8, tie_embeddings=False),
     "attention-only": dict(ffn="none", positions="rope"),
     "attention-only-post": dict(ffn="none", norm_placement="post"),
     "relu-bfloat16": dict(ffn="relu", dtype="bfloat16"),
@@ -75,7 +75,7 @@ def influence(model, params, tokens, segments=None, positions=None, prefix=None)
 
     @jax.jit
     def jacobian():
-        x = GPT(model).apply({"params": params}, tokens, places, method=lambda m, t, p: m.embedding.encode(t, p))
+        x = GPT(model).apply({"params": params}, tokens, places, method=lambda m, t, p: m.embedding.embed(t, p))
         run = lambda x: GPT(model).apply({"params": params}, x, method=from_embeddings)  # noqa: E731
         return jnp.abs(jax.jacrev(run)(x).astype(jnp.float32)).sum((1, 2, 4))
 
@@ -88,9 +88,9 @@ def test_no_token_sees_a_later_one(changes):
     seen = influence(model, random_params(model), random_tokens(model, rows=1, length=8))
     assert np.all(np.triu(seen, 1) == 0), "a later token changed an earlier logit"
     reach = np.tril(np.ones((8, 8)))
-    if model.window:  # one layer reaches window - 1 back, two layers twice that
+    if model.sliding_window:  # one layer reaches window - 1 back, two layers twice that
         distance = np.arange(8)[:, None] - np.arange(8)
-        reach *= distance <= model.num_layers * (model.window - 1)
+        reach *= distance <= model.num_layers * (model.sliding_window - 1)
     assert np.all((seen > 0) == (reach > 0)), "a token did not see all that it should"
 
 
@@ -134,7 +134,7 @@ def test_a_prefix_is_seen_by_all_of_its_document_and_by_no_other(name):
     same = np.array(PACKED["segments"][0][:, None] == PACKED["segments"][0])
     assert np.all(seen[~same] == 0), "another document was seen"
     assert np.all(seen[later & ~in_prefix] == 0), "a later token that is asked for was seen"
-    if model.window is None:
+    if model.sliding_window is None:
         assert np.all(seen[same & (~later | in_prefix)] > 0), "something of the prefix was not seen"
 
     logits = np.array(logits_of(model, params, tokens, **PACKED))
@@ -144,7 +144,7 @@ def test_a_prefix_is_seen_by_all_of_its_document_and_by_no_other(name):
         moved = np.any(np.array(logits_of(model, params, other, **PACKED)) != logits, -1)[0]
         may_move = same[:, changed] & (~later[:, changed] | in_prefix[0, changed])
         assert not np.any(moved & ~may_move), "the logits stay the same bit for bit"
-        assert moved[changed] and (model.window or np.all(moved == may_move))
+        assert moved[changed] and (model.sliding_window or np.all(moved == may_move))
 
 
 @some_variants
@@ -169,13 +169,13 @@ def test_the_cache_changes_nothing(changes):
     model = tiny_model(**changes)
     params, tokens = random_params(model), random_tokens(model)
     whole = np.array(logits_of(model, params, tokens))
-    slots = 6 if model.window else 16
+    slots = 6 if model.sliding_window else 16
     cache = empty_cache(model, 2, slots)
     assert sum(x.nbytes for x in jax.tree.leaves(cache)) == cache_bytes(model, 2, slots)
 
     @partial(jax.jit, static_argnames="empty")
     def go_on(params, tokens, places, cache, empty=False):
-        x, cache = decode(model, params, tokens, places, cache, empty)
+        x, cache = decode_step(model, params, tokens, places, cache, empty)
         return unembed(model, params, x), cache
 
     params = unstack_layers(params)
@@ -235,7 +235,7 @@ def test_gqa_is_mha_with_repeated_key_heads():
 
 
 def test_a_window_over_the_whole_text_is_full_attention():
-    full, windowed = tiny_model(), tiny_model(window=12)
+    full, windowed = tiny_model(), tiny_model(sliding_window=12)
     params, tokens = random_params(full), random_tokens(full, length=12)
     np.testing.assert_array_equal(logits_of(full, params, tokens), logits_of(windowed, params, tokens))
 
@@ -326,8 +326,8 @@ def test_under_a_mask_an_odd_length_is_learnt_from_by_xla(monkeypatch):
         GPT(model).apply({"params": random_params(model)}, random_tokens(model)[:1, :length], *given)
         return chosen[-1]
 
-    assert kernel(9)[0] == kernel(10, window=4)[0] == kernel(10, segments=True)[0] == "cudnn"
-    for masked in (kernel(9, window=4), kernel(9, positions="alibi"), kernel(9, segments=True)):
+    assert kernel(9)[0] == kernel(10, sliding_window=4)[0] == kernel(10, segments=True)[0] == "cudnn"
+    for masked in (kernel(9, sliding_window=4), kernel(9, positions="alibi"), kernel(9, segments=True)):
         assert masked[0] == "xla" and "even context_length" in masked[1]
 
 

@@ -24,12 +24,12 @@ from gptjax.model import matmul
     quick=st.booleans(),
     seed=st.integers(0, 1000),
 )
-@mock.patch.object(matmul, "WIDENED", 0)
+@mock.patch.object(matmul, "MIN_PRODUCTS_PER_ELEMENT", 0)
 def test_a_narrow_product_and_its_gradients_are_those_in_float64(spec, sizes, wide, quick, seed):
     rng, (left, right, out) = np.random.default_rng(seed), re.split(",|->", spec)
     draw = lambda axes: jnp.asarray(rng.normal(size=[sizes[axis] for axis in axes]), jnp.bfloat16)  # noqa: E731
     a, b, dy = draw(left), draw(right), draw(out)
-    with mock.patch.object(cpu, "multiplies_bfloat16", lambda: quick):  # else in float32, which changes no product
+    with mock.patch.object(cpu, "bfloat16_matmul_is_fast", lambda: quick):  # else in float32, which changes no product
         y, backward = jax.vjp(lambda a, b: matmul.einsum_f32(spec, a, b, jnp.float32 if wide else None), a, b)
         da, db = backward(dy.astype(y.dtype))
     assert y.dtype == (jnp.float32 if wide else jnp.bfloat16) and da.dtype == db.dtype == jnp.bfloat16
@@ -47,7 +47,7 @@ def test_a_narrow_product_and_its_gradients_are_those_in_float64(spec, sizes, wi
 def test_a_bias_and_its_gradient_are_summed_in_float32():
     x, weight = jnp.ones((4096, 2), jnp.bfloat16), jnp.full((2, 3), 64.0, jnp.bfloat16)
     bias = jnp.full(3, 0.5, jnp.bfloat16)
-    y, backward = jax.vjp(lambda bias: matmul.project(x, weight, bias), bias)
+    y, backward = jax.vjp(lambda bias: matmul.linear(x, weight, bias), bias)
     assert y.dtype == jnp.bfloat16 and (y == 128.5).all()  # 128 + 0.5 is rounded once
     assert (backward(jnp.ones_like(y))[0] == 4096).all()  # in bfloat16 256 + 1 would be 256
 
@@ -66,7 +66,7 @@ def test_a_matrix_may_lie_the_other_way(shape, num_inputs):
     expected = np.tensordot(x.astype(np.float64), weight, num_inputs)
     for form in (jnp.asarray(weight), matmul.transpose_matrix(jnp.asarray(weight), num_inputs)):
         np.testing.assert_allclose(
-            matmul.project(jnp.asarray(x), form, None, num_inputs), expected, rtol=1e-5, atol=1e-5
+            matmul.linear(jnp.asarray(x), form, None, num_inputs), expected, rtol=1e-5, atol=1e-5
         )
-    rounded = matmul.project(jnp.asarray(x), matmul.quantize_int8(jnp.asarray(weight), num_inputs), None, num_inputs)
+    rounded = matmul.linear(jnp.asarray(x), matmul.quantize_int8(jnp.asarray(weight), num_inputs), None, num_inputs)
     np.testing.assert_allclose(rounded, expected, atol=0.03 * abs(expected).max())

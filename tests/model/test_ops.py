@@ -138,7 +138,7 @@ def test_a_key_is_seen_where_the_rules_of_one_pair_say_so(causal, window, docume
 )
 def test_rope_scores_depend_on_distance_only(scaling, base, shift, seed):
     factor = 1.0 if scaling == "none" else 4.0
-    model = tiny_model(positions="rope", rope_base=base, rope_scaling=scaling, rope_factor=factor, head_dim=8)
+    model = tiny_model(positions="rope", rope_theta=base, rope_scaling=scaling, rope_factor=factor, head_dim=8)
     query, key = jax.random.normal(jax.random.key(seed), (2, 1, 6, 1, 8))
     places = jnp.arange(6)
     scores = [

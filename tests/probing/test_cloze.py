@@ -14,7 +14,7 @@ from gptjax.inference.pretrained import Pretrained
 from gptjax.model.gpt import GPT, init_params
 from gptjax.probing.cloze import ClozeItem, hide, mask_id, predict_bidirectional, predict_left_to_right
 
-LETTERS = CharTokenizer("abcdefghij", has_end_of_text=True)  # 11 ids, as `tiny_model` has
+LETTERS = CharTokenizer("abcdefghij", has_eos=True)  # 11 ids, as `tiny_model` has
 END = LETTERS.eos_id
 
 
@@ -135,7 +135,7 @@ def test_gaps_are_drawn_by_the_seed_where_text_stands():
 
 def test_models_that_cannot_be_asked_are_refused(causal, masked):
     blind = dataclasses.replace(masked, model=dataclasses.replace(masked.model, vocab_size=11))
-    with pytest.raises(PromptError, match=r"no mask.*objective\.name = 'masked'"):
+    with pytest.raises(PromptError, match=r"no mask.*objective\.name = 'mlm'"):
         predict_bidirectional(blind, random_gaps(2))
     long = [ClozeItem(np.zeros(18, np.int32), 17)]
     with pytest.raises(PromptError, match=r"learned positions for 16 tokens.*has 17"):

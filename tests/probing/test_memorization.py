@@ -24,7 +24,7 @@ def pretrained(tokenizer, **changes):
 
 
 def test_all_secrets_have_the_probabilities_that_they_have_alone():
-    model = pretrained(CharTokenizer("ab 0123.", has_end_of_text=False))
+    model = pretrained(CharTokenizer("ab 0123.", has_eos=False))
     found = nats_of_all(model, "ab ", "0123", 3, batch_size=5)
     assert found.shape == (64,)
     texts = [f"ab {a}{b}{c}" for a in "0123" for b in "0123" for c in "0123"]

@@ -70,7 +70,7 @@ def test_an_untrained_model_is_right_by_chance_at_every_distance(causal):
 
 def test_who_remembers_so_many_tokens_is_right_up_to_that_distance(monkeypatch):
     """In the place of a model, a reader of text: it knows what the last 30 tokens say, else gives the first value."""
-    tokenizer = CharTokenizer("".join(map(chr, range(33, 123))), has_end_of_text=False)
+    tokenizer = CharTokenizer("".join(map(chr, range(33, 123))), has_eos=False)
 
     def reads(pretrained, gaps, allowed, batch_size):
         answers = []

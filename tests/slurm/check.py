@@ -27,7 +27,7 @@ scratch = Path(sys.argv[1])
 
 
 def command(folder: str, *more: str) -> list[str]:
-    return ["gptjax", "sweep", str(scratch / "sweep.py"), "--run-dir", str(scratch / folder), "--on", "slurm",
+    return ["gptjax", "sweep", str(scratch / "sweep.py"), "--run-dir", str(scratch / folder), "--executor", "slurm",
             "--slurm.cpus", "1", *more]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def sweep(folder: str, *more: str) -> subprocess.CompletedProcess:
 
 
 def states(folder: str, *more: str) -> dict[str, str]:
-    told = sweep(folder, "--list", *more).stdout.splitlines()
+    told = sweep(folder, "--status", *more).stdout.splitlines()
     return {line.split()[0]: line.split()[1] for line in told if line.startswith("trial-")}
 
 

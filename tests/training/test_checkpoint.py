@@ -177,7 +177,7 @@ def test_a_run_killed_amid_its_first_save_begins_again_and_one_that_lost_its_fol
 
     shutil.rmtree(folder)
     before = metrics.read_text()
-    with pytest.raises(RunError, match=r"holds no checkpoint, and the run has logged step 6 already.*--from-step 0"):
+    with pytest.raises(RunError, match=r"holds no checkpoint, and the run has logged step 6 already.*--rollback-to 0"):
         go_on(run)
     assert metrics.read_text() == before
     go_on(run, from_step=0)
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_release_0_1_loads_and_trains_on(tmp_path, monkeypatch):
     with jax.set_mesh(setup.mesh):
         made = restore_state(chosen, setup.abstract, setup.experiment)
         for step in range(4, 8):
-            made, metrics = setup.train_step(made, setup.batches.on_devices(step, setup.mesh))
+            made, metrics = setup.train_step(made, setup.batches.device_batch(step, setup.mesh))
             by_hand.append(float(metrics["loss"]))
     figures = train.train(open_run(tmp_path / "run").experiment, tmp_path / "run")
     assert figures["steps"] == 8 and figures["samples"] == 64
@@ -297,17 +297,17 @@ def test_a_state_moves_between_meshes_bit_for_bit(tmp_path, names):
         with jax.set_mesh(setup.mesh):
             if number == 0:
                 state = create_state(setup.experiment, setup.tx, setup.abstract)
-                state, _ = setup.train_step(state, setup.batches.on_devices(0, setup.mesh))
+                state, _ = setup.train_step(state, setup.batches.device_batch(0, setup.mesh))
             else:
                 state = restore_state(checkpoint.choose(tmp_path / previous), setup.abstract, setup.experiment)
             arrays[name] = jax.tree.map(np.array, state)
             writer = checkpoint.CheckpointWriter(tmp_path / name, 1, 0)
-            writer.save(state, setup.batches.place(1))
+            writer.save(state, setup.batches.position(1))
             writer.close()
             losses[name] = []
             for step in (1, 2):
-                batch = setup.batches.on_devices(step, setup.mesh)
-                np.testing.assert_array_equal(np.asarray(batch.tokens), setup.batches.batch(step).tokens)
+                batch = setup.batches.device_batch(step, setup.mesh)
+                np.testing.assert_array_equal(np.asarray(batch.tokens), setup.batches.host_batch(step).tokens)
                 state, metrics = setup.train_step(state, batch)
                 losses[name].append(float(metrics["loss"]))
         previous = name

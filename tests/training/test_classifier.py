@@ -50,7 +50,7 @@ def letters(tmp_path):
     (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return TINY.override({
         "data.source": str(tmp_path / "letters.jsonl"), "data.prompt": "{letter}{number}", "data.answer": "{label}",
-        "data.labels": LABELS, "data.answers": "classes", "data.val_fraction": 0.2, "objective.name": "supervised",
+        "data.labels": LABELS, "data.answers": "classes", "data.val_fraction": 0.2, "objective.name": "sft",
         "train.sample_tokens": 0,
     })  # fmt: skip
 
@@ -85,12 +85,12 @@ def test_the_accuracy_is_counted_over_all_that_is_asked(tmp_path, letters):
     right, nats, asked = 0.0, 0.0, 0.0
     for batch in setup.batches.validation():
         logits = np.float64(GPT(model.model).apply({"params": model.params}, batch.tokens, batch.positions,
-                                                   batch.segments))  # fmt: skip
+                                                   batch.segment_ids))  # fmt: skip
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         of_target = np.take_along_axis(logs, batch.targets[..., None], -1)[..., 0]
-        nats -= (of_target * batch.weights).sum()
-        right += ((logits.argmax(-1) == batch.targets) * batch.weights).sum()
-        asked += batch.weights.sum()
+        nats -= (of_target * batch.loss_weights).sum()
+        right += ((logits.argmax(-1) == batch.targets) * batch.loss_weights).sum()
+        asked += batch.loss_weights.sum()
     assert figures["val_accuracy"] == right / asked and 0 < figures["val_accuracy"] < 1
     assert figures["val_loss"] == pytest.approx(nats / asked, rel=1e-5)
 
@@ -178,7 +178,7 @@ def stored(folder) -> dict:
 def test_lora_learns_the_head_besides_and_frozen_patterns_hold(tmp_path, letters, finished_run):
     begun = {"init": str(finished_run), "data.tokenizer": "init", "train.steps": 3, "optim.warmup_steps": 0}
     before = names(open_trained(open_run(finished_run)).params)
-    for changes in ({"model.lora_rank": 2}, {"optim.frozen": ("embedding.*", "blocks.*", "final_norm.*")}):
+    for changes in ({"model.lora_rank": 2}, {"optim.freeze": ("embedding.*", "blocks.*", "final_norm.*")}):
         folder = tmp_path / next(iter(changes))
         train.train(letters.override(begun | changes), folder)
         run = open_run(folder)
@@ -214,9 +214,9 @@ def test_a_mesh_of_eight_gives_the_same_losses(letters):
         with jax.set_mesh(mesh):
             state, found = create_state(setup.experiment, setup.tx, setup.abstract), []
             for step in range(2):
-                state, metrics = setup.train_step(state, setup.batches.on_devices(step, mesh))
+                state, metrics = setup.train_step(state, setup.batches.device_batch(step, mesh))
                 found.append(float(metrics["loss"]))
-            batch = sharding.place(next(setup.batches.validation()), ("batch", "length"), mesh)
+            batch = sharding.shard_from_host(next(setup.batches.validation()), ("batch", "length"), mesh)
             found += map(float, jax.tree.leaves(setup.eval_step(state, batch)))
         if data > 1:
             assert state.params["classifier"]["weight"].sharding.spec == jax.P("data", None)

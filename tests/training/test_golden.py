@@ -15,7 +15,7 @@ from gptjax.data.store import open_store
 from gptjax.lab import scaling
 from gptjax.lab.comparison import compare
 from gptjax.lab.progress import state_of
-from gptjax.lab.trials import Trial, read_sweep, trials_there
+from gptjax.lab.trials import Trial, read_sweep, existing_trials
 from gptjax.lab.variants import variants_of
 from gptjax.loading import load_experiment
 from gptjax.training import checkpoint, train
@@ -98,13 +98,13 @@ def test_a_sweep_is_read_and_has_nothing_to_train(golden):
     trials = read_sweep(golden / "sweep")
     assert [t.name for t in trials] == [f"width{w}-seed0" for w in (8, 16, 24, 32)]
     assert all(state_of(t).done for t in trials)
-    assert trials_there(golden / "sweep", trials).keys() == {t.name for t in trials}
+    assert existing_trials(golden / "sweep", trials).keys() == {t.name for t in trials}
     assert trials[0].experiment.model.sliding_window == 12 and trials[0].experiment.train.watchdog_seconds == 500.0
     losses = {t.name: json.loads((t.folder / "result.json").read_text())["val_loss"] for t in trials}
     variants, left_out = variants_of([golden / "sweep"])
     assert not left_out
     compared = compare(variants)
-    assert {row.variant.name: row.value.mean for row in compared.rows} == pytest.approx(
+    assert {row.variant.name: row.value.value for row in compared.rows} == pytest.approx(
         {name.removesuffix("-seed0"): loss for name, loss in losses.items()}
     )
 
@@ -115,7 +115,7 @@ def test_a_registered_prediction_keeps_its_seal_and_its_score(golden):
     study = scaling.Study(
         golden / "study", tuple(trials), Trial(large.name, large.seed, large, golden / "study" / "large")
     )
-    kept = scaling.registered(study)
+    kept = scaling.read_prediction(study)
     assert kept is not None and kept["loss"] == pytest.approx(4.3724837702286665)
     assert scaling.score(study) == json.loads((GOLDEN / "study" / "score.json").read_text())
 

@@ -42,11 +42,11 @@ def poisoned_run(folder, monkeypatch, **changes):
     for place in range(500, 5000, 500):
         (folder / "corpus.txt").write_text(text[:place] + "~" + text[place + 1 :])
         batches = build_train_setup(e, one_device()).batches
-        first = next(step for step in range(1000) if (batches.batch(step).tokens == RARE).any())
+        first = next(step for step in range(1000) if (batches.host_batch(step).tokens == RARE).any())
         if 3 <= first <= 12:
             break
-    numbers = batches.samples(first).ravel()
-    guilty = numbers[(batches.batch(first).tokens.reshape(len(numbers), -1) == RARE).any(-1)]
+    numbers = batches.example_ids(first).ravel()
+    guilty = numbers[(batches.host_batch(first).tokens.reshape(len(numbers), -1) == RARE).any(-1)]
     return e, first + 1, guilty.tolist()
 
 
@@ -178,17 +178,17 @@ def test_a_spike_is_told_of_and_skipped_where_that_is_asked_for(tmp_path, monkey
 
     def surprising(experiment, **how):
         setup = prepared(experiment, **how)
-        on_devices = setup.batches.on_devices
+        device_batch = setup.batches.device_batch
 
         def other(step, mesh):
-            batch = on_devices(step, mesh)
+            batch = device_batch(step, mesh)
             return batch._replace(targets=batch.targets * 0 + 7) if step == surprise else batch
 
-        setup.batches.on_devices = other
+        setup.batches.device_batch = other
         return setup
 
     monkeypatch.setattr(train, "build_train_setup", surprising)
-    figures = train.train(spiking_run(tmp_path, **{"train.skip_spikes": skip}), tmp_path / "run")
+    figures = train.train(spiking_run(tmp_path, **{"train.spike_sigma": skip}), tmp_path / "run")
     (event,) = [line for line in open_run(tmp_path / "run").metrics() if "event" in line]
     assert event["step"] == surprise + 1 and event["examples"] == [surprise * 8, surprise * 8 + 7]
     assert event["event"] == ("skipped" if skip else "spike")

@@ -15,7 +15,7 @@ from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.errors import ConfigError, Interrupted, RunError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.model.gpt import GPT, init_params
-from gptjax.model.weights import merged
+from gptjax.model.weights import merge_lora
 from gptjax.training import loop, train
 from gptjax.training.diagnosis import replay
 from gptjax.training.evaluation import evaluate_run
@@ -73,7 +73,7 @@ def test_a_model_with_lora_is_the_merged_model():
     model = tiny_model(lora_rank=3, lora_alpha=5.0, lora_targets=("tokens", "query", "value", "out", "up", "down"))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), init_params(
         model, jax.random.key(0)))  # fmt: skip
-    plain, whole = merged(model, params)
+    plain, whole = merge_lora(model, params)
     assert plain.lora_rank == 0 and names(whole).keys() == names(init_params(plain, jax.random.key(0))).keys()
     attention, ours = params["blocks"]["attention"], whole["blocks"]["attention"]
     learnt = np.einsum(
@@ -88,7 +88,7 @@ def test_a_model_with_lora_is_the_merged_model():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon", "schedule_free"])
 def test_what_is_frozen_has_no_moments_and_does_not_move(name):
-    optim = dict(name=name, frozen=("embedding.*", "blocks.*bias"), schedule="constant")
+    optim = dict(name=name, freeze=("embedding.*", "blocks.*bias"), schedule="constant")
     e = TINY.override(model=dict(vocab_size=11), optim=optim | ({"ema_decay": 0.5} if name == "adamw" else {}))
     e = e.resolved(11)
     params = init_params(e.model, jax.random.key(0))
@@ -122,7 +122,7 @@ def examples(tmp_path):
     """How to learn a table with a rule from any model."""
     data = fine_tuning(tmp_path, tmp_path).data
     return {f"data.{name}": getattr(data, name) for name in ("source", "prompt", "answer", "val_fraction")} | {
-        "objective.name": "supervised"
+        "objective.name": "sft"
     }
 
 

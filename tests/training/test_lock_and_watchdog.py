@@ -129,13 +129,13 @@ def test_when_one_of_two_fails_the_other_names_its_error(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(
         "import os\n"
-        "from gptjax.data.batches import Batches\n"
-        "whole = Batches.on_devices\n"
-        "def on_devices(self, step, mesh):\n"
+        "from gptjax.data.batches import DataLoader\n"
+        "whole = DataLoader.device_batch\n"
+        "def device_batch(self, step, mesh):\n"
         "    if step == 20 and os.environ['JAX_PROCESS_ID'] == '1':\n"
         "        raise OSError('the disk with the text is gone')\n"
         "    return whole(self, step, mesh)\n"
-        "Batches.on_devices = on_devices\n"
+        "DataLoader.device_batch = device_batch\n"
         "from gptjax.cli import main\n"
         "main()\n"
     )

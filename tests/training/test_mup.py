@@ -32,7 +32,7 @@ def first_update(e, seed=0):
 
 
 def test_at_its_own_width_it_is_the_standard_parametrisation():
-    plain, mup = experiment(16), experiment(16, mup_width=16)
+    plain, mup = experiment(16), experiment(16, mup_base_width=16)
     params = [init_params(e.model, jax.random.key(3)) for e in (plain, mup)]
     jax.tree.map(np.testing.assert_array_equal, *params)
     tokens = np.arange(8, dtype=np.int32)[None]
@@ -45,7 +45,7 @@ def test_at_its_own_width_it_is_the_standard_parametrisation():
 @pytest.mark.parametrize("name", ["adamw", "lion"])
 def test_only_matrices_between_two_growing_sides_learn_more_slowly(name):
     changes = {"optim.name": name, "optim.beta2": 0.99}
-    plain, mup = (first_update(experiment(16, mup_width=w).override(changes)) for w in (None, 4))
+    plain, mup = (first_update(experiment(16, mup_base_width=w).override(changes)) for w in (None, 4))
     for weight, update in plain.items():
         ratio = 4 if weight.rpartition(".")[2] in HIDDEN else 1
         np.testing.assert_allclose(update, ratio * mup[weight], rtol=1e-5, err_msg=weight)
@@ -53,7 +53,7 @@ def test_only_matrices_between_two_growing_sides_learn_more_slowly(name):
 
 def test_decay_is_the_same_at_every_width():
     """With no gradient a weight shrinks by rate times decay, muP or not."""
-    e = experiment(16, mup_width=4)
+    e = experiment(16, mup_base_width=4)
     params = init_params(e.model, jax.random.key(0))
     tx = make_optimizer(e)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
@@ -63,7 +63,7 @@ def test_decay_is_the_same_at_every_width():
 
 
 def test_matrices_begin_narrower_and_the_output_is_divided():
-    plain, mup = (experiment(64, mup_width=w) for w in (None, 16))
+    plain, mup = (experiment(64, mup_base_width=w) for w in (None, 16))
     weights = [names(init_params(e.model, jax.random.key(1))) for e in (plain, mup)]
     for weight, there in weights[0].items():
         ratio = 2 if weight.rpartition(".")[2] in HIDDEN else 1  # the root of 64 / 16
@@ -76,7 +76,7 @@ def test_matrices_begin_narrower_and_the_output_is_divided():
 
 def test_scores_are_divided_by_the_width_of_a_head():
     """8 / head_dim in the place of its root: with heads of 4, four times the usual scores."""
-    plain, mup = (experiment(16, mup_width=w, head_dim=4, num_layers=1) for w in (None, 16))
+    plain, mup = (experiment(16, mup_base_width=w, head_dim=4, num_layers=1) for w in (None, 16))
     params = init_params(plain.model, jax.random.key(2))
     attention = params["blocks"]["attention"]
     by_hand = attention | {"query": attention["query"] * 4, "query_bias": attention["query_bias"] * 4}
@@ -92,7 +92,7 @@ def test_logits_move_less_with_width_than_in_the_standard_parametrisation(tmp_pa
     slopes = {}
     for base in (None, 16):
         e = tiny_run(tmp_path, **{"model.num_heads": 2, "optim.warmup_steps": 0, "train.batch_size": 4})
-        moved = [movement(e.override(model=dict(embed_dim=w, mup_width=base)), 2)[-1] for w in widths]
+        moved = [movement(e.override(model=dict(embed_dim=w, mup_base_width=base)), 2)[-1] for w in widths]
         slopes[base] = growth(widths, moved)
     assert slopes[16] < 0.25 < slopes[None]
 

@@ -125,7 +125,7 @@ def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
             window = jax.tree.map(lambda x, p=part, r=row: x[p : p + 1, r : r + 1], batch)
             shown, grads = loss_and_gradient(state, window, model, TOKENS)
             alone.append(grads)
-            nats += float(shown["loss"] * window.weights.sum())
+            nats += float(shown["loss"] * window.loss_weights.sum())
     norms = np.array([optax.tree.norm(g) for g in alone])
     limit = float(np.median(norms))
     assert norms.min() == 0 < limit < norms.max(), "some are to be clipped, some are not, and one is empty"
@@ -133,19 +133,19 @@ def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
     expected = jax.tree.map(lambda *g: sum(s * x for s, x in zip(scale, g, strict=True)) / 5.5, *alone)
     shown, grads = private(tiny, batch, DPConfig(limit, QUIET, 5.5, KEY))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
-    assert float(shown["loss"]) == pytest.approx(nats / batch.weights.sum(), rel=1e-5)
+    assert float(shown["loss"]) == pytest.approx(nats / batch.loss_weights.sum(), rel=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
 @given(row=st.integers(0, 7), seed=st.integers(0, 2**16), limit=st.sampled_from([1e-3, 0.1, 10.0]))
 def test_no_window_moves_the_gradient_by_more_than_the_norm(library, tiny, row, seed, limit):
     batch = tiny[2]
-    tokens, weights = batch.tokens.copy(), batch.weights.copy()
+    tokens, weights = batch.tokens.copy(), batch.loss_weights.copy()
     tokens[row // 4, row % 4] = np.random.default_rng(seed).integers(0, 11, 16)
     weights[row // 4, row % 4] = 0
     there, changed, empty = (
         private(tiny, b, DPConfig(limit, QUIET, 4.0, KEY))[1]
-        for b in (batch, batch._replace(tokens=tokens), batch._replace(weights=weights))
+        for b in (batch, batch._replace(tokens=tokens), batch._replace(loss_weights=weights))
     )
     for other, times in [(empty, 1), (changed, 2)]:
         moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, there, other))
@@ -183,8 +183,8 @@ def test_the_noise_is_in_every_update_and_on_what_is_learnt_alone(library, tiny)
 
 
 def test_of_too_many_windows_some_are_left_out_by_chance():
-    draws = PoissonSampler(windows=40, rate=1.0, most=10)
-    drawn = np.array([draws.at(0, step) for step in range(4000)])
+    draws = PoissonSampler(num_windows=40, sampling_rate=1.0, max_batch=10)
+    drawn = np.array([draws.draw(0, step) for step in range(4000)])
     assert drawn.shape == (4000, 10) and all(len(set(row)) == 10 for row in drawn.tolist())
     counts = np.bincount(drawn.ravel(), minlength=40)
     assert stats.chisquare(counts).pvalue > 1e-3
@@ -200,14 +200,14 @@ def test_what_is_left_over_asks_for_nothing_also_of_masked_text(length, tmp_path
     val = tmp_path / "val.txt"
     val.write_text("some other text, to look at" * 3)
     e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32, "model.context_length": length, "model.causal": False})
-    e = e.override({"objective.name": "masked", "train.sample_tokens": 0, "data.val_source": str(val)})
+    e = e.override({"objective.name": "mlm", "train.sample_tokens": 0, "data.val_source": str(val)})
     batches = build_train_setup(e.override({"data.source": tuple(map(str, texts))}), one_device()).batches
-    empty = batches.rows(np.full(4, batches.draws.windows))
-    assert not empty.weights.any()
-    every = batches.rows(np.arange(batches.draws.windows))
-    assert (every.weights > 0).any(1).all(), "each window of both sources is one"
-    again = batches.rows(np.arange(8), np.arange(8) + 1000)
-    assert not np.array_equal(again.weights, every.weights[:8]), "another turn, other tokens are asked for"
+    empty = batches.make_examples(np.full(4, batches.sampler.num_windows))
+    assert not empty.loss_weights.any()
+    every = batches.make_examples(np.arange(batches.sampler.num_windows))
+    assert (every.loss_weights > 0).any(1).all(), "each window of both sources is one"
+    again = batches.make_examples(np.arange(8), np.arange(8) + 1000)
+    assert not np.array_equal(again.loss_weights, every.loss_weights[:8]), "another turn, other tokens are asked for"
 
 
 def test_an_example_has_a_window_of_its_own(tmp_path, finished_run):
@@ -215,42 +215,42 @@ def test_an_example_has_a_window_of_its_own(tmp_path, finished_run):
     batches = build_train_setup(e, one_device()).batches
     assert batches.experiment.model.attention_kernel == "xla"
     (stream,) = batches.train_streams
-    assert batches.draws.windows == len(stream.ends) == stream.windows
-    batch = batches.batch(0)
-    assert batch.segments is None or batch.segments.max() <= 1
+    assert batches.sampler.num_windows == len(stream.ends) == stream.windows_per_epoch
+    batch = batches.host_batch(0)
+    assert batch.segment_ids is None or batch.segment_ids.max() <= 1
 
 
 def test_draws_go_on_after_a_change_of_what_is_asked_for(tmp_path):
     e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32})
     before = build_train_setup(e, one_device()).batches
     after = build_train_setup(e.override({"data.document_mask": True}), one_device()).batches
-    after.start_at(before.place(100))
-    assert after.place(100).next == 0
-    np.testing.assert_array_equal(after.samples(100), before.samples(100))
-    assert not np.array_equal(after.samples(100), before.samples(0))
+    after.seek(before.position(100))
+    assert after.position(100).next == 0
+    np.testing.assert_array_equal(after.example_ids(100), before.example_ids(100))
+    assert not np.array_equal(after.example_ids(100), before.example_ids(0))
 
 
 def test_every_window_is_drawn_by_itself_and_none_beyond_the_room(library, tmp_path):
     e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32})
     batches = build_train_setup(e, one_device()).batches
-    draws, steps = batches.draws, 3000
-    drawn = np.array([batches.samples(step).ravel() for step in range(steps)])
-    assert drawn.shape == (steps, 32) and drawn.max() <= draws.windows
-    there = np.zeros((steps, draws.windows + 1), int)
+    draws, steps = batches.sampler, 3000
+    drawn = np.array([batches.example_ids(step).ravel() for step in range(steps)])
+    assert drawn.shape == (steps, 32) and drawn.max() <= draws.num_windows
+    there = np.zeros((steps, draws.num_windows + 1), int)
     np.add.at(there, (np.arange(steps)[:, None], drawn), 1)
     there = there[:, :-1]
     assert there.max() == 1, "no window twice in a batch"
     counts = there.sum(0)
-    expected = draws.rate * steps
-    chi = ((counts - expected) ** 2 / (expected * (1 - draws.rate))).sum()
-    assert 1e-3 < stats.chi2.sf(chi, draws.windows) < 1 - 1e-3
+    expected = draws.sampling_rate * steps
+    chi = ((counts - expected) ** 2 / (expected * (1 - draws.sampling_rate))).sum()
+    assert 1e-3 < stats.chi2.sf(chi, draws.num_windows) < 1 - 1e-3
     sizes = there.sum(1)
-    assert sizes.var() == pytest.approx(draws.windows * draws.rate * (1 - draws.rate), rel=0.15), "binomial"
+    assert sizes.var() == pytest.approx(draws.num_windows * draws.sampling_rate * (1 - draws.sampling_rate), rel=0.15), "binomial"
     assert not np.array_equal(drawn[0], drawn[1])
     size = int(sizes[7])
-    batch = batches.batch(7)
-    assert ((batch.weights[0].sum(1) > 0) == (np.arange(32) < size)).all(), "places that are left over ask for nothing"
-    plain = np.concatenate([w._cut(np.arange(w.passes) * w.length).ids for w in batches.train_streams])
+    batch = batches.host_batch(7)
+    assert ((batch.loss_weights[0].sum(1) > 0) == (np.arange(32) < size)).all(), "places that are left over ask for nothing"
+    plain = np.concatenate([w._cut(np.arange(w.windows_per_pass) * w.length).ids for w in batches.train_streams])
     np.testing.assert_array_equal(batch.tokens[0, :size], plain[drawn[7][:size], :-1])
 
 
@@ -261,7 +261,7 @@ def test_what_a_run_spends(library):
     draws = PoissonSampler.of(2000, 64)
     epsilon, delta = spent_by(draws, 1.0, 300)
     assert delta == 0.1 / 2000
-    roomy = spent(draws.rate, 1.0, 300, delta).epsilon
+    roomy = spent(draws.sampling_rate, 1.0, 300, delta).epsilon
     assert roomy <= epsilon < 1.01 * roomy, "batches that overflow cost something, and seldom happen"
 
 
@@ -270,7 +270,7 @@ def test_a_private_run_says_what_it_promises_and_goes_on_bitwise(library, tmp_pa
     e = tiny_run(tmp_path, **PRIVATE | {"model.dropout": 0.1, "train.batch_size": 32})
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     result = train(e, whole)
-    epsilon, delta = spent_by(build_train_setup(e, one_device()).batches.draws, 1.0, 6)
+    epsilon, delta = spent_by(build_train_setup(e, one_device()).batches.sampler, 1.0, 6)
     assert (result["epsilon"], result["delta"]) == (epsilon, delta)
     assert f"privacy  epsilon {epsilon:.3g} at delta {delta:.2g}, for each of" in capfd.readouterr().err
     shutil.copytree(whole, halved)
@@ -286,7 +286,7 @@ def test_a_private_run_says_what_it_promises_and_goes_on_bitwise(library, tmp_pa
 
 
 def test_what_cannot_be_private_is_refused_before_anything_runs():
-    fields = {"optim.clip_norm": None, "train.skip_spikes": 6.0, "data.source": ("a", "b"), "data.weights": (1.0, 2.0)}
+    fields = {"optim.clip_norm": None, "train.spike_sigma": 6.0, "data.source": ("a", "b"), "data.weights": (1.0, 2.0)}
     with pytest.raises(ConfigError) as refused:
         check(Experiment().override({"optim.noise_multiplier": 1.0} | fields))
     for name in ("dpo", "grpo"):
@@ -295,7 +295,7 @@ def test_what_cannot_be_private_is_refused_before_anything_runs():
             check(e)
     with pytest.raises(ConfigError, match=r"train\.batch_size = 8: .* choose 24 or more"):
         check(Experiment().override({"optim.noise_multiplier": 1.0, "train.batch_size": 8}))
-    for field in ("optim.clip_norm", "train.skip_spikes", "data.weights"):
+    for field in ("optim.clip_norm", "train.spike_sigma", "data.weights"):
         assert field in str(refused.value)
     with pytest.raises(ConfigError, match=r"optim.noise_multiplier = 0.0: must be above 0"):
         check(Experiment().override({"optim.noise_multiplier": 0.0}))

@@ -44,7 +44,7 @@ class Recorder:
         setup = self._prepare(experiment, **how)
 
         def step(state, batch):
-            number, samples = int(state.step), setup.batches.samples(int(state.step))
+            number, samples = int(state.step), setup.batches.example_ids(int(state.step))
             state, metrics = setup.train_step(state, batch)
             content = [*map(np.asarray, jax.tree.leaves((state, batch))), samples]
             bits = hashlib.sha256(b"".join(x.tobytes() for x in content)).hexdigest()
@@ -106,14 +106,14 @@ ANY: dict[str, st.SearchStrategy] = {
     "train.eval_every": st.sampled_from([0, 2]),
     "model.dropout": st.sampled_from([0.0, 0.2]),
     "optim.ema_decay": st.sampled_from([None, 0.9]),
-    "train.skip_spikes": st.sampled_from([None, 6.0]),
+    "train.spike_sigma": st.sampled_from([None, 6.0]),
 }
 RUNS = {
     "pre-training": {"data.tokenizer": st.sampled_from(["byte", "char"]), "sources": st.sampled_from([1, 2])},
     "fine-tuning": {
-        "objective.name": st.sampled_from(["supervised", "prefix"]),
+        "objective.name": st.sampled_from(["sft", "prefix_lm"]),
         "model.lora_rank": st.sampled_from([0, 1, 3]),
-        "optim.frozen": st.sampled_from([(), ("embedding.*", "*.up*"), ("blocks.ffn.*",)]),
+        "optim.freeze": st.sampled_from([(), ("embedding.*", "*.up*"), ("blocks.ffn.*",)]),
         "optim.layer_decay": st.sampled_from([1.0, 0.7]),
     },
 }
@@ -145,7 +145,7 @@ def test_a_run_stopped_three_times_is_the_unbroken_run_bit_for_bit(finished_run,
 @pytest.mark.slow
 def test_a_run_stopped_exactly_at_an_epochs_end_is_the_unbroken_run_bit_for_bit(tmp_path):
     e = tiny_run(tmp_path)
-    windows = train.build_train_setup(e).batches.train_streams[0].windows
+    windows = train.build_train_setup(e).batches.train_streams[0].windows_per_epoch
     rows = next(n for n in range(8, windows + 1) if windows % n == 0)  # a batch that divides the epoch
     end = windows // rows
     changes = {"train.batch_size": rows, "train.steps": end + 2, "train.checkpoint_every": end, "train.eval_every": 0}
@@ -219,12 +219,12 @@ def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twic
 
     def recording(experiment, **how):
         setup = prepared(experiment, **how)
-        samples = setup.batches.samples
+        samples = setup.batches.example_ids
 
         def train_step(state, batch):
             numbers = samples(int(state.step)).ravel()
             read.extend(numbers.tolist())
-            np.testing.assert_array_equal(np.asarray(batch.tokens).reshape(-1, 16), setup.batches.rows(numbers).tokens)
+            np.testing.assert_array_equal(np.asarray(batch.tokens).reshape(-1, 16), setup.batches.make_examples(numbers).tokens)
             return setup.train_step(state, batch)
 
         return dataclasses.replace(setup, train_step=train_step)
@@ -282,11 +282,11 @@ def tuned_run(finished_run, tmp_path_factory) -> Path:
         {"data.prompt": "{number}{letter}:"},
         {"data.answer": "{next}{next}"},
         {"data.labels": tuple("bcdefghijklmnopqrstuvwxyz")},
-        {"objective.name": "prefix"},
+        {"objective.name": "prefix_lm"},
         {"model.lora_rank": 3},
         {"model.lora_alpha": 3.0},
         {"model.lora_targets": ("query", "out", "up", "down")},
-        {"optim.frozen": ()},
+        {"optim.freeze": ()},
         {"optim.layer_decay": 0.9},
     ],
 )
@@ -378,7 +378,7 @@ setup = build_train_setup(run.experiment)
 found = checkpoint.choose(run.checkpoints)
 with jax.set_mesh(setup.mesh):
     writer = checkpoint.Writer(Path(sys.argv[2]), 1, 0)
-    writer.save(restore_state(found, setup.abstract, setup.experiment), found.place)
+    writer.save(restore_state(found, setup.abstract, setup.experiment), found.position)
     writer.close()
 """
 

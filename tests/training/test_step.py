@@ -31,9 +31,9 @@ def losses_on(e, data, model, steps=4, cores=1):
     with jax.set_mesh(mesh):
         state, losses = first_state(setup, None), []
         for step in range(steps):
-            state, metrics = setup.train_step(state, setup.batches.on_devices(step, mesh))
+            state, metrics = setup.train_step(state, setup.batches.device_batch(step, mesh))
             losses.append(float(metrics["loss"]))
-        part = sharding.place(next(setup.batches.validation()), ("batch", "length"), mesh)
+        part = sharding.shard_from_host(next(setup.batches.validation()), ("batch", "length"), mesh)
         shown, count = setup.eval_step(state, part)
     return [*losses, float(np.sum(shown["loss"]) / np.sum(count))], state, setup
 
@@ -63,7 +63,7 @@ def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
 @pytest.mark.parametrize("mesh", [dict(data=4, model=2), dict(data=1, model=1, cores=4)], ids=["4 x 2", "4 cores"])
 def test_parts_of_scores_and_logits_lose_the_same_on_every_mesh(tmp_path, monkeypatch, mesh):
     e = tiny_run(tmp_path, **{"model.dropout": 0.3})
-    monkeypatch.setattr(attention, "SCORES", attention.DROPPED_ROWS * 2 * 16 * 5)
+    monkeypatch.setattr(attention, "MAX_SCORES", attention.DROPOUT_ROWS * 2 * 16 * 5)
     monkeypatch.setattr(step_module, "LOGITS", 257 * 10)
     expected, losses = losses_on(e, 1, 1, steps=2)[0], losses_on(e, **mesh, steps=2)[0]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
@@ -85,8 +85,8 @@ def test_cores_wait_for_each_other_at_one_place_at_a_time(tmp_path):
     mesh = sharding.mesh_of(jax.devices()[:4], 1, 1)
     setup = build_train_setup(e, mesh)
     with jax.set_mesh(mesh):
-        state, batch = first_state(setup, None), setup.batches.on_devices(0, mesh)
-        part = sharding.place(next(setup.batches.validation()), ("batch", "length"), mesh)
+        state, batch = first_state(setup, None), setup.batches.device_batch(0, mesh)
+        part = sharding.shard_from_host(next(setup.batches.validation()), ("batch", "length"), mesh)
         step, look = (
             f.lower(state, x).compile().as_text() for f, x in ((setup.train_step, batch), (setup.eval_step, part))
         )
@@ -101,7 +101,7 @@ def test_what_comes_back_to_a_layer_is_added_up_once(tmp_path):
         e = tiny_run(tmp_path, **{"model.num_layers": layers, "model.layers": "unrolled", "train.microbatches": 1})
         setup = build_train_setup(e, sharding.mesh_of(jax.devices()[:1], 1, 1))
         with jax.set_mesh(setup.mesh):
-            state, batch = first_state(setup, None), setup.batches.on_devices(0, setup.mesh)
+            state, batch = first_state(setup, None), setup.batches.device_batch(0, setup.mesh)
             program = setup.train_step.lower(state, batch).compile().as_text()
         joined = re.findall(r"%(\S+) = \S+ fusion\(([^)]*)\), kind=kLoop.*transpose\(jvp", program)
         most.append(max(inputs.count("%") for name, inputs in joined if "concatenate" not in name))
@@ -123,10 +123,10 @@ def test_moments_lie_where_their_weights_lie(tmp_path):
 
 def test_an_axis_that_does_not_divide_stays_whole_and_collisions_are_refused():
     mesh = {"cores": 1, "data": 4, "model": 2}
-    assert sharding.partition(("vocab", "embed"), (257, 16), mesh) == jax.P(None, "data")
-    assert sharding.partition(("vocab", "embed"), (256, 16), mesh) == jax.P("model", "data")
+    assert sharding.partition_spec(("vocab", "embed"), (257, 16), mesh) == jax.P(None, "data")
+    assert sharding.partition_spec(("vocab", "embed"), (256, 16), mesh) == jax.P("model", "data")
     with pytest.raises(ValueError, match="claim one mesh axis twice"):
-        sharding.partition(("vocab", "ffn"), (4, 4), mesh)
+        sharding.partition_spec(("vocab", "ffn"), (4, 4), mesh)
 
 
 def test_initial_weights_do_not_depend_on_the_mesh(tmp_path):
@@ -160,8 +160,8 @@ def test_weights_choose_which_answers_count():
     batch = jax.tree.map(lambda x: x[0], random_batch(1))
     params = jax.jit(lambda: init_state(e, optax.identity()).params)()
     total = jax.jit(lambda b: batch_loss(params, b, GPT(e.model), 0.0, {})[0])
-    nothing = total(batch._replace(weights=np.zeros_like(batch.weights)))
-    halves = [total(batch._replace(weights=batch.weights * mask)) for mask in (np.arange(16) < 8, np.arange(16) >= 8)]
+    nothing = total(batch._replace(loss_weights=np.zeros_like(batch.loss_weights)))
+    halves = [total(batch._replace(loss_weights=batch.loss_weights * mask)) for mask in (np.arange(16) < 8, np.arange(16) >= 8)]
     assert nothing == 0
     np.testing.assert_allclose(sum(halves), total(batch), rtol=1e-5)
 
@@ -174,7 +174,7 @@ def test_z_loss_pulls_log_z_towards_zero():
     with_z, without = (float(jax.jit(loss, static_argnums=1)(params, z)) for z in (0.5, 0.0))
     logits = GPT(e.model).apply({"params": params}, batch.tokens)
     log_z = np.log(np.exp(np.float64(logits)).sum(-1))
-    assert with_z - without == pytest.approx(0.5 * (log_z**2 * batch.weights).sum(), rel=1e-4)
+    assert with_z - without == pytest.approx(0.5 * (log_z**2 * batch.loss_weights).sum(), rel=1e-4)
 
 
 def test_evaluation_uses_the_average_and_no_dropout():
@@ -189,7 +189,7 @@ def test_evaluation_uses_the_average_and_no_dropout():
     average = evaluation_params(state.params, state.opt_state)
     expected = jax.jit(lambda p: batch_loss(p, part, still, 0.0, {})[1])(average)
     np.testing.assert_allclose(shown["loss"], expected, rtol=1e-6)
-    assert count == part.weights.sum()
+    assert count == part.loss_weights.sum()
 
 
 def test_every_use_of_randomness_has_its_own_key():

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("single_device")
 
 
 def test_a_run_leaves_everything_that_is_promised(tmp_path):
-    e = tiny_run(tmp_path, **{"train.track": ("tensorboard",)})
+    e = tiny_run(tmp_path, **{"train.trackers": ("tensorboard",)})
     figures = train.train(e, tmp_path / "run")
     run = open_run(tmp_path / "run")
     assert run.result() == {"format": 1} | figures

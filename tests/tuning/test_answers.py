@@ -12,7 +12,7 @@ from conftest import tiny_model
 pytest.importorskip("sacrebleu", reason="the extra `tasks` is not installed")
 
 from gptjax.data import tasks
-from gptjax.data.tasks import Part, Task
+from gptjax.data.tasks import TextPart, Task
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.errors import DataError, PromptError
 from gptjax.inference.pretrained import Pretrained
@@ -50,8 +50,8 @@ def register(monkeypatch):
         def read(side, folder):
             return ((row, f"rows.txt:{i}") for i, row in enumerate(rows, 1))
 
-        given = dict(prompt="{x}", answer="{y}\n", metrics=("exact_match",), baseline="majority", new_tokens=8)
-        task = Task(name="ours", summary="", read=read, source="", licence="", **(given | changes))
+        given = dict(prompt="{x}", answer="{y}\n", metrics=("exact_match",), baseline="majority", max_new_tokens=8)
+        task = Task(name="ours", summary="", load_rows=read, source="", licence="", **(given | changes))
         monkeypatch.setitem(tasks.TASKS, "ours", task)
         return task
 
@@ -141,14 +141,19 @@ def test_long_prompts_lose_their_beginning_and_are_counted(register):
     assert [p.shortened for p in predictions] == [True, False, False] and figures["shortened"] == 1
     assert figures["exact_match"] == 1.0 and predictions[0].prompt == rows[0]["x"], "kept whole in what is written"
     with pytest.raises(PromptError, match="64 tokens are kept for an answer, and the context of chain has 64"):
-        evaluate_task(chain("a"), register(rows, new_tokens=64))
+        evaluate_task(chain("a"), register(rows, max_new_tokens=64))
     with pytest.raises(DataError, match=r"rows.txt:1: the answer has 71 tokens; 1 to 64"):
         evaluate_task(chain("a"), register([{"x": "a", "y": "b" * 70}]))
 
 
 def test_the_last_turn_of_a_dialogue_is_answered_after_what_was_truly_said(register):
     def parts(row):
-        return (Part(f"U: {row['x']}1", False), Part("ab\n", True), Part("U: so 2", False), Part("cdX\n", True))
+        return (
+            TextPart(f"U: {row['x']}1", False),
+            TextPart("ab\n", True),
+            TextPart("U: so 2", False),
+            TextPart("cdX\n", True),
+        )
 
     task = register([{"x": "hello"}, {"x": "hi"}], parts=parts, prompt="{x}", metrics=("exact_match",))
     figures, predictions = evaluate_task(chain("1ab", "2cde"), task)

@@ -29,11 +29,11 @@ def test_the_divergence_is_the_sum_over_all_tokens(divergence):
     minimised, shown = loss.sums(ours, batch, GPT(student), {}, theirs)
     p, q = float64_logs(teacher, theirs, batch, 11), float64_logs(student, ours, batch, 11)
     first, second = (p, q) if divergence == "forward" else (q, p)
-    expected = ((np.exp(first) * (first - second)).sum(-1) * batch.weights).sum()
+    expected = ((np.exp(first) * (first - second)).sum(-1) * batch.loss_weights).sum()
     np.testing.assert_allclose([minimised, shown["divergence"]], expected, rtol=1e-4)
     nats = -np.take_along_axis(q, batch.targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(shown["loss"], (nats * batch.weights).sum(), rtol=1e-4)
-    assert loss.counted(batch) == batch.weights.sum() and expected > 1
+    np.testing.assert_allclose(shown["loss"], (nats * batch.loss_weights).sum(), rtol=1e-4)
+    assert loss.counted(batch) == batch.loss_weights.sum() and expected > 1
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])

@@ -48,7 +48,7 @@ def register(monkeypatch, tmp_path):
 
     def make(rows, **given) -> Task:
         task = Task(
-            name="ours", summary="", read=lambda side, folder: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
+            name="ours", summary="", load_rows=lambda split, folder: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
             baseline="majority", source="", licence="", **given,
         )  # fmt: skip
         monkeypatch.setitem(tasks.TASKS, "ours", task)

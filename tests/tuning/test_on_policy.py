@@ -25,7 +25,7 @@ from gptjax.training.train_setup import build_train_setup, check_start, first_st
 from gptjax.tuning.on_policy import Rollout, as_batch, group_advantages, leave_one_out_advantages, make_scorer
 
 MODEL = tiny_model(vocab_size=4, context_length=6)
-LETTERS, END, MOST = CharTokenizer("abc", has_end_of_text=True), 3, 2
+LETTERS, END, MOST = CharTokenizer("abc", has_eos=True), 3, 2
 PROMPT = np.array([1, 0], np.int32)
 # all answers of at most two tokens: those that end, and those that are broken off
 ANSWERS = [np.array(y, np.int32) for y in [(END,), *((x, y) for x in range(3) for y in range(4))]]
@@ -41,7 +41,7 @@ def all_answers() -> Batch:
 
 def log_probabilities(params):
     batch = all_answers()
-    return -(token_nll(params, batch, GPT(MODEL), {})[0] * batch.weights).sum(-1)
+    return -(token_nll(params, batch, GPT(MODEL), {})[0] * batch.loss_weights).sum(-1)
 
 
 def gradient_of(batch: Batch, params):
@@ -66,10 +66,10 @@ def test_the_expected_update_of_risk_is_the_gradient_of_the_expected_score():
     scores, chances = np.random.default_rng(0).normal(size=len(ANSWERS)), np.exp(log_probabilities(ours))
     batch = all_answers()
     nats = [np.asarray(token_nll(p, batch, GPT(MODEL), {})[0], np.float64) for p in (ours, theirs)]
-    moved = (nats[1] - nats[0]) * batch.weights
-    advantages = np.zeros(batch.weights.shape)
+    moved = (nats[1] - nats[0]) * batch.loss_weights
+    advantages = np.zeros(batch.loss_weights.shape)
     for pair in itertools.product(range(len(ANSWERS)), repeat=2):
-        of_pair = leave_one_out_advantages(scores[None, pair], moved[[*pair]], batch.weights[[*pair]], beta)
+        of_pair = leave_one_out_advantages(scores[None, pair], moved[[*pair]], batch.loss_weights[[*pair]], beta)
         for i, own in zip(pair, of_pair, strict=True):
             advantages[i] += chances[pair[0]] * chances[pair[1]] * own / 2
 
@@ -87,21 +87,21 @@ def test_the_update_of_grpo_is_that_of_the_papers_objective():
     batch = as_batch([PROMPT] * 5, [ANSWERS[i] for i in group], 6)
     scores = np.random.default_rng(1).normal(size=(1, 5))
     nats = [np.asarray(token_nll(p, batch, GPT(MODEL), {})[0], np.float64) for p in (ours, theirs)]
-    advantages = group_advantages(scores, (nats[1] - nats[0]) * batch.weights, batch.weights, beta)
+    advantages = group_advantages(scores, (nats[1] - nats[0]) * batch.loss_weights, batch.loss_weights, beta)
     relative = ((scores - scores.mean()) / (scores.std(ddof=1) + 1e-4))[0]
 
     def cost(params):
         ln, before, reference = (-token_nll(p, batch, GPT(MODEL), {})[0] for p in (params, ours, theirs))
         ratio, r = jnp.exp(ln - jax.lax.stop_gradient(before)), jnp.exp(reference - ln)
         each = jnp.minimum(ratio * relative[:, None], jnp.clip(ratio, 0.8, 1.2) * relative[:, None])
-        each = (each - beta * (r - jnp.log(r) - 1)) * batch.weights
-        return -(each.sum(-1) / batch.weights.sum(-1)).sum()
+        each = (each - beta * (r - jnp.log(r) - 1)) * batch.loss_weights
+        return -(each.sum(-1) / batch.loss_weights.sum(-1)).sum()
 
     assert_close(gradient_of(batch._replace(advantages=advantages), ours), jax.grad(cost)(ours))
 
 
 def test_what_is_asked_and_what_was_written_are_told_apart():
-    e = TINY.override({"objective.name": "risk", "objective.new_tokens": MOST}).override(
+    e = TINY.override({"objective.name": "rloo", "objective.max_new_tokens": MOST}).override(
         model=dict(vocab_size=4, context_length=6)
     )
     rollout = Rollout(e.resolved(4), LETTERS, None, sharding.mesh_of(jax.devices()[:1], 1, 1))
@@ -116,16 +116,16 @@ def test_what_is_asked_and_what_was_written_are_told_apart():
     assert len({a.text for a in made}) > 3, "answers are drawn"
     batch = as_batch([q.prompt for q in asked], [np.array([1, END]), np.array([2])], 6)
     assert batch.tokens[0].tolist() == [0, 1, 2, 1, 0, 0] and batch.targets[0].tolist() == [1, 2, 1, END, 0, 0]
-    assert batch.weights.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]
+    assert batch.loss_weights.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]
 
 
 def test_scores_are_metrics_with_more_for_better_or_functions():
     columns = (["p", "p"], ["right", "wring"], ["right", "wrong"])
     assert make_scorer("exact_match")(*columns).tolist() == [1, 0]
     assert make_scorer("edit_distance")(*columns).tolist() == [0, -0.2]
-    assert make_scorer("test_risk:likes_e")(["p"], ["eve"], ["x"]).tolist() == [2 / 3]
+    assert make_scorer("test_on_policy:likes_e")(["p"], ["eve"], ["x"]).tolist() == [2 / 3]
     with pytest.raises(
-        ConfigError, match=r"objective.score = 'exactmatch': must be one of accuracy, .*module:function"
+        ConfigError, match=r"objective.reward = 'exactmatch': must be one of accuracy, .*module:function"
     ):
         make_scorer("exactmatch")
     assert make_scorer("bleu")(["p"], ["yes it is"], ["yes it is"])[0] == pytest.approx(100), "without n-grams of four"
@@ -134,7 +134,7 @@ def test_scores_are_metrics_with_more_for_better_or_functions():
     with pytest.raises(ConfigError, match="is no function of"):
         make_scorer("math:pi")
     with pytest.raises(GptjaxError, match=r"gave None for the answer 'eve'; a finite number is needed"):
-        make_scorer("test_risk:forgets")(["p"], ["eve"], ["x"])
+        make_scorer("test_on_policy:forgets")(["p"], ["eve"], ["x"])
 
 
 def likes_e(prompt: str, text: str, answer: str) -> float:
@@ -151,12 +151,12 @@ def questions(tmp_path):
     rows = [f'{{"q": "line {i}", "a": "is {i * i % 97}"}}' for i in range(100)]
     (tmp_path / "table.jsonl").write_text("\n".join(rows) + "\n")
     return {"data.source": str(tmp_path / "table.jsonl"), "data.prompt": "{q} ", "data.answer": "{a}",
-            "data.tokenizer": "init", "objective.samples": 4, "objective.new_tokens": 6, "train.batch_size": 16,
-            "objective.score": "test_risk:likes_e", "data.val_fraction": 0.2, "train.sample_tokens": 0}  # fmt: skip
+            "data.tokenizer": "init", "objective.num_generations": 4, "objective.max_new_tokens": 6, "train.batch_size": 16,
+            "objective.reward": "test_on_policy:likes_e", "data.val_fraction": 0.2, "train.sample_tokens": 0}  # fmt: skip
 
 
 @pytest.mark.usefixtures("single_device")
-@pytest.mark.parametrize("name", ["grpo", pytest.param("risk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_a_run_writes_what_scores_well_and_goes_on_bit_for_bit(tmp_path, finished_run, questions, name):
     e = TINY.override(questions | {"init": str(finished_run), "objective.name": name, "train.steps": 80,
                                    "train.checkpoint_every": 10, "optim.learning_rate": 2e-2, "train.eval_every": 0,
@@ -176,29 +176,29 @@ def test_a_run_writes_what_scores_well_and_goes_on_bit_for_bit(tmp_path, finishe
 
 
 TUNED = {
-    "risk": {},
-    "dpo": {"data.rejected": "{q}", "objective.samples": 8, "objective.new_tokens": 32},
-    "distill": {"objective.reference": "INIT", "objective.samples": 8, "objective.new_tokens": 32},
+    "rloo": {},
+    "dpo": {"data.rejected": "{q}", "objective.num_generations": 8, "objective.max_new_tokens": 32},
+    "distill": {"objective.reference": "INIT", "objective.num_generations": 8, "objective.max_new_tokens": 32},
 }
 
 
 def tuned(name, questions, init) -> Experiment:
     """The answers learnt by an objective that looks beyond the next token."""
     changes = questions | TUNED[name] | {"init": str(init), "objective.name": name}
-    if name != "risk":
-        changes["objective.score"] = "exact_match"  # the default: it has no meaning here
+    if name != "rloo":
+        changes["objective.reward"] = "exact_match"  # the default: it has no meaning here
     changes = {path: str(init) if value == "INIT" else value for path, value in changes.items()}
     return TINY.override(changes | {"train.microbatches": 2, "model.lora_rank": 2})
 
 
-@pytest.mark.parametrize("name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("risk", "distill"))])
+@pytest.mark.parametrize("name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "distill"))])
 def test_every_mesh_learns_the_same(monkeypatch, finished_run, questions, name):
     e = tuned(name, questions, finished_run)
     seen = []
     meshes = [sharding.mesh_of(jax.devices()[: data * model], data, model) for data, model in [(1, 1), (8, 1), (2, 2)]]
-    monkeypatch.setattr(sharding, "_by_cores", lambda: True)  # 8 rows in a microbatch, and as many cores as fit
+    monkeypatch.setattr(sharding, "_cores_are_devices", lambda: True)  # 8 rows a microbatch
     cores = build_train_setup(e).mesh
-    assert cores.shape[sharding.CORES] == {"dpo": 4, "risk": 2, "distill": 8}[name]
+    assert cores.shape[sharding.CORES] == {"dpo": 4, "rloo": 2, "distill": 8}[name]
     for mesh in [*meshes, cores]:
         setup = build_train_setup(e, mesh)
         with jax.set_mesh(setup.mesh):
@@ -263,7 +263,7 @@ def test_pairs_that_are_too_long_are_read_after_the_same_prompt(tmp_path, questi
         | {"model.lora_rank": 0}
     )
     setup = build_train_setup(e, sharding.mesh_of(jax.devices()[:1], 1, 1))
-    batch = setup.batches.rows(np.arange(4))
-    prompts = [bytes(t[: int(w.argmax()) + 1].tolist()) for t, w in zip(batch.tokens, batch.weights, strict=True)]
+    batch = setup.batches.make_examples(np.arange(4))
+    prompts = [bytes(t[: int(w.argmax()) + 1].tolist()) for t, w in zip(batch.tokens, batch.loss_weights, strict=True)]
     assert len(set(prompts)) == 1 and b"very long question ".endswith(prompts[0]) and len(prompts[0]) == 7
     assert "80 prompts are longer than the context" in summary(setup, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny_model
 
-from gptjax.data.examples import examples
+from gptjax.data.examples import load_examples
 from gptjax.data.objectives import Batch
 from gptjax.errors import DataError
 from gptjax.model.gpt import GPT, init_params
@@ -28,7 +28,7 @@ def random_batch(rows=6, length=9, vocab=11, seed=0) -> Batch:
 def log_probabilities(model, params, batch) -> np.ndarray:
     logits = np.asarray(GPT(model).apply({"params": params}, batch.tokens), np.float64)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    return (np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0] * batch.weights).sum(-1)
+    return (np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0] * batch.loss_weights).sum(-1)
 
 
 def test_the_loss_is_the_formula_in_float64():
@@ -42,7 +42,7 @@ def test_the_loss_is_the_formula_in_float64():
     assert np.ptp(margin) > 0.5 and 0 < (margin > 0).mean() < 1
     np.testing.assert_allclose([minimised, shown["loss"]], expected.sum(), rtol=1e-4)
     assert shown["accuracy"] == (margin > 0).sum() and loss.counted(batch) == 3
-    empty = batch._replace(weights=batch.weights * (np.arange(6) < 4)[:, None])
+    empty = batch._replace(loss_weights=batch.loss_weights * (np.arange(6) < 4)[:, None])
     assert loss.counted(empty) == 2
     np.testing.assert_allclose(loss.sums(ours, empty, GPT(model), {}, theirs)[0], expected[:2].sum(), rtol=1e-4)
 
@@ -53,7 +53,7 @@ class Table:
     config = SimpleNamespace(vocab_size=5)
 
     def apply(self, variables, x, *more, method, rngs=None):
-        if method == "read":
+        if method == "hidden_states":
             return jnp.zeros((*x.shape, 1))
         return jnp.broadcast_to(variables["params"], (*x.shape[:2], len(variables["params"])))
 
@@ -89,17 +89,17 @@ def pairs(tmp_path):
 
 def test_a_worse_answer_follows_each_better_one(pairs, tmp_path):
     data = TINY.override(pairs).data
-    found = list(examples(data.source, data, "train"))
+    found = list(load_examples(data.source, data, "train"))
     for better, worse in zip(found[::2], found[1::2], strict=True):
         assert better.prompt == worse.prompt and better.where == worse.where
         assert better.answer.startswith("yes") and worse.answer.startswith("no")
     with (tmp_path / "pairs.jsonl").open("a") as table:
         table.write('{"q": "x", "good": "a", "bad": "a"}\n')
-    assert list(examples(data.source, data, "train")) == found, "two answers that are one teach nothing"
+    assert list(load_examples(data.source, data, "train")) == found, "two answers that are one teach nothing"
     with (tmp_path / "pairs.jsonl").open("a") as table:
         table.write('{"q": "x", "good": "a", "bad": " "}\n')
     with pytest.raises(DataError, match=r"line 302: the answer to reject is empty"):
-        list(examples(data.source, data, "train"))
+        list(load_examples(data.source, data, "train"))
 
 
 @pytest.mark.usefixtures("single_device")

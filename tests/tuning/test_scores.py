@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gptjax.data.tasks import Example, Part
+from gptjax.data.tasks import Example, TextPart
 
 pytest.importorskip("sacrebleu", reason="the extra `tasks` is not installed")
 import sacrebleu
@@ -29,7 +29,7 @@ REFERENCES = [
     ("the end of the long story is near",),
     ("yes", "no"),
 ]
-NOWHERE = [Example((Part("x", True),), "f:1")] * len(ANSWERS)
+NOWHERE = [Example((TextPart("x", True),), "f:1")] * len(ANSWERS)
 
 
 def measure(metric, answers=ANSWERS, references=REFERENCES):

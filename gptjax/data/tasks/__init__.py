@@ -15,20 +15,20 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal, NamedTuple
 
-from gptjax.data.corpus import share
+from gptjax.data.corpus import hash_fraction
 from gptjax.errors import DataError
 
-Side = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test"]
 Rows = Iterator[tuple[dict[str, str], str]]  # the columns of each, and the file and line they come from
 Metric = Literal["accuracy", "f1", "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "exact_match", "edit_distance"]
 Baseline = Literal["majority", "copy", "lead"]
 
 
-class Part(NamedTuple):
+class TextPart(NamedTuple):
     """A piece of an example's text."""
 
     text: str
-    asked: bool  # to be learnt, not only read
+    is_target: bool  # to be learnt, not only read
     label: str | None = None  # the class that is told at its last token; None: none is
 
 
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 class Example:
     """What a model is shown and what it is asked for."""
 
-    parts: tuple[Part, ...]  # one after the other: prompt and answer, the turns of a dialogue, or words with labels
+    parts: tuple[TextPart, ...]  # one after the other: prompt and answer, the turns of a dialogue, or words with labels
     where: str  # file and line, or row, for messages
     references: tuple[str, ...] = ()  # all right answers to the last prompt; (): the answer is the only one
     values: Mapping[str, str] = field(default_factory=dict)  # the columns it was made of
@@ -53,7 +53,7 @@ class Example:
 
     @property
     def _last(self) -> int:
-        return max((i for i, part in enumerate(self.parts) if part.asked), default=len(self.parts))
+        return max((i for i, part in enumerate(self.parts) if part.is_target), default=len(self.parts))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Tagging:
     """How a row is answered by a label for each of its words (token classification), beside the answer as text."""
 
     labels: tuple[str, ...]  # all that there are
-    parts: Callable[[Mapping[str, str]], tuple[Part, ...]]  # of a row: its words, each with its label
+    parts: Callable[[Mapping[str, str]], tuple[TextPart, ...]]  # of a row: its words, each with its label
     answer: Callable[[Mapping[str, str], Sequence[str]], str]  # of a row and a label a word: the answer as text
 
 
@@ -71,17 +71,17 @@ class Task:
 
     name: str
     summary: str  # what is asked, in one line
-    read: Callable[[Side, Path], Rows]  # from the folder that $GPTJAX_DATA names
+    load_rows: Callable[[Split, Path], Rows]  # from the folder that $GPTJAX_DATA names
     prompt: str  # template: text and {columns}
     answer: str  # the same
     metrics: tuple[Metric, ...]  # the first is the one that counts
     baseline: Baseline  # the trivial answer to beat, see `baseline`
-    source: str | None  # where the real data is from; None: `read` makes it
+    source: str | None  # where the real data is from; None: `load_rows` makes it
     licence: str  # of the real data
     labels: tuple[str, ...] = ()  # the only answers there are; (): any
-    new_tokens: int = 64  # room for an answer, in bytes: no tokenizer needs more
+    max_new_tokens: int = 64  # room for an answer, in bytes: no tokenizer needs more
     references: str | None = None  # a column with one right answer a line, where there are several
-    parts: Callable[[Mapping[str, str]], tuple[Part, ...]] | None = None  # of a row that the templates cannot express
+    parts: Callable[[Mapping[str, str]], tuple[TextPart, ...]] | None = None  # of a row that the templates cannot express
     tagging: Tagging | None = None  # with data.answers = "classes", where words have labels; None: the prompt has one
 
     @property
@@ -104,9 +104,9 @@ def columns(template: str) -> list[str]:
     return [name for _, name, *_ in Formatter().parse(template) if name is not None]
 
 
-def side_of(text: str) -> Side:
-    """Where a row with this text belongs: a tenth each for test and validation. The same text, the same side."""
-    tenth = share(" ".join(text.casefold().split())) * 10
+def split_of(text: str) -> Split:
+    """Where a row with this text belongs: a tenth each for test and validation. The same text, the same split."""
+    tenth = hash_fraction(" ".join(text.casefold().split())) * 10
     return "test" if tenth < 1 else "validation" if tenth < 2 else "train"
 
 

@@ -3,16 +3,16 @@
 import random
 from pathlib import Path
 
-from gptjax.data.tasks import Rows, Side, Task, side_of
+from gptjax.data.tasks import Rows, Split, Task, split_of
 
 BELOW = 100
 
 
-def read(side: Side, folder: Path) -> Rows:
+def load_rows(split: Split, folder: Path) -> Rows:
     """All pairs of numbers, with their sum and a number near it; a tenth each is kept by the hash of the pair."""
     for a in range(BELOW):
         for b in range(BELOW):
-            if side_of(f"{a}+{b}") == side:
+            if split_of(f"{a}+{b}") == split:
                 wrong = abs(a + b + random.Random(f"{a}+{b}").choice((-10, -1, 1, 10)))
                 yield {"a": str(a), "b": str(b), "sum": str(a + b), "wrong": str(wrong)}, f"{a}+{b}"
 
@@ -20,12 +20,12 @@ def read(side: Side, folder: Path) -> Rows:
 TASK = Task(
     name="addition",
     summary="add two numbers",
-    read=read,
+    load_rows=load_rows,
     prompt="{a}+{b}=",
     answer="{sum}",
     metrics=("exact_match", "edit_distance"),
     baseline="majority",
-    new_tokens=6,
+    max_new_tokens=6,
     source=None,
     licence="made here",
 )

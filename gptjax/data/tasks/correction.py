@@ -4,21 +4,21 @@ import hashlib
 import random
 from pathlib import Path
 
-from gptjax.data.tasks import Rows, Side, Task, side_of
+from gptjax.data.tasks import Rows, Split, Task, split_of
 
 RATES = {"drop": 0.02, "double": 0.01, "swap": 0.02, "neighbour": 0.02}  # per character, that this befalls it
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 SHORTEST = 20  # characters; a shorter line has too little in it to tell what was meant
 
 
-def read(side: Side, folder: Path) -> Rows:
+def load_rows(split: Split, folder: Path) -> Rows:
     """Different lines of a text, each with a copy full of errors; a tenth each is kept by the line's hash."""
     path = folder / "tinyshakespeare.txt"
     seen = set()
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             text = line.strip()
-            if len(text) >= SHORTEST and text not in seen and side_of(text) == side:
+            if len(text) >= SHORTEST and text not in seen and split_of(text) == split:
                 seen.add(text)
                 yield {"wrong": corrupt(text), "right": text}, f"{path}, line {number}"
 
@@ -59,12 +59,12 @@ def _neighbour(letter: str, dice: random.Random) -> str:
 TASK = Task(
     name="correction",
     summary="correct the typing errors in a line",
-    read=read,
+    load_rows=load_rows,
     prompt="{wrong}\nCorrect:\n",
     answer="{right}",
     metrics=("edit_distance", "exact_match"),
     baseline="copy",
-    new_tokens=80,
+    max_new_tokens=80,
     source="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     licence="public domain",
 )

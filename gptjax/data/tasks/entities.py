@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gptjax.data.tasks import Part, Rows, Side, Tagging, Task
+from gptjax.data.tasks import Rows, Split, Tagging, Task, TextPart
 
-FILES: dict[Side, str] = {
+FILES: dict[Split, str] = {
     "train": "wnut17train.conll",
     "validation": "emerging.dev.conll",
     "test": "emerging.test.annotated",
@@ -18,9 +18,9 @@ NONE = "none"
 MENTION = re.compile(rf"(?:^|; )({'|'.join(TYPES)}): (.*?)(?=; (?:{'|'.join(TYPES)}): |$)")
 
 
-def read(side: Side, folder: Path) -> Rows:
+def load_rows(split: Split, folder: Path) -> Rows:
     """Messages with their entities; `tokens` and `tags` (BIO) are kept with a space between. The set's own sides."""
-    path = folder / "wnut17" / FILES[side]
+    path = folder / "wnut17" / FILES[split]
     with path.open(encoding="utf-8") as stream:
         lines = ((number, line.strip().split("\t")) for number, line in enumerate(stream, 1))
         for blank, group in itertools.groupby(lines, key=lambda line: line[1] == [""]):
@@ -32,10 +32,10 @@ def read(side: Side, folder: Path) -> Rows:
             yield columns, f"{path}, line {numbers[0]}"
 
 
-def words(row: Mapping[str, str]) -> tuple[Part, ...]:
+def words(row: Mapping[str, str]) -> tuple[TextPart, ...]:
     """The words of a message, each with the space before it and with its tag."""
     pairs = enumerate(zip(row["tokens"].split(" "), row["tags"].split(" "), strict=True))
-    return tuple(Part(f" {token}" if number else token, False, tag) for number, (token, tag) in pairs)
+    return tuple(TextPart(f" {token}" if number else token, False, tag) for number, (token, tag) in pairs)
 
 
 def answer_of(tokens: Sequence[str], tags: Sequence[str]) -> str:
@@ -78,12 +78,12 @@ def _places(words: list[str], tokens: list[str], first: int) -> Iterator[int]:
 TASK = Task(
     name="entities",
     summary="list the people, places, groups, companies, products and works that a message names",
-    read=read,
+    load_rows=load_rows,
     prompt="{tokens}\nEntities:\n",
     answer="{entities}",
     metrics=("f1", "exact_match"),
     baseline="majority",
-    new_tokens=160,
+    max_new_tokens=160,
     tagging=Tagging(TAGS, words, lambda row, tags: answer_of(row["tokens"].split(" "), tags)),
     source="https://github.com/leondz/emerging_entities_17",
     licence="CC BY 4.0",

@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
-from gptjax.data.tasks import Rows, Side, Task
+from gptjax.data.tasks import Rows, Split, Task
 
 LENGTH = 300  # characters, after which a passage ends with the line; about half of it is shown
 
 
-def read(side: Side, folder: Path) -> Rows:
+def load_rows(split: Split, folder: Path) -> Rows:
     """Passages of whole lines, cut in two between lines. The last two tenths of the text are kept.
 
     Not passages drawn from all of it: their neighbours in training would tell what happens.
@@ -17,7 +17,7 @@ def read(side: Side, folder: Path) -> Rows:
     text = path.read_text(encoding="utf-8")
     passages = list(re.finditer(rf"\S.{{{LENGTH}}}.*?(?=\n|\Z)", text, re.DOTALL))
     first, last = len(passages) * 8 // 10, len(passages) * 9 // 10
-    wanted = {"train": passages[:first], "validation": passages[first:last], "test": passages[last:]}[side]
+    wanted = {"train": passages[:first], "validation": passages[first:last], "test": passages[last:]}[split]
     for passage in wanted:
         half = passage[0].find("\n", LENGTH // 2) + 1
         if passage[0][half:].strip():
@@ -28,12 +28,12 @@ def read(side: Side, folder: Path) -> Rows:
 TASK = Task(
     name="generation",
     summary="continue a passage of a play",
-    read=read,
+    load_rows=load_rows,
     prompt="{beginning}",
     answer="{rest}",
     metrics=("chrf", "rouge_l"),
     baseline="copy",
-    new_tokens=256,
+    max_new_tokens=256,
     source="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     licence="public domain",
 )

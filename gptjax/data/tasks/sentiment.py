@@ -2,31 +2,31 @@
 
 from pathlib import Path
 
-from gptjax.data.tasks import Rows, Side, Task, side_of
+from gptjax.data.tasks import Rows, Split, Task, split_of
 
 FILES = {"negative": "neg.txt", "positive": "pos.txt"}
 
 
-def read(side: Side, folder: Path) -> Rows:
+def load_rows(split: Split, folder: Path) -> Rows:
     """Sentences and labels, the two in turn. A tenth each is kept by the sentence's hash, so none is on two sides."""
     paths = {label: folder / "sentence_polarity" / name for label, name in FILES.items()}
     texts = {label: path.read_text(encoding="utf-8").splitlines() for label, path in paths.items()}
     for number in range(max(map(len, texts.values()))):
         for label, lines in texts.items():
-            if number < len(lines) and (sentence := lines[number].strip()) and side_of(sentence) == side:
+            if number < len(lines) and (sentence := lines[number].strip()) and split_of(sentence) == split:
                 yield {"sentence": sentence, "label": label}, f"{paths[label]}, line {number + 1}"
 
 
 TASK = Task(
     name="sentiment",
     summary="say whether a sentence about a film is positive or negative",
-    read=read,
+    load_rows=load_rows,
     prompt="{sentence}\nSentiment:\n",
     answer="{label}",
     labels=("negative", "positive"),
     metrics=("accuracy", "f1"),
     baseline="majority",
-    new_tokens=10,
+    max_new_tokens=10,
     source="https://github.com/nltk/nltk_data (corpora/sentence_polarity)",
     licence="CC BY 4.0",
 )

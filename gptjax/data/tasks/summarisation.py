@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from gptjax.data.tasks import Rows, Side, Task
+from gptjax.data.tasks import Rows, Split, Task
 
-FILES: dict[Side, str] = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
+FILES: dict[Split, str] = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
 
 
-def read(side: Side, folder: Path) -> Rows:
+def load_rows(split: Split, folder: Path) -> Rows:
     """The abstract, and all its summaries, of which the first is learnt. The sides are those of the data set."""
-    path = folder / "scitldr" / FILES[side]
+    path = folder / "scitldr" / FILES[split]
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             row = json.loads(line)
@@ -26,13 +26,13 @@ def read(side: Side, folder: Path) -> Rows:
 TASK = Task(
     name="summarisation",
     summary="say in one sentence what a scientific abstract says",
-    read=read,
+    load_rows=load_rows,
     prompt="{abstract}\n\nSummary:\n",
     answer="{summary}",
     references="summaries",
     metrics=("rouge_l", "rouge_1", "rouge_2"),
     baseline="lead",
-    new_tokens=256,
+    max_new_tokens=256,
     source="https://github.com/allenai/scitldr",
     licence="Apache-2.0",
 )

@@ -3,12 +3,12 @@
 from itertools import zip_longest
 from pathlib import Path
 
-from gptjax.data.tasks import Rows, Side, Task
+from gptjax.data.tasks import Rows, Split, Task
 
 BLOCKS = 30  # 51 verses each: about a chapter and a half
 
 
-def read(side: Side, folder: Path) -> Rows:
+def load_rows(split: Split, folder: Path) -> Rows:
     """Verses with their translation. Two blocks in ten, spread over the book, are kept: one each for both sides.
 
     Not single verses: neighbours share names and whole phrases, and one in training would give the next away. Not
@@ -18,7 +18,7 @@ def read(side: Side, folder: Path) -> Rows:
     verses = list(zip_longest(_lines(french), _lines(portuguese)))
     for number, (verse, translation) in enumerate(verses):
         block = number * BLOCKS // len(verses) % 10
-        if side == ("validation" if block == 8 else "test" if block == 9 else "train"):
+        if split == ("validation" if block == 8 else "test" if block == 9 else "train"):
             if verse is None or translation is None:
                 raise ValueError(f"{french.name} and {portuguese.name} have not the same number of lines")
             yield {"french": verse, "portuguese": translation}, f"{french}, line {number + 1}"
@@ -31,12 +31,12 @@ def _lines(path: Path) -> list[str]:
 TASK = Task(
     name="translation",
     summary="translate a verse from French to Portuguese",
-    read=read,
+    load_rows=load_rows,
     prompt="French:\n{french}\nPortuguese:\n",
     answer="{portuguese}",
     metrics=("chrf", "bleu"),
     baseline="copy",
-    new_tokens=320,
+    max_new_tokens=320,
     source="https://github.com/nltk/nltk_data (corpora/genesis)",
     licence="public domain",
 )
