@@ -30,12 +30,12 @@ def main() -> None:
         kind, context = options.serve
         serve(*make(kind, replace(base, context=int(context)), options.dtype, device_of(kind)[0]))
         return
-    extra_generation_config = ["--dtype", options.dtype, *(["--tiny"] if options.tiny else [])]
+    worker_arguments = ["--dtype", options.dtype, *(["--tiny"] if options.tiny else [])]
     found = []
     for kind in ("gptjax", *([] if options.peer == "none" else [options.peer])):
         before = None
         for context in options.contexts:
-            worker = Worker(kind, str(context), *extra_generation_config)
+            worker = Worker(kind, str(context), *worker_arguments)
             seconds = worker.seconds(1)
             worker.close()
             size = worker.figures.get("step", worker.figures["peak"])

@@ -44,8 +44,8 @@ def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
 
 def compare(shape: str, rounds: int, rank: int, tiny: bool) -> dict[str, float]:
     """Prints the figures of both, and returns the ratios of full fine-tuning to LoRA."""
-    extra_generation_config = ["--shapes", shape, "--rank", str(rank), *(["--tiny"] if tiny else [])]
-    workers = {kind: side_by_side.Worker(kind, *extra_generation_config) for kind in ("full", "lora")}
+    worker_arguments = ["--shapes", shape, "--rank", str(rank), *(["--tiny"] if tiny else [])]
+    workers = {kind: side_by_side.Worker(kind, *worker_arguments) for kind in ("full", "lora")}
     times = side_by_side.take_turns(workers, SHAPES[shape][-1], rounds)
     print(f"{shape}, batch {SHAPES[shape][3]} x {SHAPES[shape][2]} tokens", flush=True)
     for kind, worker in workers.items():

@@ -47,11 +47,11 @@ def main() -> None:
             figures = dict(zip(("peak_flops", "source"), peak_flops(), strict=True)) | {"device": device_of(kind)[1]}
         serve(made, told | figures)
         return
-    extra_generation_config = [*(["--tiny"] if options.tiny else []), *(["--batch", str(options.batch)] if options.batch else [])]
+    worker_arguments = [*(["--tiny"] if options.tiny else []), *(["--batch", str(options.batch)] if options.batch else [])]
     found = {}
     for name in options.shapes:
         shape = sized(name)
-        workers = {kind: Worker(kind, name, *extra_generation_config) for kind in ("gptjax", *options.peers)}
+        workers = {kind: Worker(kind, name, *worker_arguments) for kind in ("gptjax", *options.peers)}
         times = take_turns(workers, 5, options.rounds)
         figures, ours = workers["gptjax"].figures, times.pop("gptjax")
         speed = shape.batch * shape.context / statistics.median(ours)

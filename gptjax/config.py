@@ -177,7 +177,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # decoupled, times the learning rate, on matrices and embeddings only
     clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
     noise_multiplier: float | None = None  # DP-SGD: std of the noise / clip_norm (Abadi et al. 2016); None: off
-    freeze: tuple[str, ...] = ()  # patterns of weights that are not trained: "embedding.*", "blocks.ffn.*"
+    freeze: tuple[str, ...] = ()  # patterns of weights not to train: "embedding.*", "blocks.ffn.*", "head.*" (output)
     layer_decay: float = 1.0  # learning rate of a layer relative to the layer above it
     ema_decay: float | None = None  # decay of an average of the weights for evaluation and sampling; None: off
 

@@ -1,19 +1,24 @@
-"""Eight CPU devices, an empty cache, and small helpers that many tests use. Settings must stand before JAX starts.
-
-Programs are compiled without optimisation: the tests compile many and run each only a few times.
-"""
+"""Eight CPU devices, an empty cache, and small helpers that many tests use. Settings must stand before JAX starts."""
 
 import json
 import os
 import tempfile
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+from compilation import QUICK_FLAGS
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them
     os.environ["GPTJAX_CACHE"] = tempfile.mkdtemp(prefix="gptjax-tests-")
 
 from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# checks the shapes and dtypes of every call of these modules against their annotations
+CHECKED = ("gptjax.model", "gptjax.training.step", "gptjax.objectives", "gptjax.data.objectives", "gptjax.inference")
+install_import_hook(CHECKED, "shape_checks.check")
 
 import jax
 import numpy as np

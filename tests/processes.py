@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from compilation import QUICK_FLAGS
+
 from gptjax.config import Experiment
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 600  # seconds until what has not happened is taken to hang, on a machine that others use as well
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+QUICK = {"XLA_FLAGS": QUICK_FLAGS, "JAX_PLATFORMS": "cpu"}
 
 
 def write_experiment(folder: Path, experiment: Experiment) -> Path:

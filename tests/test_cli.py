@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, tiny_run
+from processes import QUICK
 
 from gptjax.cli import main
 from gptjax.training import checkpoint
@@ -24,7 +25,7 @@ def gptjax(*arguments, cwd=ROOT, **environment):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=dict(os.environ) | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment,
+        env=dict(os.environ) | QUICK | environment,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -46,13 +47,13 @@ def test_training_leaves_a_run_and_shows_what_it_does(finished):
     assert json.loads((run / "experiment.json").read_text())["train"]["steps"] == 8
     assert json.loads((run / "experiment.json").read_text())["seed"] == 1
     for part in ("parameters", "mesh data 1 x model 1", "attention by xla (on cpu", "FLOPs", "tokens/s", "MFU", "left",
-                 "val ", "bits a byte", "first step done", "ms a step", "GB of memory", "loss curve"):  # fmt: skip
-        assert part in err, f"{part!r} is not in what training says:\n{err}"
+                 "val ", "bits/byte", "first step done", "ms/step", "peak memory", "loss curve"):  # fmt: skip
+        assert part in err, f"{part!r} is not in the output of training:\n{err}"
     assert out.count("--- sample") == 2 and (run / "samples.txt").read_text() == out
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "\r" not in err and "\x1b" not in err, "a log that is no terminal stays plain"
-    told = [line.split(" | ")[0] for line in err.splitlines() if line.startswith("step ")]
-    assert len(told) == len(set(told)), "a step is told of once, with its own validation loss"
+    steps = [line.split(" | ")[0] for line in err.splitlines() if line.startswith("step ")]
+    assert len(steps) == len(set(steps)), "a step is printed once, with its own validation loss"
 
 
 @pytest.mark.slow
@@ -72,8 +73,8 @@ def test_the_same_command_again_has_nothing_to_do(finished):
 
 
 def test_what_a_finished_run_wrote_stands_although_its_checkpoint_was_damaged(finished, tmp_path):
-    path, whole, _, _ = finished
-    run = shutil.copytree(whole, tmp_path / "run")
+    path, intact, _, _ = finished
+    run = shutil.copytree(intact, tmp_path / "run")
     arrays = [p for p in (run / "checkpoints/00000008").rglob("*") if p.is_file()]
     largest = max(arrays, key=lambda p: p.stat().st_size)
     largest.write_bytes(b"\0" + largest.read_bytes()[1:])
@@ -94,14 +95,14 @@ def test_sampling_prints_texts_only(finished):
 def test_evaluation_prints_one_json_object_and_nothing_else(finished):
     _, run, _, _ = finished
     code, out, _ = gptjax("eval", run, "--json")
-    figures, result = json.loads(out), json.loads((run / "result.json").read_text())
+    metrics, result = json.loads(out), json.loads((run / "result.json").read_text())
     assert code == 0
     for name in ("val_loss", "val_bits_per_byte"):
-        assert figures[name] == pytest.approx(result[name], rel=1e-5)
+        assert metrics[name] == pytest.approx(result[name], rel=1e-5)
     assert (
-        figures["steps"] == 8
-        and figures["num_params"] == result["num_params"]
-        and figures["tokens"] == result["tokens"]
+        metrics["steps"] == 8
+        and metrics["num_params"] == result["num_params"]
+        and metrics["tokens"] == result["tokens"]
     )
     code, out, _ = gptjax("eval", run, "--checkpoint", "best")
     assert code == 0 and "val_loss" in out
@@ -113,9 +114,9 @@ def test_help_and_version_say_what_there_is():
     for part in ("gptjax train", "gptjax sample", "gptjax eval", "exit codes"):
         assert part in out
     assert gptjax("--version")[1].strip() == __import__("gptjax").__version__
-    for verb in ("train", "sample", "eval"):
-        code, out, _ = gptjax(verb, "--help")
-        assert code == 0 and f"gptjax {verb}" in out
+    for command in ("train", "sample", "eval"):
+        code, out, _ = gptjax(command, "--help")
+        assert code == 0 and f"gptjax {command}" in out
     assert "--model.num-layers" in gptjax("train", "experiments/quickstart.py", "--help")[1]
 
 
@@ -140,12 +141,15 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["fly"], "no such verb: 'fly'; there are train, sweep, scale, sample, chat, eval, import, export, verify, replay, "
-     "profile, runs, report, diff"),
-    (["trian"], "no such verb: 'trian'; did you mean train?"),
+    (["fly"], "no such command: 'fly'; the commands are new, train, sweep, scale, sample, chat, eval, "
+     "import, export, verify, replay, profile, runs, report, diff"),
+    (["trian"], "no such command: 'trian'; did you mean train?"),
     (["train", "{0}/mine.py", "--data.source", "pydoc", "--data.tokenizer", "char", "--train.sample-prompt", "字",
       "--run-dir", "{0}/run"], "train.sample_prompt: '字' at character 0 is none of the"),
     (["train"], "no experiment file was given"),
+    (["train", "{0}/mine.py", "--from-step", "3"], "--from-step: is now called --rollback-to"),
+    (["sweep", "{0}/mine.py", "--on=slurm"], "--on: is now called --executor"),
+    (["scale", "{0}/mine.py", "--wait"], "--wait: is now called --external"),
     (["train", "nothing.py"], "nothing.py: no such experiment file"),
     (["train", "{0}/mine.py"], "nothing.txt': no such file or folder"),
     (["train", "{0}/mine.py", "--data.source", "{0}/empty.txt"], "empty.txt: is empty"),
@@ -165,7 +169,7 @@ def test_bad_input_gets_one_clear_message(broken, arguments, message):
     assert out == "" and "Traceback" not in err
 
 
-def test_examples_that_cannot_be_learnt_are_named_with_their_line_before_training(broken, monkeypatch, capfd):
+def test_examples_that_cannot_be_used_are_named_with_their_line_before_training(broken, monkeypatch, capfd):
     """In a table whose rows do not stand one a line."""
     table = 'text,label\n\n"two\nlines",good\n\nfine,{}\nbad,bad\n'
     for number, label in enumerate(["godo", '" "', "a very long answer"]):
@@ -174,7 +178,7 @@ def test_examples_that_cannot_be_learnt_are_named_with_their_line_before_trainin
     templates, labels = {"--data.prompt": "{text}:", "--data.answer": "{label}"}, ["--data.labels", "good", "bad"]
     for source, changes, message in [
         ("0.csv", {}, "0.csv, line 6: the answer 'godo' is none of the labels; did you mean 'good'?"),
-        ("1.csv", {}, "1.csv, line 6: column 'label' is empty, and there is no answer to learn"),
+        ("1.csv", {}, "1.csv, line 6: column 'label' is empty, so there is no answer to train on"),
         (
             "2.csv",
             {"--objective.name": "sft"},
@@ -187,7 +191,7 @@ def test_examples_that_cannot_be_learnt_are_named_with_their_line_before_trainin
         options = {"--data.source": str(broken / source), "--run-dir": str(broken / "run")} | templates | changes
         arguments = [*itertools.chain(*options.items()), *(labels if source != "2.csv" else [])]
         monkeypatch.setattr(sys, "argv", ["gptjax", "train", str(broken / "mine.py"), *arguments])
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the verb sets, for a process of its own
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command replaces
         monkeypatch.setattr("jax.device_count", lambda: 1)
         with pytest.raises(SystemExit) as ended:
             main()
@@ -206,7 +210,7 @@ def test_prompts_that_cannot_be_continued_are_refused(finished, monkeypatch, cap
         (["\udcff"], "half of a surrogate pair"),
     ]:
         monkeypatch.setattr(sys, "argv", ["gptjax", "sample", str(run), *arguments])
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the verb sets, for a process of its own
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command replaces
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capfd.readouterr()
@@ -225,19 +229,19 @@ def test_the_shakespeare_recipe_says_where_its_text_is(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists(), "nothing is left of a run that could not start"
 
 
-def test_verify_prints_one_line_a_checkpoint_and_fails_where_one_is_damaged(finished, tmp_path):
+def test_verify_prints_a_line_for_each_checkpoint_and_fails_where_one_is_damaged(finished, tmp_path):
     _, run, _, _ = finished
     copy = shutil.copytree(run, tmp_path / "run")
     code, out, err = gptjax("verify", copy)
     steps = [c.step for c in checkpoint.listing(copy / "checkpoints")]
     assert code == 0 and len(out.splitlines()) == len(steps) and err == ""
     for line, step in zip(out.splitlines(), steps, strict=True):
-        assert line.startswith(f"step {step:>8}  whole") and "bytes" in line
+        assert line.startswith(f"step {step:>8}  ok") and "bytes" in line
     path = max((copy / "checkpoints").rglob("arrays/*"), key=lambda p: p.stat().st_size * p.is_file())
     path.write_bytes(path.read_bytes()[:-1])
     (copy / "checkpoints" / "00000099").mkdir()
     code, out, err = gptjax("verify", copy)
-    assert code == 2 and f"DAMAGED  {path}" in out and f"of {len(steps)} checkpoints 1 cannot be used" in err
+    assert code == 2 and f"DAMAGED  {path}" in out and f"1 of {len(steps)} checkpoints cannot be used" in err
     assert "not a checkpoint" in out and "00000099" in out
     assert path.exists() and (copy / "checkpoints" / "00000099").exists(), "it only reads"
     metrics = copy / "metrics.jsonl"
@@ -247,7 +251,7 @@ def test_verify_prints_one_line_a_checkpoint_and_fails_where_one_is_damaged(fini
 
 
 @pytest.mark.slow
-def test_replay_makes_a_step_again(finished):
+def test_replay_recomputes_a_step(finished):
     _, run, _, _ = finished
     code, out, _ = gptjax("replay", run, "--step", "2")
     assert code == 0 and "step 2, made again from" in out and "every module's output and gradient are finite" in out
@@ -279,4 +283,4 @@ def test_profile_runs_no_code_that_a_run_folder_names(finished, tmp_path, sectio
     file.write_text(json.dumps(e))
     code, _, err = gptjax("profile", tmp_path / "run", "--steps", "2", "--out", tmp_path / "trace", PYTHONPATH=tmp_path)
     assert not (tmp_path / "it_ran").exists() and "Traceback" not in err
-    assert code == 2 or field == "source"  # whose tokens are there: nothing is asked of it
+    assert code == 2 or field == "source"  # whose tokens exist: the function is not called

@@ -1,4 +1,4 @@
-"""The cores of a CPU as devices: how many work, and that a run on them is the run on one."""
+"""The cores of a CPU as devices: how many are used, and that a run on several cores equals the run on one."""
 
 import json
 import signal
@@ -9,22 +9,22 @@ from conftest import assert_same, restored, tiny_run
 from processes import PATIENCE, start, wait_for_step, write_experiment
 
 from gptjax import cpu, sharding
-from gptjax.config import Mesh
+from gptjax.config import MeshConfig
 
 
 @pytest.mark.parametrize("rows, cores", [(8, 8), (6, 6), (12, 6), (7, 7), (20, 5), (11, 1), (1, 1)])
-def test_as_many_cores_work_as_divide_the_rows(monkeypatch, rows, cores):
+def test_the_number_of_cores_divides_the_rows(monkeypatch, rows, cores):
     monkeypatch.setattr(sharding, "_cores_are_devices", lambda: True)
-    assert sharding.make_mesh(Mesh(), rows, 1000).shape == {"cores": cores, "data": 1, "model": 1}
+    assert sharding.make_mesh(MeshConfig(), rows, 1000).shape == {"cores": cores, "data": 1, "model": 1}
 
 
-def test_copies_of_the_weights_take_a_quarter_of_the_memory_at_most(monkeypatch):
+def test_copies_of_the_weights_take_at_most_a_quarter_of_the_memory(monkeypatch):
     monkeypatch.setattr(sharding, "_cores_are_devices", lambda: True)
     monkeypatch.setattr(cpu, "memory", lambda: 112_000)
-    assert [sharding.make_mesh(Mesh(), 8, n).size for n in (2000, 1000, 500, 250, 125)] == [1, 1, 2, 4, 8]
+    assert [sharding.make_mesh(MeshConfig(), 8, n).size for n in (2000, 1000, 500, 250, 125)] == [1, 1, 2, 4, 8]
 
 
-def test_a_container_that_may_use_less_has_fewer_cores_and_less_memory(monkeypatch):
+def test_limits_of_a_container_apply_to_cores_and_memory(monkeypatch):
     assert cpu.cores() >= 1 and cpu.memory() > 1 << 28
     limits = {"cpu.max": "50000 100000", "memory.max": "1000000\n"}
     monkeypatch.setattr(cpu, "_limit", limits.get)
@@ -32,7 +32,7 @@ def test_a_container_that_may_use_less_has_fewer_cores_and_less_memory(monkeypat
 
 
 @pytest.mark.parametrize(
-    "processor, quick",
+    "processor, fast",
     [
         ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16 amx_tile\n", True),
         ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512_bf16\n", False),
@@ -42,36 +42,36 @@ def test_a_container_that_may_use_less_has_fewer_cores_and_less_memory(monkeypat
         ("", True),
     ],
 )
-def test_a_processor_tells_whether_it_multiplies_bfloat16(monkeypatch, processor, quick):
+def test_the_processor_decides_whether_bfloat16_matmul_is_fast(monkeypatch, processor, fast):
     monkeypatch.setattr(cpu, "_processor", lambda: processor)
-    assert cpu.bfloat16_matmul_is_fast.__wrapped__() is quick
+    assert cpu.bfloat16_matmul_is_fast.__wrapped__() is fast
 
 
-def test_devices_that_are_no_cores_share_the_weights():
+def test_devices_that_are_not_cores_shard_the_weights():
     assert jax.device_count() == sharding.num_devices() == 8
-    assert sharding.make_mesh(Mesh(model=2), 8, 1000).shape == {"cores": 1, "data": 4, "model": 2}
+    assert sharding.make_mesh(MeshConfig(model=2), 8, 1000).shape == {"cores": 1, "data": 4, "model": 2}
 
 
 @pytest.mark.slow
-def test_three_cores_train_as_one_does_and_go_on_bit_for_bit(tmp_path):
+def test_three_cores_train_as_one_does_and_resume_bitwise(tmp_path):
     e = tiny_run(
         tmp_path, **{"train.batch_size": 12, "train.microbatches": 2, "train.steps": 300, "model.dropout": 0.1}
     )
     e = e.override({"train.checkpoint_every": 100, "train.eval_every": 100, "train.sample_tokens": 0})
-    file, said = write_experiment(tmp_path, e), {}
+    file, output = write_experiment(tmp_path, e), {}
     for cores in ("1", "3"):
         process = start(file, tmp_path / cores, JAX_NUM_CPU_DEVICES=cores)
-        said[cores] = process.communicate(timeout=PATIENCE)[1]
-        assert process.returncode == 0, said[cores]
-    assert "(3 cores, each" in said["3"] and "cores, each" not in said["1"]
+        output[cores] = process.communicate(timeout=PATIENCE)[1]
+        assert process.returncode == 0, output[cores]
+    assert "(3 cores, each" in output["3"] and "cores, each" not in output["1"]
     one, three = (json.loads((tmp_path / cores / "result.json").read_text()) for cores in ("1", "3"))
     assert three["val_loss"] == pytest.approx(one["val_loss"], abs=1e-4)
 
-    broken = start(file, tmp_path / "broken", JAX_NUM_CPU_DEVICES="3")
-    wait_for_step(tmp_path / "broken", 10, broken)
-    broken.send_signal(signal.SIGTERM)
-    broken.communicate(timeout=PATIENCE)
-    assert broken.returncode == 75
-    again = start(file, tmp_path / "broken", JAX_NUM_CPU_DEVICES="3")
-    assert again.communicate(timeout=PATIENCE) and again.returncode == 0
-    assert_same(restored(tmp_path / "broken"), restored(tmp_path / "3"))
+    stopped = start(file, tmp_path / "stopped", JAX_NUM_CPU_DEVICES="3")
+    wait_for_step(tmp_path / "stopped", 10, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=PATIENCE)
+    assert stopped.returncode == 75
+    resumed = start(file, tmp_path / "stopped", JAX_NUM_CPU_DEVICES="3")
+    assert resumed.communicate(timeout=PATIENCE) and resumed.returncode == 0
+    assert_same(restored(tmp_path / "stopped"), restored(tmp_path / "3"))

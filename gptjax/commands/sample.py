@@ -41,7 +41,7 @@ class Drawing:
         from gptjax.inference.generator import recommended
 
         asked: dict[str, Any] = dataclasses.asdict(self) | {"logit_bias": tuple(map(_bias, self.logit_bias)) or None}
-        if "temperature" not in writer.pretrained.recommended and self.temperature is None:
+        if "temperature" not in writer.pretrained.generation_config and self.temperature is None:
             asked["temperature"] = 0.8
         return recommended(writer.pretrained, **asked)
 

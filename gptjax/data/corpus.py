@@ -1,7 +1,7 @@
-"""Where text comes from: files and folders, hub data sets, functions, and the language reference inside every Python.
+"""Sources of text: files and folders, hub data sets, functions, and Python's own language reference ("pydoc").
 
-A source is a string; `iter_documents` gives its documents one after the other and `fingerprint` a hash of what they are made of.
-`$NAME` in a path is taken from the environment, so that an experiment names no machine's folders.
+A source is a string. `iter_documents` gives its documents, `iter_rows` the rows of its tables, and `fingerprint` a hash
+of its content. `$NAME` in a path is an environment variable, so that an experiment need not name a machine's folders.
 """
 
 import csv
@@ -19,28 +19,28 @@ from gptjax.errors import DataError
 
 TEXT = (".txt", ".md", ".rst", ".py")  # one file is one document
 TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # one row is one document
-Rows = Iterator[tuple[dict[str, Any], str]]  # each with where it is: its file, and line or number
-LARGEST_CELL = 1 << 30  # characters of a csv; the reader's own limit is that of a spreadsheet
+Rows = Iterator[tuple[dict[str, Any], str]]  # each row with its file and line or number
+LARGEST_CELL = 1 << 30  # characters of a csv cell; the reader's default is that of a spreadsheet
 ORIGINS = {
     "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 }
 
 
 def iter_documents(source: str, data: DataConfig) -> Iterator[str]:
-    """The documents of one source, in a fixed order, empty ones left out.
+    """The documents of one source, in a fixed order, without empty ones.
 
-    Raises `DataError` naming the file, and the line or row, for text that is missing, malformed or not UTF-8.
+    Raises `DataError` with the file, and the line or row, for text that is missing, malformed or not UTF-8.
     """
     documents = itertools.islice(_iter_documents(source, data), data.max_documents)
     first = next(documents, None)
     if first is None:
-        raise DataError(f"data.source = {source!r}: has no text in it; give a source with at least one document")
+        raise DataError(f"data.source = {source!r}: has no text; give a source with at least one document")
     yield first
     yield from documents
 
 
 def fingerprint(source: str, data: DataConfig) -> str:
-    """A hash that changes with any byte of the source, and does not depend on where it lies."""
+    """A hash of every byte of the source that does not depend on its path."""
     digest = hashlib.sha256(f"{data.column} {data.max_documents}".encode())
     if source == "pydoc":
         for text in _pydoc():
@@ -49,7 +49,7 @@ def fingerprint(source: str, data: DataConfig) -> str:
         for document, _ in synthetic.generate_documents(source, data):
             digest.update(json.dumps(document, sort_keys=True, default=str).encode())
     elif source.startswith("hub:"):
-        builder = _hub_builder(source, data)  # whose hash is that of the data set's revision
+        builder = _hub_builder(source, data)  # its hash is that of the data set's revision
         digest.update(f"{source} {data.hub_config} {data.hub_split} {builder.hash}".encode())
     else:
         for path in files(source):
@@ -60,11 +60,10 @@ def fingerprint(source: str, data: DataConfig) -> str:
 
 
 def iter_rows(source: str, data: DataConfig) -> Rows:
-    """The rows of one source's tables, in a fixed order, each with its file and the line that it begins in.
+    """The rows of one source's tables, in a fixed order, each with its file and the line where it begins.
 
-    Where there are no lines (parquet, one JSON array, the hub) it has a number in place of that.
-
-    Raises `DataError` as `iter_documents` does, and for a file that is no table.
+    Formats without lines (parquet, a JSON array, the hub) have the number of the row instead.
+    Raises `DataError` as `iter_documents` does, and for a file that is not a table.
     """
     if source.startswith("hub:"):
         yield from _numbered(_hub_rows(source, data), source)
@@ -72,24 +71,26 @@ def iter_rows(source: str, data: DataConfig) -> Rows:
     if synthetic.is_function(source):
         for row, where in synthetic.generate_documents(source, data):
             if isinstance(row, str):
-                raise DataError(f"{where}: gives a text; for data.prompt and data.answer a dict of columns is needed")
+                raise DataError(f"{where}: returns a text; data.prompt and data.answer need a dict of columns")
             yield row, where
         return
     for path in files(source):
         if path.suffix not in TABLES:
-            raise DataError(f"{path}: has no columns for data.prompt and data.answer; give {' '.join(TABLES)}")
+            raise DataError(
+                f"{path}: has no columns for data.prompt and data.answer; give a {' or '.join(TABLES)} file"
+            )
         yield from _table(path)
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that only the text decides: it splits texts into sides that stay when others are added."""
+    """A hash of the text in [0, 1). A split by it keeps every text on its side when other texts are added."""
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]) / 2**64
 
 
 def files(source: str) -> list[Path]:
-    """The files of a path: itself, or all in the folder with a known ending, sorted.
+    """The files of a path: the file itself, or all files in the folder with a known ending, sorted.
 
-    Raises `DataError` for a path that does not exist, with the place to get it where that is known.
+    Raises `DataError` for a path that does not exist, with the address of the data if it is known.
     """
     path = Path(os.path.expandvars(source)).expanduser()
     if "$" in str(path):
@@ -128,7 +129,7 @@ def _iter_documents(source: str, data: DataConfig) -> Iterator[str]:
 
 
 def _pydoc() -> Iterator[str]:
-    from pydoc_data.topics import topics  # half a megabyte, wanted only here
+    from pydoc_data.topics import topics  # half a megabyte, loaded only if used
 
     return (topics[name] for name in sorted(topics))
 
@@ -163,21 +164,21 @@ def _json_lines(path: Path) -> Rows:
             except (ValueError, RecursionError) as e:
                 raise DataError(f"{where}: cannot be read as json: {e}") from None
             if line.strip() and not isinstance(row, dict):
-                raise DataError(f"{where}: holds {line[:40].decode()!r}; an object with the columns is needed")
+                raise DataError(f"{where}: holds {line[:40].decode()!r}; a JSON object with the columns is needed")
             if row is not None:
                 yield row, where
 
 
 def _csv_lines(path: Path) -> Rows:
-    """The rows below the first line, which names the columns; a cell in quotes may go on over several lines."""
+    """The rows below the header line. A quoted cell may span several lines."""
     csv.field_size_limit(LARGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
-        done = 0  # lines before the row
+        done = 0  # lines before the current row
         try:
             names = next(reader, [])
             if twice := [name for name in names if names.count(name) > 1]:
-                raise DataError(f"{path}, line 1: names the column {twice[0]!r} twice; rename one of them")
+                raise DataError(f"{path}, line 1: has the column {twice[0]!r} twice; rename one of them")
             done = reader.line_num
             for cells in reader:
                 where, done = f"{path}, line {done + 1}", reader.line_num
@@ -185,8 +186,8 @@ def _csv_lines(path: Path) -> Rows:
                     continue
                 if len(cells) != len(names):
                     raise DataError(
-                        f"{where}: has {len(cells)} cells, and the first line names {len(names)} columns; a cell with "
-                        'a comma or a line break stands in quotes, "so, for instance"'
+                        f"{where}: has {len(cells)} cells, but the first line has {len(names)} columns; put a cell "
+                        'with a comma or a line break in quotes, "like, this"'
                     )
                 yield dict(zip(names, cells, strict=True)), where
         except csv.Error as e:
@@ -196,13 +197,13 @@ def _csv_lines(path: Path) -> Rows:
 
 
 def _other_table(path: Path) -> Rows:
-    import datasets  # two seconds, wanted only where a store is built from such a table
+    import datasets  # takes two seconds to import, and only a new store needs it
 
     kind = TABLES[path.suffix]
     try:
         table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
         yield from _numbered(table, str(path))
-    except Exception as e:  # the readers raise whatever their engine does
+    except Exception as e:  # the readers have no error class of their own
         line = _bad_line(path, json.loads) if kind == "json" else None
         where = f", line {line}" if line else ""
         raise DataError(f"{path}{where}: cannot be read as {kind}: {_root_cause(e)}") from None
@@ -218,7 +219,7 @@ def _texts(table: Rows, column: str) -> Iterator[str]:
             raise DataError(f"{where}: has no column {column!r} (data.column); it has {', '.join(row)}")
         text = row[column]
         if not isinstance(text, str):
-            raise DataError(f"{where}, column {column!r} holds {text!r}; text is needed")
+            raise DataError(f"{where}, column {column!r}: holds {text!r}; text is needed")
         if text:
             yield text
 

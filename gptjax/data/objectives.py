@@ -32,7 +32,9 @@ class Batch(NamedTuple):
     loss_weights: np.ndarray | Array  # float32: weight of each target in the loss; 0 in the padding
     segment_ids: np.ndarray | Array | None = None  # int32: tokens attend within their segment; None: the whole row
     positions: np.ndarray | Array | None = None  # int32: position within the segment; None: within the row
-    prefix_mask: np.ndarray | Array | None = None  # bool: visible to earlier tokens of the segment too; None: no token is
+    prefix_mask: np.ndarray | Array | None = (
+        None  # bool: visible to earlier tokens of the segment; None: no token is
+    )
     advantages: np.ndarray | Array | None = None  # float32: of each sampled token (policy gradient); None: 1
 
 

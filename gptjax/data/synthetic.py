@@ -1,9 +1,9 @@
-"""Text made to order: a plain Python function of (seed, index) in the place of files.
+"""Synthetic text: a Python function of (seed, index) as the source.
 
-`function:PACKAGE.MODULE:NAME` calls NAME(0, 0), NAME(0, 1), ... for `data.max_documents` documents, with `:SEED` behind
-it another seed. The function gives a text, or a dict of columns for `data.prompt` and `data.answer`; it is pure, as
-its text is made again wherever it is needed and is known by its hash. It is imported and so executed: for an
-experiment of one's own, never because of a run folder that may be a stranger's (`training/run.py`).
+`function:PACKAGE.MODULE:NAME` calls NAME(0, 0), NAME(0, 1), ... for `data.max_documents` documents; `:SEED` at the end
+sets another seed. The function returns a text, or a dict of columns for `data.prompt` and `data.answer`. It must be
+pure: its documents are generated several times and identified by their hash. Its module is imported, and so executed:
+only for the user's own experiment, never for an untrusted run folder (`training/run.py`).
 """
 
 import importlib
@@ -17,26 +17,28 @@ PREFIX = "function:"
 
 
 def is_function(source: str) -> bool:
-    """Whether a source names a function."""
+    """Whether a source is a function."""
     return source.startswith(PREFIX)
 
 
 def generate_documents(source: str, data: DataConfig) -> Iterator[tuple[Any, str]]:
-    """What the function of a source gives, one document after the other, each with where it is from.
+    """The documents that the function of a source returns, each with its origin for messages.
 
-    Raises `DataError` naming the source for a function that cannot be found, fails, or gives something else.
+    Raises `DataError` for a function that cannot be found, that fails, or that returns anything else.
     """
     function, seed = _find(source)
     if data.max_documents is None:
-        raise DataError(f"data.source = {source!r}: never ends; say by data.max_documents how many documents to make")
+        raise DataError(
+            f"data.source = {source!r}: has no end; set data.max_documents to the number of documents to generate"
+        )
     for index in range(data.max_documents):
         where = f"{source.removeprefix(PREFIX)}, index {index}"
         try:
             document = function(seed, index)
-        except Exception as e:  # of the user's own function
-            raise DataError(f"{where}: the function fails ({type(e).__name__}: {e}); mend it") from e
+        except Exception as e:  # from the user's function
+            raise DataError(f"{where}: the function fails ({type(e).__name__}: {e}); correct it") from e
         if not isinstance(document, str | dict):
-            raise DataError(f"{where}: gives {document!r}; a text or a dict of columns is needed")
+            raise DataError(f"{where}: returns {document!r}; a text or a dict of columns is needed")
         yield document, where
 
 
@@ -44,11 +46,13 @@ def _find(source: str) -> tuple[Callable[[int, int], Any], int]:
     module, name, *rest = [*source.removeprefix(PREFIX).split(":"), ""][:4]
     seed = rest[0] if rest else "0"
     if not (module and name) or not (seed or "0").isdecimal() or source.count(":") > 3:
-        raise DataError(f"data.source = {source!r}: is not function:PACKAGE.MODULE:NAME, perhaps with :SEED behind it")
+        raise DataError(
+            f"data.source = {source!r}: is not of the form function:PACKAGE.MODULE:NAME or ...:NAME:SEED"
+        )
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as e:  # of the user's own module
+    except Exception as e:  # from the user's module
         raise DataError(f"data.source = {source!r}: cannot be imported ({type(e).__name__}: {e})") from None
     if not callable(found):
-        raise DataError(f"data.source = {source!r}: is no function of (seed, index), but {found!r}")
+        raise DataError(f"data.source = {source!r}: is not a function of (seed, index), but {found!r}")
     return found, int(seed or "0")

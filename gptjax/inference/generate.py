@@ -7,7 +7,7 @@ prompt lengths, bucket of total lengths and set of rules in use, and never for a
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from gptjax.model.gpt import Cache, decode_step, unembed
 MOST_TOKENS = 1 << 24  # of one text
 
 
+@runtime_checkable
 class TokenConstraint(Protocol):
     """Something that follows one text and has a say in it: stop tokens, stop strings, a grammar."""
 

@@ -176,4 +176,4 @@ class Generator:
 def recommended(pretrained: Pretrained, **asked: object) -> SamplingParams:
     """What is asked for, with what the model's makers recommend in the place of None."""
     given = {name: value for name, value in asked.items() if value is not None}
-    return dataclasses.replace(SamplingParams(), **(pretrained.recommended | given))
+    return dataclasses.replace(SamplingParams(), **(pretrained.generation_config | given))

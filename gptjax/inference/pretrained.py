@@ -16,16 +16,16 @@ class Pretrained:
     model: config.ModelConfig  # resolved
     params: Any  # as `init_params` makes them; arrays of NumPy or JAX in any float dtype
     tokenizer: Tokenizer
-    recommended: dict[str, Any] = field(default_factory=dict)  # fields of `SamplingParams` that its makers recommend
+    generation_config: dict[str, Any] = field(default_factory=dict)  # fields of `SamplingParams` that its makers recommend
     stop_tokens: tuple[int, ...] = ()  # ids that end a text, besides `tokenizer.eos_id`
     chat_template: str | None = None  # a Jinja template that turns messages into a prompt
     extra_generation_config: dict[str, Any] = field(default_factory=dict)  # of generation_config.json: kept for an export, not used
     labels: tuple[str, ...] = ()  # the classes that it tells in the place of tokens; (): it tells tokens
 
-    def generation(self) -> dict[str, Any]:
+    def generation_settings(self) -> dict[str, Any]:
         """How its makers recommend to sample from it, as a run folder keeps it."""
         return {
-            "recommended": self.recommended,
+            "recommended": self.generation_config,
             "stop_tokens": list(self.stop_tokens),
             "chat_template": self.chat_template,
             "passed_on": self.extra_generation_config,

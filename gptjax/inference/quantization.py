@@ -19,7 +19,7 @@ from gptjax.model.weights import num_inputs
 
 
 def to_int8(model: config.ModelConfig, params: Any) -> Any:
-    """The weights with an `Int8` in the place of every matrix; the token table by rows, so that it can be looked up."""
+    """The weights with a `QuantizedMatrix` in the place of every matrix; the token table by rows, so that it can be looked up."""
     return _convert(model, params, matmul.quantize_int8, lambda table: matmul.quantize_int8(table.T, 1))
 
 

@@ -8,7 +8,7 @@ taken, the texts are the same token for token.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,7 @@ class Tally:
         return self.guesses + 1 if alpha == 1 else (1 - alpha ** (self.guesses + 1)) / (1 - alpha)
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Something that guesses how texts go on."""
 

@@ -1,12 +1,12 @@
-"""BERT as masked language model, to read only. Token type 0 is worked into the positions; there is no other."""
+"""BERT as a masked language model; import only. Token type 0 is folded into the positions; others are not supported."""
 
 from gptjax.config import ModelConfig
-from gptjax.interop.family import ACTIVATIONS, Family, linear, norm, same_rate
+from gptjax.interop.family import ACTIVATIONS, Family, dropout_rate, linear, norm
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 
 
-def _read(f: Fields) -> ModelConfig:
+def _from_hf_config(f: Fields) -> ModelConfig:
     f.inert(position_embedding_type=("absolute",), tie_word_embeddings=(True,))
     f.take("type_vocab_size", int, 2)
     return ModelConfig(
@@ -22,7 +22,7 @@ def _read(f: Fields) -> ModelConfig:
         embedding_norm=True,
         causal=False,
         head="mlm",
-        dropout=same_rate(f, "hidden_dropout_prob", "attention_probs_dropout_prob", default=0.1),
+        dropout=dropout_rate(f, "hidden_dropout_prob", "attention_probs_dropout_prob", default=0.1),
         init_std=f.take("initializer_range", float, 0.02),
     )
 
@@ -50,7 +50,7 @@ def _tensors(config: ModelConfig) -> list[Tensor]:
 FAMILY = Family(
     "bert",
     "BertForMaskedLM",
-    _read,
+    _from_hf_config,
     None,
     _tensors,
     prefix="bert.",
@@ -62,6 +62,6 @@ FAMILY = Family(
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
     folded={"embeddings.token_type_embeddings.weight": "embeddings.position_embeddings.weight"},
-    without_head=": it was saved without its masked-language-model head (from BertModel, perhaps); gptjax reads "
+    without_head=": it was saved without its masked-language-model head (perhaps from BertModel); gptjax reads "
     "BertForMaskedLM",
 )

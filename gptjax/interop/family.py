@@ -1,4 +1,4 @@
-"""What a family of models is, and what several of them share."""
+"""The description of a model family, and helpers that several families share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from gptjax.config import ModelConfig
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 
-ACTIVATIONS = {  # theirs -> ours; the first of several is the one that is written
+ACTIVATIONS = {  # transformers -> gptjax; an export writes the first of several
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
     "gelu_fast": "gelu",
@@ -21,29 +21,31 @@ ACTIVATIONS = {  # theirs -> ours; the first of several is the one that is writt
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of transformers."""
+    """A `model_type` of transformers."""
 
     name: str
-    architecture: str  # the class that has its language-model head
-    read: Callable[[Fields], ModelConfig]  # problems go into the fields; the model is resolved
-    write: Callable[[ModelConfig], dict[str, Any]] | None  # None: read only
+    architecture: str  # its class with a language-model head
+    from_hf_config: Callable[[Fields], ModelConfig]  # collects problems in the fields
+    to_hf_config: Callable[[ModelConfig], dict[str, Any]] | None  # of a resolved config; None: import only
     tensors: Callable[[ModelConfig], list[Tensor]]
-    prefix: str  # of the tensors of its body, which some files leave out
-    outside: tuple[str, ...]  # names, and beginnings of names, that have no prefix
-    buffers: str  # a pattern of what files hold besides the weights, without effect on the logits
-    renamed: tuple[tuple[str, str], ...] = ()  # endings of older files, and what they are now
-    copies: dict[str, str] = field(default_factory=dict)  # what tied models may hold twice -> the tensor it must equal
-    folded: dict[str, str] = field(default_factory=dict)  # a table whose first row is added to every row of another
-    without_head: str = ""  # what to say where nothing but the head is missing
+    prefix: str  # of the backbone's tensors; some files omit it
+    outside: tuple[str, ...]  # names, or prefixes of names, of tensors outside the backbone
+    buffers: str  # a pattern of tensors without effect on the logits
+    renamed: tuple[tuple[str, str], ...] = ()  # old and new endings of names
+    copies: dict[str, str] = field(
+        default_factory=dict
+    )  # a duplicate of a tied tensor -> the tensor that it must equal
+    folded: dict[str, str] = field(default_factory=dict)  # a table -> the table to whose rows its first row is added
+    without_head: str = ""  # the hint if only the head is missing
 
     def canonical(self, name: str) -> str:
-        """A tensor's name without the prefix, as `tensors` has it."""
+        """A tensor's name without the prefix, as in `tensors`."""
         for old, new in self.renamed:
             name = name.removesuffix(old) + new if name.endswith(old) else name
         return name.removeprefix(self.prefix)
 
     def full_name(self, name: str) -> str:
-        """A tensor's name as transformers writes it."""
+        """A tensor's name as in transformers."""
         return name if name.startswith(self.outside) else self.prefix + name
 
 
@@ -61,12 +63,12 @@ def head(config: ModelConfig, theirs: str) -> list[Tensor]:
     return [] if config.tie_embeddings else [Tensor(theirs, ("embedding.head",), linear=True)]
 
 
-def word(words: dict[str, str], ours: str) -> str:
-    """What they call an activation; where they have none, a wrong one, which `inexpressible` then names."""
-    return next((theirs for theirs, mine in words.items() if mine == ours), next(iter(words)))
+def hf_name(names: dict[str, str], ours: str) -> str:
+    """The name of an activation in transformers; if it has none, another one, which `inexpressible` reports."""
+    return next((theirs for theirs, name in names.items() if name == ours), next(iter(names)))
 
 
-def same_rate(f: Fields, *names: str, default: float) -> float:
-    """Dropout, where all of theirs are the same; else 0: gptjax has one for all, and the logits do not depend on it."""
+def dropout_rate(f: Fields, *names: str, default: float) -> float:
+    """The dropout rate if all rates are the same; else 0: gptjax has one rate, and the logits do not depend on it."""
     rates = {float(f.take(name, float, default)) for name in names}
     return rates.pop() if len(rates) == 1 else 0.0

@@ -1,6 +1,6 @@
-"""A folder in Hugging Face's layout, which may be a stranger's: links, pickles, giants and damage are refused.
+"""Untrusted folders in Hugging Face's layout: links, pickles, oversized and damaged files are refused.
 
-Weights are read from safetensors only: a header of JSON and the bytes of the arrays. gptjax never unpickles.
+Weights are only read from safetensors files: a JSON header and the bytes of the arrays. gptjax never unpickles.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp  # with ml_dtypes, which teaches NumPy bfloat16
+import jax.numpy as jnp  # also adds bfloat16 to NumPy (ml_dtypes)
 import numpy as np
 
 from gptjax.atomic_io import read_json, read_text, sync_folder
@@ -23,11 +23,11 @@ from gptjax.errors import ExchangeError
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, TOKENIZER, TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-LARGEST_HEADER = 100_000_000  # bytes: that of a model with a million tensors
+MAX_HEADER = 100_000_000  # bytes: the header of a model with a million tensors
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class Stored(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor in a file."""
 
     path: Path
@@ -36,20 +36,20 @@ class Stored(NamedTuple):
 
 
 def check_folder(folder: Path) -> None:
-    """Raises `ExchangeError` where a folder holds no model, or links that lead out of it.
+    """Raises `ExchangeError` if a folder is missing or has links to files outside.
 
-    The hub's cache is made of links from `models--NAME/snapshots/REVISION` to `models--NAME/blobs`: they are followed.
+    Links from `models--NAME/snapshots/REVISION` to `models--NAME/blobs`, as in the hub's cache, are followed.
     """
     if not folder.is_dir():
-        raise ExchangeError(folder, ["is no folder; name one with config.json and model.safetensors"])
-    home = folder.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        homes.append(home.parent.parent / "blobs")
+        raise ExchangeError(folder, ["is not a folder; name one with config.json and model.safetensors"])
+    resolved = folder.resolve()
+    allowed = [resolved]
+    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
+        allowed.append(resolved.parent.parent / "blobs")
     problems = []
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(h) for h in homes):
-            problems.append(f"{path.name} is a link that leads out of the folder; gptjax does not follow it")
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in allowed):
+            problems.append(f"{path.name} is a link to a file outside of the folder; gptjax does not follow it")
         elif path.exists() and not (path.is_file() or path.is_dir()):
             problems.append(f"{path.name} is neither a file nor a folder")
     if problems:
@@ -57,38 +57,38 @@ def check_folder(folder: Path) -> None:
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any] | None:
-    """The JSON object in a file of a folder that `check_folder` let pass; None where there is none."""
+    """The JSON object in a file of a folder checked by `check_folder`; None if there is no such file."""
     path = (folder / name).resolve()
     return read_json(path) if path.is_file() else None
 
 
-def read_words(folder: Path, name: str) -> str | None:
-    """The text of a file of such a folder; None where there is none."""
+def read_text_file(folder: Path, name: str) -> str | None:
+    """The text of a file of such a folder; None if there is no such file."""
     path = (folder / name).resolve()
     return read_text(path) if path.is_file() else None
 
 
-class Weights:
-    """The tensors of such a folder, by their names: in one file, or in several with an index. Reads when asked.
+class SafetensorsReader:
+    """The tensors of such a folder by name, in one file or in several with an index. Tensors are read on demand.
 
-    `whole` is the name of the one file. Raises `ExchangeError` for files that are missing, damaged, or no safetensors.
+    `single` is the name of the one file. Raises `ExchangeError` for files that are missing, damaged or not safetensors.
     """
 
-    def __init__(self, folder: Path, whole: str = WEIGHTS):
+    def __init__(self, folder: Path, single: str = WEIGHTS):
         self._open: dict[Path, Any] = {}
-        self.tensors: dict[str, Stored] = {}
-        paths = _files(folder, whole)
+        self.tensors: dict[str, TensorInfo] = {}
+        paths = _files(folder, single)
         for path in paths:
-            for name, stored in self._contents(path).items():
+            for name, info in self._contents(path).items():
                 if name in self.tensors:
                     raise ExchangeError(folder, [f"{name} is in {self.tensors[name].path.name} and in {path.name}"])
-                self.tensors[name] = stored
-        index = read_object(folder, INDEX) if paths != [folder / whole] else None
+                self.tensors[name] = info
+        index = read_object(folder, INDEX) if paths != [folder / single] else None
         for name, file in index["weight_map"].items() if index else ():
             if name not in self.tensors or self.tensors[name].path.name != file:
-                raise ExchangeError(folder, [f"{INDEX} says that {name} is in {file}, and it is not"])
+                raise ExchangeError(folder, [f"{INDEX} says that {name} is in {file}, but it is not"])
 
-    def __enter__(self) -> "Weights":
+    def __enter__(self) -> "SafetensorsReader":
         return self
 
     def __exit__(
@@ -96,88 +96,90 @@ class Weights:
     ) -> None:
         self._open.clear()
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor, in memory of its own."""
+    def read_tensor(self, name: str) -> np.ndarray:
+        """A copy of a tensor."""
         path = self.tensors[name].path
-        return _try(path, lambda: self._open[path].get_tensor(name))
+        return _open_safely(path, lambda: self._open[path].get_tensor(name))
 
-    def _contents(self, path: Path) -> dict[str, Stored]:
+    def _contents(self, path: Path) -> dict[str, TensorInfo]:
         from safetensors import safe_open
 
         _check_header(path)
-        file = self._open[path] = _try(path, lambda: safe_open(path.resolve(), framework="np"))
+        file = self._open[path] = _open_safely(path, lambda: safe_open(path.resolve(), framework="np"))
         found = {}
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
+        for name in file.keys():  # noqa: SIM118 (not a dict)
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
-                wanted = ", ".join(DTYPES)
-                raise ExchangeError(path, [f"{name} is of dtype {part.get_dtype()}; gptjax reads {wanted}"])
-            found[name] = Stored(path, jnp.dtype(DTYPES[part.get_dtype()]), tuple(part.get_shape()))
+                supported = ", ".join(DTYPES)
+                raise ExchangeError(path, [f"{name} has dtype {part.get_dtype()}; gptjax reads {supported}"])
+            found[name] = TensorInfo(path, jnp.dtype(DTYPES[part.get_dtype()]), tuple(part.get_shape()))
         return found
 
 
-def _files(folder: Path, whole: str) -> list[Path]:
-    """The safetensors files of a folder, each known to be there: the one, or those of the index of a model."""
-    if (folder / whole).is_file():
-        return [folder / whole]
-    index = read_object(folder, INDEX) if whole == WEIGHTS else None
+def _files(folder: Path, single: str) -> list[Path]:
+    """The safetensors files of a folder, checked to exist: the single one, or those of the index."""
+    if (folder / single).is_file():
+        return [folder / single]
+    index = read_object(folder, INDEX) if single == WEIGHTS else None
     if index is None:
-        raise ExchangeError(folder, [_no_weights(folder, whole)])
+        raise ExchangeError(folder, [_no_weights(folder, single)])
     names = index.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise ExchangeError(folder / INDEX, ["is damaged: weight_map, with the file of each tensor, was expected"])
     files = sorted(set(names.values()))
-    if strange := [f for f in files if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", f)]:
-        problem = f"{strange[0]!r} is not the name of a safetensors file in this folder; gptjax does not open it"
+    if invalid := [f for f in files if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", f)]:
+        problem = f"{invalid[0]!r} is not the name of a safetensors file in this folder; gptjax does not open it"
         raise ExchangeError(folder / INDEX, [problem])
     if missing := [f for f in files if not (folder / f).is_file()]:
         raise ExchangeError(
-            folder, [f"{f} is missing, which {INDEX} names; bring it, or fetch the model again" for f in missing]
+            folder, [f"{f} is in {INDEX} but missing; add it, or download the model again" for f in missing]
         )
     return [folder / f for f in files]
 
 
-def _no_weights(folder: Path, whole: str) -> str:
+def _no_weights(folder: Path, single: str) -> str:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         return (
-            f"holds its weights as {pickles[0]} and not as {whole}. gptjax does not unpickle, as that can run any "
-            "code; save the model with save_pretrained(..., safe_serialization=True) in transformers"
+            f"has its weights in {pickles[0]} and not in {single}. gptjax does not unpickle, because that can run "
+            "any code; save the model with save_pretrained(..., safe_serialization=True) in transformers"
         )
-    missing = f"neither {WEIGHTS} nor {INDEX}" if whole == WEIGHTS else f"no {whole}"
-    return f"holds {missing}; gptjax reads weights from safetensors only"
+    missing = f"neither {WEIGHTS} nor {INDEX}" if single == WEIGHTS else f"no {single}"
+    return f"has {missing}; gptjax only reads weights from safetensors files"
 
 
 def _check_header(path: Path) -> None:
-    """Raises `ExchangeError` before any memory is taken by the header of a file that cannot be what it says."""
+    """Raises `ExchangeError` for a header with an impossible size, before memory is allocated for it."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         size = int.from_bytes(file.read(8), "little") if stat.S_ISREG(status.st_mode) else -1
     if status.st_size < 8 or not 0 <= size <= status.st_size - 8:
-        raise ExchangeError(path, ["is no safetensors file, or was cut off: its header is longer than the file"])
-    if size > LARGEST_HEADER:
-        raise ExchangeError(path, [f"has a header of {size:,} bytes, more than the {LARGEST_HEADER:,} of any model"])
+        raise ExchangeError(path, ["is not a safetensors file, or is cut off: its header is longer than the file"])
+    if size > MAX_HEADER:
+        raise ExchangeError(path, [f"has a header of {size:,} bytes; at most {MAX_HEADER:,} are allowed"])
 
 
-def _try(path: Path, action: Any) -> Any:
-    """What an action on a safetensors file gives; the library raises kinds of errors of its own."""
+def _open_safely(path: Path, action: Any) -> Any:
+    """The result of an action on a safetensors file; turns any error of the library into an `ExchangeError`."""
     try:
         return action()
     except Exception as e:
-        raise ExchangeError(path, [f"is damaged, or cut off ({e}); fetch it again"]) from None
+        raise ExchangeError(path, [f"is damaged or cut off ({e}); download it again"]) from None
 
 
 def check_empty(folder: Path) -> None:
-    """Raises `ExchangeError` where a folder is none, or holds something."""
+    """Raises `ExchangeError` if a path is not a folder, or a folder that is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExchangeError(folder, ["is there already and not empty; nothing is written over: name another folder"])
+        raise ExchangeError(
+            folder, ["already exists and is not empty; gptjax does not overwrite it: name another folder"]
+        )
 
 
 @contextlib.contextmanager
-def filling(folder: Path) -> Iterator[None]:
-    """Makes a folder, or takes an empty one, for what is written meanwhile; where that fails, it is emptied again.
+def fill_folder(folder: Path) -> Iterator[None]:
+    """Creates a folder, or takes an empty one, for files to be written; empties it again after an error.
 
-    Raises `ExchangeError` where the folder holds something or cannot be written.
+    Raises `ExchangeError` if the folder is not empty or not writable.
     """
     check_empty(folder)
     try:
@@ -196,25 +198,25 @@ def write_weights(
 ) -> None:
     """Writes tensors into one file, or into several of at most `max_shard_bytes` with an index.
 
-    `sizes` has the bytes of each, in the order in which they come; no more than one file of them is held in memory.
+    `sizes`: the bytes of each tensor, in the order of `tensors`. At most one file is held in memory.
     """
     shards: list[list[str]] = [[]]
-    room = max_shard_bytes
+    space = max_shard_bytes
     for name, size in sizes.items():
-        if size > room and shards[-1]:
+        if size > space and shards[-1]:
             shards.append([])
-            room = max_shard_bytes
+            space = max_shard_bytes
         shards[-1].append(name)
-        room -= size
+        space -= size
     stream = iter(tensors)
     count = len(shards)
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         write_file(folder / file, dict(_take(stream, names)))
-        where |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if count > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     sync_folder(folder)
 
@@ -227,15 +229,15 @@ def _take(stream: Iterator[tuple[str, np.ndarray]], names: list[str]) -> Iterato
 
 
 def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file, and returns when it is on disk."""
+    """Writes a safetensors file and syncs it to disk."""
     from safetensors.numpy import save_file
 
-    assert all(x.flags.c_contiguous for x in tensors.values())  # it would write any other in a wrong order
+    assert all(x.flags.c_contiguous for x in tensors.values())  # the library writes other layouts in the wrong order
     path.touch()
-    mode = path.stat().st_mode  # the library would hide the file from everybody else
+    mode = path.stat().st_mode  # the library would make the file readable by its owner only
     try:
-        save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on this word
-    except Exception as e:  # of the library's own kind, also for a full disk
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers requires this value
+    except Exception as e:  # the library's own error type, also for a full disk
         raise OSError(f"{path.name}: {e}") from None
     path.chmod(mode)
     with path.open("rb") as file:

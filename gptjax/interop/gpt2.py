@@ -1,33 +1,32 @@
-"""GPT-2 and whatever was saved as one: learned positions, layernorm before each half, queries to values in one."""
+"""The GPT-2 family: learned positions, pre-norm with layernorm, one tensor for query, key and value."""
 
 from typing import Any
 
 from gptjax.config import ModelConfig
-from gptjax.interop.family import ACTIVATIONS, Family, head, norm, same_rate, word
+from gptjax.interop.family import ACTIVATIONS, Family, dropout_rate, head, hf_name, norm
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 
 
-def _read(f: Fields) -> ModelConfig:
-    embed, heads = f.need("n_embd", int, 768), f.need("n_head", int, 12)
+def _from_hf_config(f: Fields) -> ModelConfig:
     f.inert(scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,))
-    f.ignore("reorder_and_upcast_attn")  # in float32 the same
+    f.ignore("reorder_and_upcast_attn")  # no effect in float32
     return ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=f.need("n_positions", int, 1024),
         num_layers=f.need("n_layer", int, 12),
-        embed_dim=embed,
-        num_heads=heads,
+        embed_dim=f.need("n_embd", int, 768),
+        num_heads=f.need("n_head", int, 12),
         ffn_dim=f.take("n_inner", int, None),
         ffn=f.choose("activation_function", ACTIVATIONS, "gelu_new"),
         norm_epsilon=f.take("layer_norm_epsilon", float, 1e-5),
-        dropout=same_rate(f, "resid_pdrop", "embd_pdrop", "attn_pdrop", default=0.1),
+        dropout=dropout_rate(f, "resid_pdrop", "embd_pdrop", "attn_pdrop", default=0.1),
         init_std=f.take("initializer_range", float, 0.02),
         tie_embeddings=f.take("tie_word_embeddings", bool, True),
     )
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "n_positions": config.context_length,
@@ -35,7 +34,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
         "n_inner": config.ffn_dim,
-        "activation_function": word(ACTIVATIONS, config.ffn),
+        "activation_function": hf_name(ACTIVATIONS, config.ffn),
         "layer_norm_epsilon": config.norm_epsilon,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
@@ -69,8 +68,8 @@ def _tensors(config: ModelConfig) -> list[Tensor]:
 FAMILY = Family(
     "gpt2",
     "GPT2LMHeadModel",
-    _read,
-    _write,
+    _from_hf_config,
+    _to_hf_config,
     _tensors,
     prefix="transformer.",
     outside=("lm_head.",),

@@ -1,9 +1,9 @@
-"""The lm-evaluation-harness of EleutherAI, run on a gptjax model: the same numbers as its own `hf` backend gives.
+"""EleutherAI's lm-evaluation-harness on a gptjax model, with the same results as its own `hf` backend.
 
-Texts are taken as `HFLM` takes them: context and continuation are tokenised together and split, the words of special
-tokens become their ids, an empty context is the begin_of_text (else the end_of_text), and what is too long is cut on
-the left. The only file that needs lm_eval: `pip install 'gptjax[harness]'`. With this module imported, `gptjax` is a
-model of lm_eval like any other: `simple_evaluate("gptjax", "pretrained=runs/quickstart", tasks=[...])`.
+Texts are processed as in `HFLM`: context and continuation are tokenised together and split, special tokens in the text
+become their ids, an empty context becomes the BOS token (else EOS), and long inputs are truncated on the left. The only
+file that needs lm_eval: `pip install 'gptjax[harness]'`. With this module imported, `gptjax` is a model of
+lm_eval: `simple_evaluate("gptjax", "pretrained=runs/quickstart", tasks=[...])`.
 """
 
 import difflib
@@ -27,14 +27,19 @@ from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.inference.sampling import SamplingParams
 from gptjax.inference.scoring import Part, Scorer, first_token
 
-MOST_TOKENS = 256  # to generate where a task does not say
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of that, the first counts
-RULES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
+DEFAULT_NEW_TOKENS = 256  # if a task sets no limit
+LENGTHS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # names of the limit; the first counts
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
 @register_model("gptjax")
 class GptjaxLM(TemplateLM):
-    """A model as lm_eval asks for it: log-likelihoods of continuations and of whole texts, and generated text."""
+    """The model interface of lm_eval: log-likelihoods of continuations and of texts, and generated text."""
 
     def __init__(
         self,
@@ -47,10 +52,10 @@ class GptjaxLM(TemplateLM):
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
-        """`pretrained`: a model, or what `gptjax eval` takes: a run folder, a folder of Hugging Face, a hub name.
+        """`pretrained`: a model, or its name as for `gptjax eval` (a run folder, a Hugging Face folder or a hub name).
 
-        `max_length` None: the model's context. `prefix_token_id` goes before what has no context; None: begin_of_text,
-        else end_of_text. `device` and `max_batch_size`, which lm_eval passes to every model, have no meaning here.
+        `max_length` None: the context length. `prefix_token_id`: replaces an empty context; None: BOS, else EOS.
+        `device` and `max_batch_size`, which lm_eval passes to every model, have no effect.
         """
         super().__init__()
         if isinstance(pretrained, str):
@@ -62,49 +67,52 @@ class GptjaxLM(TemplateLM):
         first = first_token(pretrained.tokenizer) if prefix_token_id is None else prefix_token_id
         if first is None:
             raise PromptError(
-                f"{pretrained.name}: its tokenizer has neither begin_of_text nor end_of_text, so that there is nothing "
-                "to put before a text without context; GptjaxLM(..., prefix_token_id=ID) names a token for that"
+                f"{pretrained.name}: its tokenizer has neither a BOS nor an EOS token to put before a text without "
+                "context; set one with GptjaxLM(..., prefix_token_id=ID)"
             )
-        self.pretrained, self.vocabulary, self.dtype = pretrained, pretrained.tokenizer, dtype
+        self.pretrained = pretrained
+        self.vocabulary = pretrained.tokenizer
+        self.dtype = dtype
         self.batch_size = int(batch_size)
         self.max_length = max_length or pretrained.model.context_length
-        self._first, words = first, {i: word for word, i in pretrained.tokenizer.special_tokens.items()}
-        self._first_word = words.get(first)
+        self._prefix_id = first
+        texts = {i: text for text, i in pretrained.tokenizer.special_tokens.items()}
+        self._prefix_text = texts.get(first)
 
     @cached_property
     def scorer(self) -> Scorer:
         return Scorer(self.pretrained, self.batch_size, self.dtype)
 
     @cached_property
-    def writer(self) -> Generator:
+    def generator(self) -> Generator:
         return Generator(self.pretrained, self.dtype)
 
     @property
     def eot_token_id(self) -> int:
         end = self.vocabulary.eos_id
-        return self._first if end is None else end
+        return self._prefix_id if end is None else end
 
     @property
     def prefix_token_id(self) -> int:
-        return self._first
+        return self._prefix_id
 
     @property
     def tokenizer_name(self) -> str:
         return self.pretrained.name
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval keeps about the model beside the results."""
+        """Information about the model, which lm_eval stores with the results."""
         size = sum(x.size for x in jax.tree.leaves(self.pretrained.params))
         dtype = self.dtype or self.pretrained.model.dtype
         return {"model_args": self.pretrained.name, "model_num_parameters": size, "model_dtype": dtype}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of a text; begin_of_text goes before it where the model wants one and the text has none itself."""
+        """The ids of a text; BOS is added if the tokenizer has one and the text does not start with it."""
         ids = self.vocabulary.encode_special(string).tolist()
-        begin = self.vocabulary.bos_id
+        bos_id = self.vocabulary.bos_id
         if add_special_tokens is None:
-            add_special_tokens = self._first_word is None or not string.startswith(self._first_word)
-        return [begin, *ids] if add_special_tokens and begin is not None else ids
+            add_special_tokens = self._prefix_text is None or not string.startswith(self._prefix_text)
+        return [bos_id, *ids] if add_special_tokens and bos_id is not None else ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -112,96 +120,96 @@ class GptjaxLM(TemplateLM):
         for (context, continuation), _, ids in requests:
             if not 1 <= len(ids) <= self.max_length:
                 raise PromptError(
-                    f"a continuation of {len(ids)} tokens cannot be scored: 1 to {self.max_length} are possible; it is "
-                    f"{continuation[:80]!r} after {context[-80:]!r}"
+                    f"a continuation of {len(ids)} tokens cannot be scored (1 to {self.max_length} tokens are "
+                    f"possible): {continuation[:80]!r} after {context[-80:]!r}"
                 )
-        answers = self._likelihoods((context, continuation) for _, context, continuation in requests)
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return answers
+        scores = self._likelihoods((context, continuation) for _, context, continuation in requests)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
+        return scores
 
     def _likelihoods(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """ln of the probability of each continuation, and whether it is what the model would have written."""
+        """The log-probability of each continuation, and whether greedy decoding generates it."""
 
         def part(context: list[int], continuation: list[int]) -> Part:
-            whole = [*(context or [self._first]), *continuation]
-            return Part(np.array(whole[-(self.max_length + 1) :], np.int32), len(continuation))
+            ids = [*(context or [self._prefix_id]), *continuation]
+            return Part(np.array(ids[-(self.max_length + 1) :], np.int32), len(continuation))
 
         answers = self.scorer.answer(part(*pair) for pair in pairs)
         return [(-float(a.nats.sum(dtype=np.float64)), bool(a.likeliest.all())) for a in answers]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """ln of the probability of each whole text: windows as long as they can be, every token asked for once."""
+        """The log-probability of each text: in windows of maximal length, with every token scored once."""
         pairs: list[tuple[list[int], list[int]]] = []
         counts = []
         for request in requests:
             rolled = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
-                prefix_token=self._first,
+                prefix_token=self._prefix_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            own = [make_disjoint_window(pair) for pair in rolled]
-            pairs += own
-            counts.append(len(own))
-        answers = iter(self._likelihoods(pairs))
-        totals = [sum(next(answers)[0] for _ in range(count)) for count in counts]
+            windows = [make_disjoint_window(pair) for pair in rolled]
+            pairs += windows
+            counts.append(len(windows))
+        scores = iter(self._likelihoods(pairs))
+        totals = [sum(next(scores)[0] for _ in range(count)) for count in counts]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to one of the strings that the task stops at."""
-        groups: dict[str, list[int]] = {}  # requests with the same settings are answered together
+        """The generated text after each context, up to one of the task's stop strings."""
+        groups: dict[str, list[int]] = {}  # requests with the same settings are batched
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         texts = [""] * len(requests)
         for numbers in groups.values():
             settings = requests[numbers[0]].args[1]
-            stop, new_tokens, sampling = generation(settings)
+            stop, new_tokens, sampling = parse_generation_kwargs(settings)
             prompts = {n: self._prompt(requests[n].args[0], new_tokens) for n in numbers}
             numbers.sort(key=lambda n: len(prompts[n]), reverse=True)
             for start in range(0, len(numbers), self.batch_size):
                 chosen = numbers[start : start + self.batch_size]
-                # a seed of its own for each request, so that `repeats` of one context are drawn anew
-                made = self.writer.complete([prompts[n] for n in chosen], new_tokens, sampling, stop, seeds=chosen)
+                # one seed per request, so that `repeats` of one context differ
+                made = self.generator.complete([prompts[n] for n in chosen], new_tokens, sampling, stop, seeds=chosen)
                 for n, completion in zip(chosen, made, strict=True):
-                    # decoding by itself drops the space that such a tokenizer writes before every text
-                    whole = self.vocabulary.adds_prefix_space
-                    texts[n] = completion.text.removeprefix(" ") if whole else completion.text
+                    # decoding alone drops the space that such a tokenizer adds before every text
+                    texts[n] = completion.text
+                    if self.vocabulary.adds_prefix_space:
+                        texts[n] = completion.text.removeprefix(" ")
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
         return texts
 
     def _prompt(self, context: str, new_tokens: int) -> np.ndarray:
-        """The ids of a context, cut on the left so that there is room for the new tokens."""
-        room = self.max_length - new_tokens
-        if room < 1:
+        """The ids of a context, truncated on the left to leave space for the new tokens."""
+        length = self.max_length - new_tokens
+        if length < 1:
             raise PromptError(
-                f"{new_tokens} tokens are to be generated, and the context of {self.pretrained.name} has "
-                f"{self.max_length}: nothing of the prompt would be seen; set max_gen_toks in the task's "
-                "generation_kwargs to less"
+                f"{new_tokens} new tokens leave no space for the prompt: the context length of {self.pretrained.name} "
+                f"is {self.max_length}; lower max_gen_toks in the task's generation_kwargs"
             )
-        return np.array(self.tok_encode(context)[-room:] or [self._first], np.int32)
+        return np.array(self.tok_encode(context)[-length:] or [self._prefix_id], np.int32)
 
 
-def generation(settings: dict[str, Any]) -> tuple[list[str], int, SamplingParams]:
-    """A task's generation_kwargs as strings to stop at, number of new tokens, and how tokens are chosen.
+def parse_generation_kwargs(settings: dict[str, Any]) -> tuple[list[str], int, SamplingParams]:
+    """Translates a task's generation_kwargs: stop strings, number of new tokens, sampling parameters.
 
-    Raises `DataError` for a setting that has no meaning here.
+    Raises `DataError` for an unsupported setting.
     """
     left = dict(settings)
     until = left.pop("until", None) or []
     lengths = [left.pop(name, None) for name in LENGTHS]
-    new_tokens = next((int(n) for n in lengths if n is not None), MOST_TOKENS)
+    new_tokens = next((int(n) for n in lengths if n is not None), DEFAULT_NEW_TOKENS)
     temperature = float(left.pop("temperature", 0.0) or 0.0)
-    drawn = left.pop("do_sample", None)
-    rules = {name: left.pop(name) for name in RULES if left.get(name) is not None}
-    if strange := [name for name, value in left.items() if value is not None]:
+    do_sample = left.pop("do_sample", None)
+    params = {name: left.pop(name) for name in SAMPLING if left.get(name) is not None}
+    if unsupported := [name for name, value in left.items() if value is not None]:
         raise DataError(
-            f"generation_kwargs: {', '.join(strange)} has no meaning for gptjax; known are until, do_sample, "
-            f"{', '.join((*LENGTHS[:2], *RULES))}"
+            f"generation_kwargs: gptjax does not support {', '.join(unsupported)}; supported are until, do_sample, "
+            f"{', '.join((*LENGTHS[:2], *SAMPLING))}"
         )
-    sampling = SamplingParams(temperature=temperature if drawn or drawn is None else 0.0, **rules)
+    sampling = SamplingParams(temperature=temperature if do_sample or do_sample is None else 0.0, **params)
     stop = [until] if isinstance(until, str) else until
     return [s for s in stop if s], new_tokens, sampling
 
@@ -213,12 +221,14 @@ def run_tasks(
     limit: float | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
-    """lm_eval's results for tasks of its own, of YAML files in `include_path`, or for the YAML files themselves.
+    """lm_eval's results for its own tasks, for tasks in `include_path`, or for YAML files of tasks.
 
-    Raises `DataError` for a task that there is not, or whose data cannot be read.
+    Raises `DataError` for an unknown task, or a task whose data cannot be read.
     """
     if include_path is not None and not include_path.is_dir():
-        raise DataError(f"include_path = {str(include_path)!r}: is no folder; name the one that holds the task's YAML")
+        raise DataError(
+            f"include_path = {str(include_path)!r}: is not a folder; name the one with the task's YAML file"
+        )
     manager = _manager(tasks, include_path)
     names = []
     for task in tasks:
@@ -226,9 +236,9 @@ def run_tasks(
         if not found:
             near = difflib.get_close_matches(task, manager.all_tasks, 3)
             raise DataError(
-                f"tasks: lm_eval has no {task!r}"
+                f"tasks: lm_eval has no task {task!r}"
                 + (f"; did you mean {', '.join(near)}?" if near else "")
-                + " (give include_path, the folder of your own tasks; `lm_eval ls tasks` lists all)"
+                + " (include_path names the folder of your own tasks; `lm_eval ls tasks` lists all tasks)"
             )
         names += [name for name in found if name not in names]
     try:
@@ -243,13 +253,13 @@ def run_tasks(
         )
     except GptjaxError:
         raise
-    except OSError as e:  # also what `datasets` raises for data that it cannot find or fetch
+    except OSError as e:  # also raised by `datasets` for data that it cannot find or download
         raise DataError(f"tasks {', '.join(names)}: their data cannot be read ({e})") from None
     return json.loads(json.dumps(results, default=handle_non_serializable))
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Knows the tasks of lm_eval and of a folder; of the folder alone, which is much quicker, where that is enough."""
+    """A task manager for the tasks of lm_eval and of a folder; for the folder alone if possible: it is faster."""
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         found = [own.match_tasks([task]) for task in tasks]
@@ -259,5 +269,5 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The tables that lm_eval prints: one of tasks, one of groups where there are any."""
+    """The tables of lm_eval: one of tasks, and one of groups if there are any."""
     return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))

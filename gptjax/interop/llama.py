@@ -1,9 +1,9 @@
-"""Llama 1 to 3 and whatever was saved as one: RoPE, rmsnorm, a gated FFN, grouped queries."""
+"""The Llama family (1 to 3): RoPE, rmsnorm, a gated FFN, grouped-query attention."""
 
 from typing import Any
 
 from gptjax.config import ModelConfig
-from gptjax.interop.family import Family, head, linear, norm, word
+from gptjax.interop.family import Family, head, hf_name, linear, norm
 from gptjax.interop.fields import Fields
 from gptjax.interop.layout import Tensor
 from gptjax.interop.rope import read_rope, write_rope
@@ -11,24 +11,23 @@ from gptjax.interop.rope import read_rope, write_rope
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 
 
-def _read(f: Fields) -> ModelConfig:
-    embed, heads = f.need("hidden_size", int, 4096), f.need("num_attention_heads", int, 32)
+def _from_hf_config(f: Fields) -> ModelConfig:
     context = f.need("max_position_embeddings", int, 2048)
     rope, share = read_rope(f, context)
     if share not in (None, 1):
-        f.problems.append(f"partial_rotary_factor = {share}: a Llama turns whole heads")
-    bias, mlp_bias = f.take("attention_bias", bool, False), f.take("mlp_bias", bool, False)
-    if bias != mlp_bias:
+        f.problems.append(f"partial_rotary_factor = {share}: Llama applies RoPE to whole heads, so 1 was expected")
+    bias = f.take("attention_bias", bool, False)
+    if f.take("mlp_bias", bool, False) != bias:
         f.problem("mlp_bias", f"attention_bias is {bias}; gptjax has biases in all linear layers or in none")
-    f.take("attention_dropout", float, 0.0)  # gptjax's dropout acts in more places: it is left at 0
-    f.ignore("pretraining_tp")  # the same products in parts
+    f.take("attention_dropout", float, 0.0)  # gptjax applies dropout in more places, so it stays 0
+    f.ignore("pretraining_tp")  # the same matmuls, split
     f.inert(rope_interleaved=(False,))
     return ModelConfig(
         vocab_size=f.need("vocab_size", int, 1),
         context_length=context,
         num_layers=f.need("num_hidden_layers", int, 32),
-        embed_dim=embed,
-        num_heads=heads,
+        embed_dim=f.need("hidden_size", int, 4096),
+        num_heads=f.need("num_attention_heads", int, 32),
         num_kv_heads=f.take("num_key_value_heads", int, None),
         head_dim=f.take("head_dim", int, None),
         ffn_dim=f.need("intermediate_size", int, 11008),
@@ -43,7 +42,7 @@ def _read(f: Fields) -> ModelConfig:
     )
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
+def _to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
@@ -53,7 +52,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": word(GATED, config.ffn),
+        "hidden_act": hf_name(GATED, config.ffn),
         "rms_norm_eps": config.norm_epsilon,
         "attention_bias": config.bias,
         "mlp_bias": config.bias,
@@ -83,8 +82,8 @@ def _tensors(config: ModelConfig) -> list[Tensor]:
 FAMILY = Family(
     "llama",
     "LlamaForCausalLM",
-    _read,
-    _write,
+    _from_hf_config,
+    _to_hf_config,
     _tensors,
     prefix="model.",
     outside=("lm_head.",),

@@ -1,4 +1,4 @@
-"""From a folder of Hugging Face to a run folder that every verb takes: its weights as a checkpoint at step 0."""
+"""Imports a Hugging Face model as a run folder, with its weights as a checkpoint at step 0."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from gptjax.config import Experiment
 from gptjax.data.batches import DataPosition
 from gptjax.errors import ExchangeError
 from gptjax.inference.pretrained import Pretrained
-from gptjax.interop.files import filling
+from gptjax.interop.files import fill_folder
 from gptjax.training import checkpoint
 from gptjax.training.run import (
     EXPERIMENT,
@@ -33,15 +33,15 @@ def import_run(
 ) -> Run:
     """Writes a model into a new or empty run folder; `dtype` is that of the computation, the weights are float32.
 
-    `experiment.json` comes last, so that an import which was cut off is no run. Raises `ExchangeError` where the folder
-    holds something or a weight is not finite, `RunError` where the disk has no room.
+    `experiment.json` is written last, so an interrupted import is not a run. Raises `ExchangeError` if the folder is
+    not empty or a weight is not finite, `RunError` if the disk is full.
     """
     weights = jax.tree.map(lambda x: np.asarray(x, np.float32), pretrained.params)
     if bad := [leaf_name(path) for path, x in jax.tree.leaves_with_path(weights) if not np.isfinite(x).all()]:
-        raise ExchangeError(source, [f"{bad[0]} and {len(bad) - 1} other weights hold numbers that are not finite"])
+        raise ExchangeError(source, [f"{bad[0]} and {len(bad) - 1} other weights have non-finite values"])
     model = dataclasses.replace(pretrained.model, dtype=dtype)
     experiment = Experiment(name=folder.resolve().name, model=model)
-    with filling(folder):
+    with fill_folder(folder):
         check_room(folder, sum(x.nbytes for x in jax.tree.leaves(weights)))
         (folder / "tokenizer").mkdir()
         pretrained.tokenizer.save(folder / "tokenizer")

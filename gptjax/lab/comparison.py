@@ -21,8 +21,8 @@ HIGHER = ("accuracy", "exact_match", "val_score", "f1", "rouge_1", "rouge_2", "r
           "tokens_per_second")  # fmt: skip
 TEXT_METRICS = ("val_", "best_val_", "train_loss")  # metrics that depend on the text and on the task
 TRAINING_ONLY = ("objective.z_loss",)  # the fields of COMPARED that change training, not the validation loss
-TEXT_FIELDS = ("source", "weights", "column", "prompt", "answer", "hub_config", "hub_split", 
-               "max_documents", "val_source", "val_fraction", "split")  # fields of DataConfig that define the validation text  # fmt: skip
+TEXT_FIELDS = ("source", "weights", "column", "prompt", "answer", "hub_config", "hub_split",
+               "max_documents", "val_source", "val_fraction", "split")  # that define the text  # fmt: skip
 SPLIT_FIELDS = ("source", "weights", "val_fraction", "split")  # those without effect if data.val_source is set
 
 Outcome = Literal["baseline", "better", "worse", "cannot tell", "not comparable"]
@@ -120,8 +120,9 @@ def _row(variant: Variant, base: Variant, metric: str, higher: bool, incomparabl
         verdict = Verdict("cannot tell", _why_unpaired(values, other))
     else:
         verdict = judge(difference, pairs, higher)
-    means = [over_runs(metric, list(x.values())) if x else None for x in (values, bits)]
-    return Row(variant, *means, difference, len(pairs), verdict)
+    mean = over_runs(metric, list(values.values())) if values else None
+    mean_bits = over_runs(metric, list(bits.values())) if bits else None
+    return Row(variant, mean, mean_bits, difference, len(pairs), verdict)
 
 
 def judge(difference: Score, pairs: Sequence[float], higher_is_better: bool) -> Verdict:

@@ -131,7 +131,7 @@ def bootstrap(
 
     A bootstrap of residuals (Efron & Tibshirani 1993, chapter 9): random residuals are added to the fitted losses, a
     law is fitted to the sum, and another residual is added to its prediction, for the seed of the new run. This covers
-    the     noise between seeds and the uncertainty of the parameters, but not a law that breaks down beyond the largest run.
+    the noise between seeds and the uncertainty of the parameters, but not a law that fails beyond the largest run.
     """
     rng = np.random.default_rng(seed)
     r = residuals(law, x, losses)

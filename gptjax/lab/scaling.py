@@ -170,7 +170,7 @@ def _check_data(points: Sequence[Point]) -> None:
     """Raises `RunError` if runs used different data: their losses cannot be compared."""
     if other := [p.name for p in points if p.data != points[0].data]:
         raise RunError(f"{', '.join(other)}: trained on other data than {points[0].name} (the text, the tokenizer "
-                       "or the split has changed), so their losses cannot be compared; start another study")  # fmt: skip
+                       "or the split has changed), so the losses cannot be compared; start another study")  # fmt: skip
 
 
 def predict(points: Sequence[Point], flops: float, parameters: int, tokens: int) -> dict[str, Any]:

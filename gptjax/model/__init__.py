@@ -1,1 +1,1 @@
-"""The network: pure maths in `ops`, weights declared once in the modules that use them."""
+"""The network: pure functions in `ops`, and modules that declare their weights once."""

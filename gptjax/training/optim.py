@@ -4,7 +4,6 @@ The weights of all layers are stacked, and heads have axes of their own, so what
 Adafactor) is told by the names of the axes what its rows, columns and layers are.
 """
 
-import fnmatch
 import math
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from gptjax.config import Experiment, OptimConfig
 from gptjax.errors import ConfigError
 from gptjax.model.axes import AXES, Axes, axis_sizes
 from gptjax.model.gpt import weight_axes
-from gptjax.model.weights import TOKEN_EMBEDDING, is_matrix
+from gptjax.model.weights import in_output_head, is_matrix, matches
 
 Tree = Any  # params, or anything in their shape
 
@@ -47,8 +46,9 @@ def trained(experiment: Experiment) -> Tree:
     unused = set(freeze)
 
     def learnt(path: tuple[Any, ...], _: Axes) -> bool:
-        name = ".".join(part.key for part in path)
-        matched = {pattern for pattern in freeze if fnmatch.fnmatch(name, pattern)}
+        keys = [part.key for part in path]
+        name = ".".join(keys)
+        matched = {pattern for pattern in freeze if matches(pattern, keys)}
         unused.difference_update(matched)
         new = "_lora_" in name or name.startswith("classifier.")
         return (new or not lora) and not matched
@@ -108,9 +108,8 @@ def scale_layers(decay: float, axes: Tree, num_layers: int) -> optax.GradientTra
         if names[0] == "layers":
             factors = decay ** jnp.arange(num_layers - 1, -1, -1.0)
             return update * factors.reshape(-1, *[1] * (update.ndim - 1))
-        part = path[1].key.partition("_lora_")[0] if path[0].key == "embedding" else ""
-        below = part in (TOKEN_EMBEDDING, "positions", "norm")  # the head is above
-        return update * decay**num_layers if below else update
+        is_input = path[0].key == "embedding" and not in_output_head([part.key for part in path])
+        return update * decay**num_layers if is_input else update
 
     return optax.stateless(lambda updates, _: jax.tree.map_with_path(scale, axes, updates, is_leaf=_is_axes))
 

@@ -31,7 +31,8 @@ from gptjax.atomic_io import read_json, read_text, write_atomic
 from gptjax.config import Experiment, diff
 from gptjax.data import tokenizer
 from gptjax.data.batches import DataPosition
-from gptjax.data.store import Store, source_names
+from gptjax.data.splits import source_names
+from gptjax.data.store import Store
 from gptjax.data.synthetic import is_function
 from gptjax.errors import RunError
 from gptjax.inference.pretrained import Pretrained
@@ -78,8 +79,8 @@ class Run:
         path = self.folder / RESULT
         return read_json(path) if path.exists() else None
 
-    def generation(self) -> dict[str, Any]:
-        """`recommended`, `stop_tokens`, `chat_template` and `extra_generation_config` of an imported model; of any other nothing."""
+    def generation_settings(self) -> dict[str, Any]:
+        """`generation_config`, `stop_tokens`, `chat_template` and `extra_generation_config` of an imported model; of any other nothing."""
         path = self.folder / GENERATION
         return read_json(path) if path.exists() else {}
 
@@ -194,7 +195,7 @@ def start_run(
     if not (folder / EXPERIMENT).exists():
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         store.tokenizer.save(folder / "tokenizer")
-        if init is not None and any(init().generation().values()):
+        if init is not None and any(init().generation_settings().values()):
             write_generation(folder, init())
         beside = {"reference": reference} if reference else {}
         write_atomic(folder / PROVENANCE, json.dumps(new_provenance(store.key) | beside, indent=2) + "\n")
@@ -228,7 +229,7 @@ def start_run(
 
 def write_generation(folder: Path, pretrained: Pretrained) -> None:
     """Keeps in a run folder how to sample from a model."""
-    write_json(folder / GENERATION, {"format": FORMAT_VERSION} | pretrained.generation())
+    write_json(folder / GENERATION, {"format": FORMAT_VERSION} | pretrained.generation_settings())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from jax import Array
 
 from gptjax.data.objectives import Batch
 from gptjax.model import ops
-from gptjax.model.chunks import limit_for_backend, map_in_chunks, num_chunks
+from gptjax.model.chunks import map_in_chunks, num_chunks
 from gptjax.model.gpt import GPT
+from gptjax.model.kernels import limit_for_backend
 from gptjax.sharding import map_over_cores, num_batch_devices, sum_over_cores
 from gptjax.training.optim import evaluation_params
 from gptjax.training.privacy import DPConfig, add_noise, private_gradient

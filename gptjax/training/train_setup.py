@@ -17,14 +17,15 @@ from gptjax.config import Experiment
 from gptjax.data.batches import DataLoader
 from gptjax.data.examples import class_labels
 from gptjax.data.objectives import Batch, extra_tokens, group_size
-from gptjax.data.store import INIT, Store, cache_folder, find_store, open_store
+from gptjax.data.store import Store, cache_folder, find_store, open_store
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.tokenizer_choice import INIT
 from gptjax.data.windows import PackedStream
 from gptjax.errors import ConfigError, DataError, PromptError, RunError
 from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.inference.sampling import SamplingParams
-from gptjax.model.attention import choose_kernel
 from gptjax.model.gpt import GPT
+from gptjax.model.kernels import choose_kernel
 from gptjax.model.weights import merge_lora
 from gptjax.training import checkpoint
 from gptjax.training.checkpoint import Checkpoint
@@ -296,7 +297,7 @@ def open_trained(run: Run, checkpoint: str = "last", merge: bool = True) -> Pret
     params, _ = load_params(run, checkpoint)
     model = run.experiment.model
     model, params = merge_lora(model, params) if merge else (model, params)
-    labels, given = run.experiment.data.labels if model.num_classes else (), run.generation()
+    labels, given = run.experiment.data.labels if model.num_classes else (), run.generation_settings()
     if len(labels) != model.num_classes:
         raise RunError(
             f"{run.folder / EXPERIMENT}: is damaged (model.num_classes = {model.num_classes}, and data.labels has "
@@ -310,7 +311,7 @@ def open_trained(run: Run, checkpoint: str = "last", merge: bool = True) -> Pret
             params=params,
             tokenizer=run.tokenizer(),
             labels=labels,
-            recommended=given.get("recommended", {}),
+            generation_config=given.get("recommended", {}),
             stop_tokens=tuple(map(int, given.get("stop_tokens", ()))),
             chat_template=given.get("chat_template"),
             extra_generation_config=dict(given.get("passed_on", {})),
@@ -337,7 +338,7 @@ def summary(setup: TrainSetup, step: int) -> str:
     share = "" if learnt == size else f" ({learnt:,} of them learnt, {learnt / size:.2%})"
     tokens = e.train.steps * setup.batches.tokens_per_step
     corpus = sum(len(s.ids) for s in store.train)
-    kernel, why = choose_kernel(m, jax.default_backend(), m.context_length, e.masks_tokens)
+    kernel, why = choose_kernel(m, m.context_length, e.masks_tokens)
     device = jax.devices()[0]
     cut = sum(s.num_truncated for s in setup.batches.train_streams if isinstance(s, PackedStream))
     return "\n".join(

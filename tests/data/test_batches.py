@@ -1,4 +1,4 @@
-"""The batch at step n is a pure function of (data, seed, n), and an epoch asks for every token exactly once."""
+"""The batch at step n is a pure function of (data, seed, n), and every token is a target exactly once an epoch."""
 
 import collections
 import time
@@ -14,12 +14,13 @@ from gptjax import sharding
 from gptjax.data.batches import CYCLE, DataLoader, mixture, prefetch
 from gptjax.data.objectives import Windows, causal, positions_within, supervised
 from gptjax.data.store import Store, Stream, open_store
+from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.data.windows import PackedStream, WindowedStream, pack, permute
 from gptjax.errors import DataError
 
 
 def numbered(size: int, documents=(0,), name="numbers") -> Stream:
-    """A stream in which every token is its own place."""
+    """A stream in which every token is its own position."""
     return Stream(name, np.arange(size, dtype=np.uint32), np.array(documents, np.int64))
 
 
@@ -37,7 +38,7 @@ def test_permutations_are_mixed_and_differ():
     size = 1000
     orders = np.array([permute(np.arange(size), size, (7, epoch)) for epoch in range(200)])
     assert len({tuple(o) for o in orders}) == 200
-    # each place gets a mean of 499.5 with standard deviation 289 / sqrt(200) = 20
+    # each position gets a mean of 499.5 with standard deviation 289 / sqrt(200) = 20
     assert np.abs(orders.mean(0) - 499.5).max() < 6 * 20.4
     neighbours = np.mean(np.abs(np.diff(orders, axis=1)) == 1)
     assert neighbours < 0.01
@@ -45,15 +46,13 @@ def test_permutations_are_mixed_and_differ():
 
 @given(size=st.integers(2, 300), length=st.integers(1, 40), seed=st.integers(0, 1000), epoch=st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
-def test_an_epoch_asks_for_every_token_exactly_once(size, length, seed, epoch):
+def test_every_token_is_a_target_exactly_once_an_epoch(size, length, seed, epoch):
     stream = windows_of(numbered(size), length, (seed,))
     count = stream.windows_per_epoch
     batch = causal(stream.shuffled(np.arange(epoch * count, (epoch + 1) * count)))
-    asked = batch.targets[batch.loss_weights > 0]
-    assert sorted(asked) == list(range(1, size))
-    assert np.array_equal(batch.tokens[batch.loss_weights > 0] + 1, asked), (
-        "each is asked right after the one before it"
-    )
+    targets = batch.targets[batch.loss_weights > 0]
+    assert sorted(targets) == list(range(1, size))
+    assert np.array_equal(batch.tokens[batch.loss_weights > 0] + 1, targets), "each follows its input token"
 
 
 @given(size=st.integers(2, 300), length=st.integers(1, 40))
@@ -64,7 +63,7 @@ def test_validation_is_one_plain_pass(size, length):
     assert list(batch.targets[batch.loss_weights > 0]) == list(range(1, size))
 
 
-def test_the_cuts_move_from_epoch_to_epoch():
+def test_windows_start_elsewhere_in_each_epoch():
     stream = windows_of(numbered(1000), 10)
     first = [
         stream.shuffled(np.arange(e * stream.windows_per_epoch, (e + 1) * stream.windows_per_epoch)).ids[:, 0] % 10
@@ -78,7 +77,7 @@ def make_batches(sizes, weights=(), seed=0, **changes) -> DataLoader:
         Stream(f"s{i}", np.arange(size, dtype=np.uint32) + 10_000 * i, np.array([0])) for i, size in enumerate(sizes)
     )
     e = TINY.override({"data.source": tuple(s.name for s in streams), "data.weights": weights, "seed": seed, **changes})
-    return DataLoader(Store(None, "key", None, streams, streams), e)
+    return DataLoader(Store(None, "key", ByteTokenizer(), streams, streams), e)
 
 
 @settings(max_examples=30, deadline=None)
@@ -88,20 +87,20 @@ def make_batches(sizes, weights=(), seed=0, **changes) -> DataLoader:
     step=st.integers(0, 10_000),
     seed=st.integers(0, 100),
 )
-def test_batches_do_not_depend_on_how_they_are_made(sizes, batch_size, step, seed):
-    one = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size})
-    whole = one.host_batch(step)
-    again = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size}).host_batch(step)
-    np.testing.assert_array_equal(whole.tokens, again.tokens)
-    in_parts = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size, "train.microbatches": 2}).host_batch(step)
-    np.testing.assert_array_equal(in_parts.tokens.reshape(whole.tokens.shape), whole.tokens)
-    for host in range(2):  # two hosts, each making its own columns only
+def test_batches_do_not_depend_on_hosts_or_microbatches(sizes, batch_size, step, seed):
+    loader = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size})
+    expected = loader.host_batch(step)
+    again = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size})
+    np.testing.assert_array_equal(expected.tokens, again.host_batch(step).tokens)
+    halves = make_batches(sizes, seed=seed, **{"train.batch_size": batch_size, "train.microbatches": 2})
+    np.testing.assert_array_equal(halves.host_batch(step).tokens.reshape(expected.tokens.shape), expected.tokens)
+    for host in range(2):  # two hosts, each with its own columns only
         columns = np.arange(host, batch_size, 2)
-        np.testing.assert_array_equal(one.host_batch(step, columns).targets, whole.targets[:, columns])
+        np.testing.assert_array_equal(loader.host_batch(step, columns).targets, expected.targets[:, columns])
     twice = make_batches(sizes, seed=seed, **{"train.batch_size": 2 * batch_size})
     np.testing.assert_array_equal(
         twice.host_batch(step).tokens[0],
-        np.concatenate([one.host_batch(2 * step).tokens[0], one.host_batch(2 * step + 1).tokens[0]]),
+        np.concatenate([loader.host_batch(2 * step).tokens[0], loader.host_batch(2 * step + 1).tokens[0]]),
     )
 
 
@@ -116,7 +115,7 @@ def test_every_source_of_a_mixture_keeps_its_epochs():
         samples += 8
     in_first = [counts[i] for i in range(1, 330)]
     in_second = [counts[10_000 + i] for i in range(1, 170)]
-    # after s samples of a source every token was asked for floor(s / windows) or one more times
+    # after s samples of a source every token was a target floor(s / windows) times or once more
     assert set(in_first) <= {3 * CYCLE // first, 3 * CYCLE // first + 1}
     assert set(in_second) <= {CYCLE // second, CYCLE // second + 1}
 
@@ -139,7 +138,8 @@ def test_without_weights_sources_count_by_their_size():
 
 
 def test_the_seed_changes_the_order():
-    assert not np.array_equal(make_batches([500]).host_batch(0).tokens, make_batches([500], seed=1).host_batch(0).tokens)
+    first, second = (make_batches([500], seed=seed).host_batch(0) for seed in (0, 1))
+    assert not np.array_equal(first.tokens, second.tokens)
 
 
 def test_document_masks_follow_the_documents():
@@ -150,7 +150,7 @@ def test_document_masks_follow_the_documents():
     assert batch.loss_weights.tolist() == [[1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1, 1, 1, 1, 0]]
 
 
-def test_padding_is_a_document_of_its_own():
+def test_padding_is_a_separate_document():
     ids = np.array([[3, 4, 5, 0, 0]], np.int32)
     batch = causal(Windows(ids, ids > 0, np.array([[1, 1, 1, 0, 0]], np.int32)))
     assert batch.loss_weights.tolist() == [[1, 1, 0, 0]] and batch.segment_ids.tolist() == [[1, 1, 1, 0]]
@@ -163,7 +163,7 @@ def test_positions_restart_with_each_segment(rows):
     assert positions_within(segments).tolist() == expected
 
 
-def test_the_same_global_batch_lies_on_every_mesh():
+def test_the_global_batch_is_the_same_on_every_mesh():
     batches = make_batches([500])
     for data, model in ((1, 1), (8, 1), (4, 2), (2, 4)):
         mesh = sharding.mesh_of(jax.devices()[: data * model], data, model)
@@ -194,10 +194,10 @@ def test_prefetch_keeps_the_order_runs_ahead_and_stops():
     batches.close()
     count = len(made)
     time.sleep(0.05)
-    assert len(made) == count, "a closed prefetch makes nothing more"
+    assert len(made) == count, "a closed prefetch makes no more batches"
 
 
-def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted():
+def test_an_error_in_the_thread_is_raised_in_the_caller():
     def make(step):
         if step == 2:
             raise DataError("step 2 is bad")
@@ -209,12 +209,12 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_wanted():
         next(batches)
 
 
-def test_nothing_of_an_epoch_depends_on_its_size_in_memory():
+def test_the_permutation_of_an_epoch_needs_no_memory():
     assert permute(np.array([0, 10**12 - 1]), 10**12, (1,)).max() < 10**12
 
 
-def test_a_run_goes_on_from_the_example_at_which_it_stood(tmp_path):
-    """Another batch size goes on in the same order; another context length begins one of its own; both are counted."""
+def test_a_run_resumes_at_its_next_example(tmp_path):
+    """Another batch size keeps the order of examples; another context length begins a new one; both are counted."""
 
     def batches(**changes) -> DataLoader:
         e = TINY.override({"data.source": str(write_corpus(tmp_path))} | changes)
@@ -234,29 +234,29 @@ def test_a_run_goes_on_from_the_example_at_which_it_stood(tmp_path):
     assert longer.position(13)[:4] == (13, 112, 104 * 16 + 8 * 32, 8)
     again = batches(**{"model.context_length": 32})
     again.seek(longer.position(13))
-    assert again.example_ids(13).ravel().tolist() == list(range(8, 16)), "in the order that was begun"
+    assert again.example_ids(13).ravel().tolist() == list(range(8, 16)), "in the new order"
 
 
 def packed(lengths, length: int, seed=(0,)) -> PackedStream:
-    """Examples of these lengths, in which every token is its own place and the second half is asked for."""
+    """Examples of these lengths, in which every token is its own position and the second half is the answer."""
     starts = np.cumsum([0, *lengths])
-    asked = np.concatenate([np.arange(n) >= (n + 1) // 2 for n in lengths])
-    stream = Stream("examples", np.arange(starts[-1], dtype=np.uint32), starts[:-1], asked)
+    loss_mask = np.concatenate([np.arange(n) >= (n + 1) // 2 for n in lengths])
+    stream = Stream("examples", np.arange(starts[-1], dtype=np.uint32), starts[:-1], loss_mask)
     return PackedStream(stream, length, seed)
 
 
 @given(lengths=st.lists(st.integers(2, 17), min_size=1, max_size=60), seed=st.integers(0, 99), epoch=st.integers(0, 2))
 @settings(max_examples=50, deadline=None)
-def test_an_epoch_of_examples_shows_each_once_whole_and_apart(lengths, seed, epoch):
+def test_an_epoch_has_every_example_once_unsplit_and_in_its_own_segment(lengths, seed, epoch):
     stream = packed(lengths, 16, (seed,))
     count = stream.windows_per_epoch
     windows = stream.shuffled(np.arange(epoch * count, (epoch + 1) * count))
     ids = windows.ids[windows.valid]
     assert sorted(ids) == list(range(sum(lengths)))
     batch = supervised(windows)
-    right = batch.loss_weights > 0
-    assert sorted(batch.targets[right]) == list(np.flatnonzero(stream.loss_mask)), "every answer is asked for once"
-    np.testing.assert_array_equal(batch.tokens[right] + 1, batch.targets[right])
+    is_target = batch.loss_weights > 0
+    assert sorted(batch.targets[is_target]) == list(np.flatnonzero(stream.loss_mask)), "every answer token once"
+    np.testing.assert_array_equal(batch.tokens[is_target] + 1, batch.targets[is_target])
     owner = np.repeat(np.arange(len(lengths)), lengths)
     for row in range(len(windows.ids)):
         inside = windows.valid[row]
@@ -265,15 +265,15 @@ def test_an_epoch_of_examples_shows_each_once_whole_and_apart(lengths, seed, epo
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=80))
-def test_packs_hold_all_and_are_not_many(lengths):
+def test_packing_loses_no_example_and_is_nearly_optimal(lengths):
     packs = pack(np.array(lengths), 20)
     assert sorted(i for p in packs for i in p) == list(range(len(lengths)))
     filled = [sum(lengths[i] for i in p) for p in packs]
     fewest = max(-(-sum(lengths) // 20), sum(length > 10 for length in lengths))
-    assert max(filled) <= 20 and len(packs) <= 1.5 * fewest + 1, "best fit decreasing is never far off"
+    assert max(filled) <= 20 and len(packs) <= 1.5 * fewest + 1, "best-fit decreasing is near the optimum"
 
 
-def test_of_a_long_example_the_end_is_read_and_answers_must_fit(tmp_path):
+def test_a_long_example_loses_its_beginning_and_its_answers_must_fit(tmp_path):
     stream = packed([30, 8], 20)
     assert stream.num_truncated == 1 and stream.starts.tolist() == [9, 30]
     with pytest.raises(DataError, match=r"row 1: its answers are 30 tokens long, and model.context_length = 20 must"):

@@ -1,5 +1,5 @@
-"""Labels in place of answers: each is told at the last token of its text, once an epoch, and lost or wrong ones are
-named before anything is trained."""
+"""Class labels instead of answers: each is a target at the last token of its text, once an epoch. Labels that are lost
+or wrong are reported before training."""
 
 import collections
 import json
@@ -33,7 +33,7 @@ def table(folder, rows, **changes) -> DataConfig:
 
 @pytest.fixture
 def register(monkeypatch, tmp_path):
-    """Makes a task of rows, the same on every side: words of a text with a tag each."""
+    """Makes a task of rows, the same in every split: words of a text, each with a tag."""
 
     def make(rows, labels=("O", "X"), name="ours") -> Task:
         def parts(row):
@@ -41,7 +41,7 @@ def register(monkeypatch, tmp_path):
             return tuple(TextPart(word, False, tag) for word, tag in pairs)
 
         task = Task(
-            name=name, summary="", load_rows=lambda split, folder: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
+            name=name, summary="", load_rows=lambda split, path: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
             prompt="{x}", answer="{y}", metrics=("f1",), baseline="majority", source="", licence="",
             tagging=Tagging(labels, parts, lambda row, tags: "|".join(tags)),
         )  # fmt: skip
@@ -52,22 +52,22 @@ def register(monkeypatch, tmp_path):
     return make
 
 
-def asked_of(batches: DataLoader, steps) -> collections.Counter:
-    """(text of an example as far as it is read, label told there), of all windows of some steps."""
+def targets_of(batches: DataLoader, steps) -> collections.Counter:
+    """Counts (text up to a target, its label) over all windows of some steps."""
     found = collections.Counter()
     labels = batches.experiment.data.labels
     for step in steps:
         batch = batches.host_batch(step)
         for row in zip(*(x.reshape(-1, x.shape[-1]) for x in batch[:5]), strict=True):
             tokens, targets, weights, segments, _ = row
-            for place in np.flatnonzero(weights):
-                own = (segments == segments[place]) & (np.arange(len(tokens)) <= place)
-                found[bytes(tokens[own].tolist()).decode(), labels[targets[place]]] += 1
+            for position in np.flatnonzero(weights):
+                own = (segments == segments[position]) & (np.arange(len(tokens)) <= position)
+                found[bytes(tokens[own].tolist()).decode(), labels[targets[position]]] += 1
     return found
 
 
-def test_a_label_is_told_at_the_end_of_its_prompt_once_an_epoch(tmp_path):
-    """Also where a text fills the context to the last token."""
+def test_a_label_is_a_target_at_the_end_of_its_prompt_once_an_epoch(tmp_path):
+    """Also if a text fills the context to the last token."""
     rows = [("x" * (i % 16) + chr(97 + i % 26), LABELS[i % 3]) for i in range(200)]
     e = TINY.override(model=dict(context_length=17), train=dict(batch_size=1, sample_tokens=0))
     data = table(tmp_path, rows)
@@ -75,10 +75,11 @@ def test_a_label_is_told_at_the_end_of_its_prompt_once_an_epoch(tmp_path):
     e = e.override({"objective.name": "sft"}).resolved(257, class_labels(data))
     batches = DataLoader(open_store(e.data), e)
     stream = batches.train_streams[0]
-    expected = collections.Counter((ex.parts[0].text, ex.parts[0].label) for ex in load_examples(data.source, data, "train"))
+    parts = [example.parts[0] for example in load_examples(data.source, data, "train")]
+    expected = collections.Counter((part.text, part.label) for part in parts)
     assert max(len(text) for text, _ in expected) == 17, "as long as the context"
-    assert asked_of(batches, range(stream.windows_per_epoch)) == expected
-    assert asked_of(batches, range(2 * stream.windows_per_epoch)) == expected + expected
+    assert targets_of(batches, range(stream.windows_per_epoch)) == expected
+    assert targets_of(batches, range(2 * stream.windows_per_epoch)) == expected + expected
     val = sum(batch.loss_weights.sum() for batch in batches.validation())
     assert 20 < val == len(list(load_examples(data.source, data, "validation"))) == stream_labels(batches)
 
@@ -95,7 +96,7 @@ def test_every_word_has_its_tag_at_its_last_token(register):
     assert bytes(stream.ids.tolist()).decode() == "ab cde fé!g"
     #                                   a   b      c   d  e      f   é     !  g
     assert stream.classes.tolist() == [-1, 0, -1, -1, -1, 1, -1, 0, -1, 1, 1, 0]
-    assert not stream.loss_mask.any(), "no text is asked for"
+    assert not stream.loss_mask.any(), "no token of the text is a target"
 
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=30)
@@ -103,18 +104,18 @@ lengths = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 
 @given(lengths, st.integers(0, 99), st.data())
 @settings(max_examples=50, deadline=None)
-def test_packed_windows_ask_for_every_class_at_its_own_token(sizes, seed, data):
+def test_packed_windows_have_every_class_at_its_own_token(sizes, seed, data):
     starts = np.cumsum([0, *sizes])
     classes = np.array(data.draw(st.lists(st.integers(-1, 4), min_size=sum(sizes), max_size=sum(sizes))), np.int16)
-    ids = np.arange(starts[-1], dtype=np.uint32)  # every token is its own place
+    ids = np.arange(starts[-1], dtype=np.uint32)  # every token is its own position
     stream = PackedStream(Stream("x", ids, starts[:-1], np.zeros(len(ids), bool), None, classes), 12, (seed,))
     assert stream.num_targets == (classes >= 0).sum()
     batch = supervised(stream.shuffled(np.arange(stream.windows_per_epoch)))
-    asked = batch.loss_weights > 0
-    told = dict(zip(batch.tokens[asked].tolist(), batch.targets[asked].tolist(), strict=True))
-    assert told == {i: c for i, c in enumerate(classes) if c >= 0} and len(told) == asked.sum()
-    read = batch.segment_ids > 0
-    assert sorted(batch.tokens[read]) == ids.tolist(), "every token is read once, also the last of a full window"
+    is_target = batch.loss_weights > 0
+    found = dict(zip(batch.tokens[is_target].tolist(), batch.targets[is_target].tolist(), strict=True))
+    assert found == {i: c for i, c in enumerate(classes) if c >= 0} and len(found) == is_target.sum()
+    valid = batch.segment_ids > 0
+    assert sorted(batch.tokens[valid]) == ids.tolist(), "every token is an input once, the last of a full window too"
     owner = np.repeat(np.arange(len(sizes)), sizes)
     for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
         for i, j in pairwise(np.flatnonzero(segments)):
@@ -122,7 +123,7 @@ def test_packed_windows_ask_for_every_class_at_its_own_token(sizes, seed, data):
     np.testing.assert_array_equal(batch.positions, positions_within(batch.segment_ids))
 
 
-def test_padding_tells_nothing():
+def test_padding_has_no_class():
     ids = np.array([[5, 6, 0, 0]], np.int32)
     windows = Windows(ids, ids > 0, (ids > 0).astype(np.int32), ids < 0, np.array([[-1, 3, -1, -1]], np.int16))
     batch = supervised(windows)
@@ -130,14 +131,14 @@ def test_padding_tells_nothing():
     assert batch.targets.dtype == np.int32 and batch.segment_ids.tolist() == [[1, 1, 0]]
 
 
-def test_of_a_long_text_the_end_is_read_and_no_label_may_be_lost(tmp_path):
+def test_a_long_text_loses_its_beginning_but_no_label(tmp_path):
     def stream(classes):
         (tmp_path / "origins").write_text("rows.txt:1\nrows.txt:2")
         ids = np.arange(30, dtype=np.uint32)
         return PackedStream(Stream("x", ids, np.array([0, 20]), ids < 0, tmp_path / "origins", classes), 16, (0,))
 
     classes = np.full(30, -1, np.int16)
-    classes[[4, 19, 29]] = 1  # the first 4 of 20 tokens are left out
+    classes[[4, 19, 29]] = 1  # the first 4 of 20 tokens are cut off
     batch = supervised(stream(classes).in_order(np.arange(2)))
     assert sorted(batch.tokens[batch.loss_weights > 0]) == [4, 19, 29]
     classes[3] = 0
@@ -145,7 +146,7 @@ def test_of_a_long_text_the_end_is_read_and_no_label_may_be_lost(tmp_path):
         stream(classes)
 
 
-def test_what_decides_the_labels_decides_the_tokens_on_disk(tmp_path):
+def test_the_key_of_a_store_depends_on_the_labels(tmp_path):
     rows = [(f"text {i}", LABELS[i % 3]) for i in range(30)]
     keys = [open_store(table(tmp_path, rows)).key]
     keys.append(open_store(table(tmp_path, rows, labels=LABELS[::-1])).key)
@@ -155,7 +156,7 @@ def test_what_decides_the_labels_decides_the_tokens_on_disk(tmp_path):
     assert open_store(table(tmp_path, rows)).key == keys[0]
 
 
-def test_the_same_row_with_another_tag_is_other_data(register):
+def test_the_same_row_with_another_tag_has_another_key(register):
     keys = set()
     for tags in ("O|X", "X|O"):
         register([{"x": "a| b", "y": tags}] * 2)
@@ -171,24 +172,24 @@ def test_the_same_row_with_another_tag_is_other_data(register):
         (("", "low"), r"rows.jsonl, line 2: the prompt is empty"),
     ],
 )
-def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
+def test_rows_that_cannot_be_used_are_reported(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
         open_store(table(tmp_path, [("a", "low"), row, ("b", "odd one")]))
 
 
-def test_tags_outside_the_set_and_words_without_tokens_are_named(register):
+def test_unknown_tags_and_words_without_tokens_are_reported(register):
     register([{"x": "a", "y": "O"}, {"x": "b", "y": "Y"}])
     with pytest.raises(DataError, match=r"rows.txt:2: the label 'Y' of 'b' is none of O, X"):
         open_store(DataConfig(source="task:ours", answers="classes"))
     register([{"x": "a|", "y": "O|X"}])
-    with pytest.raises(DataError, match=r"rows.txt:1: '' has no token in this tokenizer at which 'X' could be told"):
+    with pytest.raises(DataError, match=r"rows.txt:1: '' has no token in this tokenizer, so the label 'X' has no"):
         open_store(DataConfig(source="task:ours", answers="classes"))
 
 
-def test_a_model_tells_one_set_of_labels(register):
+def test_a_classifier_has_one_set_of_labels(register):
     assert class_labels(DataConfig(source="task:sentiment", answers="classes")) == ("negative", "positive")
     assert class_labels(DataConfig(source="task:sentiment", labels=("a",))) == (), "answers are text"
-    with pytest.raises(DataError, match=r"task:dialogue: its answers are text without labels"):
+    with pytest.raises(DataError, match=r"task:dialogue: has no class labels"):
         open_store(DataConfig(source="task:dialogue", answers="classes"))
     with pytest.raises(DataError, match=r"task:sentiment: its labels are negative, positive, not a, b"):
         class_labels(DataConfig(source="task:sentiment", answers="classes", labels=("a", "b")))
@@ -199,20 +200,20 @@ def test_a_model_tells_one_set_of_labels(register):
     assert class_labels(both) == ("negative", "positive")
 
 
-def test_labels_stand_at_the_parts_that_have_one():
+def test_a_label_is_at_the_last_token_of_its_part():
     parts = (TextPart("ab", False, "y"), TextPart("c", False), TextPart("d", False, "x"))
-    pieces = [np.array([1, 2]), np.array([3]), np.array([4])]
-    assert token_classes(Example(parts, "f:1"), pieces, ("x", "y")).tolist() == [-1, 1, -1, 0]
-    assert Example(parts, "f:1").prompt == "abcd", "all of it is read"
+    part_ids = [np.array([1, 2]), np.array([3]), np.array([4])]
+    assert token_classes(Example(parts, "f:1"), part_ids, ("x", "y")).tolist() == [-1, 1, -1, 0]
+    assert Example(parts, "f:1").prompt == "abcd", "all of it is the prompt"
 
 
 @pytest.mark.usefixtures("real_data")
-def test_messages_are_words_with_tags_and_answers_again():
+def test_messages_are_words_with_tags_or_text_answers():
     task, data = TASKS["entities"], DataConfig(answers="classes")
     assert task.classes == TAGS and len(TAGS) == 13
-    for side in ("train", "validation", "test"):
-        in_text = list(load_examples("task:entities", DataConfig(), side))
-        tagged = list(load_examples("task:entities", data, side))
+    for split in ("train", "validation", "test"):
+        in_text = list(load_examples("task:entities", DataConfig(), split))
+        tagged = list(load_examples("task:entities", data, split))
         for text, words in zip(in_text, tagged, strict=True):
             assert text.where == words.where and words.prompt == text.values["tokens"]
             labels = [part.label for part in words.parts]

@@ -1,4 +1,4 @@
-"""Sources of every kind, what is refused about them, and a store that is either whole or not there."""
+"""Sources of every kind, their errors, and a store that is either complete or absent."""
 
 import csv
 import io
@@ -50,7 +50,7 @@ cells = st.text('ab",\n é#', max_size=6)
 
 
 @given(st.lists(st.tuples(cells, cells), min_size=1), st.data())
-def test_the_rows_of_a_table_are_exact_and_know_their_lines(rows, data):
+def test_rows_of_a_table_are_exact_and_have_their_line_numbers(rows, data):
     """Cells of any text, over several lines, and blank lines between the rows."""
     written, lines = io.StringIO("a,b\n"), []
     written.seek(0, io.SEEK_END)
@@ -72,17 +72,17 @@ def test_the_rows_of_a_table_are_exact_and_know_their_lines(rows, data):
             at += 1 + len(b) % 2
 
 
-def test_tables_that_are_not_what_they_say_are_refused_with_the_line(tmp_path):
+def test_malformed_tables_are_refused_with_the_line(tmp_path):
     for name, content, message in [
-        ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3: has 3 cells, and the first line names 2 columns"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "line 3: has 3 cells, but the first line has 2 columns"),
         ("b.csv", b'a,b\n"x\ny",2\n"open,2\n\n', "line 4: cannot be read as csv"),
-        ("c.csv", b"a,a\n1,2\n", "line 1: names the column 'a' twice"),
+        ("c.csv", b"a,a\n1,2\n", "line 1: has the column 'a' twice"),
         ("d.csv", b"a,b\n1,2\n1,caf\xe9\n", "line 3: is not UTF-8"),
         ("a.jsonl", b'{"a": "x"}\n\n{"a": \n', "line 3: cannot be read as json"),
-        ("b.jsonl", b'{"a": "x"}\n[1]\n', "line 2: holds '[1]\\n'; an object with the columns is needed"),
+        ("b.jsonl", b'{"a": "x"}\n[1]\n', "line 2: holds '[1]\\n'; a JSON object with the columns is needed"),
         ("c.jsonl", b'{"a": "\xe9"}\n', "line 1: cannot be read as json"),
         ("d.jsonl", b"[" * 100_000, "line 1: cannot be read as json"),
-        ("bom.csv", b"\xef\xbb\xbf", "has no text in it"),
+        ("bom.csv", b"\xef\xbb\xbf", "has no text"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError) as caught:
@@ -103,14 +103,14 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     assert texts(tmp_path) == ["a.md", "b.txt", "c/d.txt"]
 
 
-def test_a_hub_data_set_is_read_whole_and_streamed(tmp_path, monkeypatch):
+def test_a_hub_data_set_is_read_downloaded_or_streamed(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()
     write_tables(folder)[0].rename(folder / "train.jsonl")
     (folder / "a.csv").unlink()
     (folder / "a.parquet").unlink()
-    for streaming in (False, True):  # the hub's own reader also takes a local folder for a name
+    for streaming in (False, True):  # the hub's reader accepts a local folder as a name
         assert texts(f"hub:{folder}", streaming=streaming) == DOCUMENTS
     prints = [
         corpus.fingerprint(f"hub:{folder}", DataConfig(hub_split=part)) for part in ("train", "train", "train[:1%]")
@@ -125,11 +125,11 @@ def test_an_unknown_hub_name_is_refused():
         texts("hub:nobody/nothing")
 
 
-def test_the_embedded_corpus_is_always_there():
+def test_the_embedded_corpus_is_available():
     assert sum(map(len, texts("pydoc"))) > 300_000
 
 
-def test_what_is_wrong_with_a_source_is_named(tmp_path, monkeypatch):
+def test_errors_of_a_source_are_reported(tmp_path, monkeypatch):
     def refused(source, message, **settings):
         with pytest.raises(DataError) as caught:
             texts(source, **settings)
@@ -152,7 +152,7 @@ def test_what_is_wrong_with_a_source_is_named(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     refused(tmp_path / "rows.jsonl", "has no column 'body' (data.column); it has text", column="body")
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
-    refused(tmp_path / "number.jsonl", "line 1, column 'text' holds 3")
+    refused(tmp_path / "number.jsonl", "line 1, column 'text': holds 3")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut off")
     refused(tmp_path / "cut.parquet", "cut.parquet: cannot be read as parquet")
 
@@ -165,14 +165,16 @@ def test_a_store_is_built_once_and_found_again(tmp_path):
     assert (first.folder / "store.json").stat().st_mtime_ns == before
     elsewhere = tmp_path / "copy.txt"
     elsewhere.write_bytes((tmp_path / "corpus.txt").read_bytes())
-    assert store.open_store(DataConfig(source=str(elsewhere))).key == first.key, "the content counts, not the path"
+    assert store.open_store(DataConfig(source=str(elsewhere))).key == first.key, (
+        "the path has no effect"
+    )
     elsewhere.write_bytes(elsewhere.read_bytes()[:-1] + b"!")
-    assert store.open_store(DataConfig(source=str(elsewhere))).key != first.key, "one byte makes another corpus"
+    assert store.open_store(DataConfig(source=str(elsewhere))).key != first.key, "one changed byte gives another key"
 
 
 @pytest.mark.parametrize("changes", [dict(tokenizer="char"), dict(val_fraction=0.2), dict(split="document"),
                                      dict(max_documents=1)])  # fmt: skip
-def test_whatever_decides_the_tokens_decides_the_key(tmp_path, changes):
+def test_the_key_depends_on_everything_that_decides_the_tokens(tmp_path, changes):
     source = str(write_corpus(tmp_path))
     assert store._key(DataConfig(source=source)) != store._key(DataConfig(source=source, **changes))
 
@@ -186,29 +188,29 @@ def test_the_store_holds_exactly_the_text(tmp_path, kind):
     cut = int(len(text) * 0.75)
     assert opened.tokenizer.decode(train) == text[:cut]
     assert opened.tokenizer.decode(val) == text[cut:]
-    assert opened.tokenizer.eos_id not in train, "the cut document does not end in the training part"
+    assert opened.tokenizer.eos_id not in train, "the divided document does not end in the training part"
 
 
 def documents_of(opened, stream):
-    """The documents of a stream as text; each must be closed by `eos_id`."""
+    """The documents of a stream as text; each must end with `eos_id`."""
     ends = [*stream.document_starts[1:], len(stream.ids)]
     assert all(stream.ids[end - 1] == opened.tokenizer.eos_id for end in ends)
     return [opened.tokenizer.decode(stream.ids[a:b]) for a, b in zip(stream.document_starts, ends, strict=True)]
 
 
-def test_a_split_by_document_keeps_documents_whole(tmp_path):
+def test_a_split_by_document_divides_no_document(tmp_path):
     write_tables(tmp_path)
     opened = store.open_store(DataConfig(source=str(tmp_path / "a.jsonl"), split="document", val_fraction=0.3))
     train, validation = (documents_of(opened, s) for s in (opened.train[0], opened.validation[0]))
     assert sorted(train + validation) == sorted(DOCUMENTS) and len(validation) > 3
-    # one document more moves none of the others to the other side
+    # another document moves none of the first ones to the other split
     more = tmp_path / "more.jsonl"
     more.write_text((tmp_path / "a.jsonl").read_text() + json.dumps({"text": "new", "other": 0}) + "\n")
     grown = store.open_store(DataConfig(source=str(more), split="document", val_fraction=0.3))
     assert [d for d in documents_of(grown, grown.validation[0]) if d != "new"] == validation
 
 
-def test_validation_text_of_its_own(tmp_path):
+def test_a_separate_validation_source(tmp_path):
     (tmp_path / "train.txt").write_text("training text " * 20)
     (tmp_path / "val.txt").write_text("validation text " * 5)
     opened = store.open_store(DataConfig(source=str(tmp_path / "train.txt"), val_source=str(tmp_path / "val.txt")))
@@ -216,7 +218,7 @@ def test_validation_text_of_its_own(tmp_path):
     assert opened.tokenizer.decode(opened.validation[0].ids) == "validation text " * 5
 
 
-def test_no_text_on_one_side_is_refused(tmp_path):
+def test_an_empty_split_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("ab")
     with pytest.raises(DataError, match="no training text is left"):
         store.open_store(DataConfig(source=str(tmp_path / "short.txt"), val_fraction=0.9))
@@ -226,14 +228,14 @@ def test_a_build_that_is_killed_leaves_no_store(tmp_path):
     path = write_corpus(tmp_path)
     script = (
         "import os, signal\n"
-        "from gptjax.config import Data\n"
+        "from gptjax.config import DataConfig\n"
         "from gptjax.data import store\n"
-        "write = store.write_durably\n"
+        "write = store.write_atomic\n"
         "def die(target, content):\n"
         "    if target.name == 'store.json': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    write(target, content)\n"
-        "store.write_durably = die\n"
-        f"store.open_store(Data(source={str(path)!r}))\n"
+        "store.write_atomic = die\n"
+        f"store.open_store(DataConfig(source={str(path)!r}))\n"
     )
     environment = os.environ | {"GPTJAX_CACHE": str(tmp_path / "cache")}
     died = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
@@ -246,7 +248,7 @@ def test_a_build_that_is_killed_leaves_no_store(tmp_path):
 
 
 def test_a_store_that_lost_bytes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))  # what is harmed here is not for other tests
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))  # this test damages its store
     data = DataConfig(source=str(write_corpus(tmp_path, 3000)))
     opened = store.open_store(data)
     path = opened.folder / "0.train.tokens"
@@ -255,7 +257,7 @@ def test_a_store_that_lost_bytes_is_refused(tmp_path, monkeypatch):
         store.open_store(data)
 
 
-def test_an_id_that_the_tokenizer_does_not_have_is_refused_at_the_start_or_when_it_is_read(tmp_path, monkeypatch):
+def test_an_id_outside_the_vocabulary_is_refused_at_the_start_or_when_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     e = TINY.override({"data.source": str(write_corpus(tmp_path))})
     opened = open_store(e.data)
@@ -265,7 +267,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_refused_at_the_start_or_when_
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"holds the id 32\d\d\d, and the vocabulary has only 257"):
         open_store(e.data)
-    monkeypatch.setattr(store, "CHECKED_AT_OPEN", 10)  # as in a corpus too large to be looked through
+    monkeypatch.setattr(store, "CHECKED_AT_OPEN", 10)  # as in a corpus too large to be checked at once
     batches = DataLoader(open_store(e.data), e.resolved(257))
     with pytest.raises(DataError, match=r"holds the id 32\d\d\d"):
         for step in range(50):

@@ -1,4 +1,4 @@
-"""Examples from a table: what is learnt, and rows that cannot be used, named before anything is trained."""
+"""Examples from a table: prompts, answers, splits, and rows that cannot be used, reported before training."""
 
 import pytest
 
@@ -18,11 +18,11 @@ def table(folder, *rows: str) -> DataConfig:
 
 def test_a_table_and_two_templates_make_examples(tmp_path):
     data = table(tmp_path, *(f"film {i} {{is}} fine,{'good' if i % 2 else 'bad'}" for i in range(200)))
-    sides = {side: list(load_examples(data.source, data, side)) for side in ("train", "validation", "test")}
-    assert sides["test"] == sides["validation"] and 20 < len(sides["test"]) < 65
-    texts = {e.prompt for side in ("train", "validation") for e in sides[side]}
-    assert len(sides["train"]) + len(sides["test"]) == len(texts) == 200, "no row on both sides"
-    first = sides["train"][0]
+    splits = {split: list(load_examples(data.source, data, split)) for split in ("train", "validation", "test")}
+    assert splits["test"] == splits["validation"] and 20 < len(splits["test"]) < 65
+    texts = {e.prompt for split in ("train", "validation") for e in splits[split]}
+    assert len(splits["train"]) + len(splits["test"]) == len(texts) == 200, "no row in both splits"
+    first = splits["train"][0]
     assert [p.is_target for p in first.parts] == [False, True] and first.answer in (" good", " bad")
     assert "{is}" in first.prompt, "braces in a row are text"
     before = fingerprint(data.source, data)
@@ -33,17 +33,17 @@ def test_a_table_and_two_templates_make_examples(tmp_path):
     ("row", "message"),
     [
         ("fine,godo", r"the answer 'godo' is none of the labels; did you mean 'good'\?"),
-        ("fine,", r"column 'label' is empty, and there is no answer to learn"),
+        ("fine,", r"column 'label' is empty, so there is no answer to train on"),
         (",good", r"the prompt is empty \(text\)"),
     ],
 )
-def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
+def test_rows_that_cannot_be_used_are_reported(tmp_path, row, message):
     data = table(tmp_path, "a,good", row, "b,bad")
     with pytest.raises(DataError, match=r"table.csv, line 3.*" + message):
         list(load_examples(data.source, data, "train"))
 
 
-def test_all_that_is_wrong_is_told_together_and_a_missing_column_once(tmp_path):
+def test_all_bad_rows_are_reported_together_and_a_missing_column_once(tmp_path):
     data = table(tmp_path, "a,good", "fine,x", "fine,y")
     with pytest.raises(DataError, match=r"(?s)rows that cannot be used.*'x'.*'y'"):
         list(load_examples(data.source, data, "train"))
@@ -63,7 +63,7 @@ def test_all_that_is_wrong_is_told_together_and_a_missing_column_once(tmp_path):
         ({"prompt": "{}", "answer": "{b}"}, r"data.prompt = '\{\}': names no column, or an empty one"),
     ],
 )
-def test_templates_that_make_no_example_are_refused_with_the_config(changes, message):
+def test_unusable_templates_are_refused_with_the_config(changes, message):
     with pytest.raises(ConfigError, match=message):
         check(Experiment(data=DataConfig(**changes)))
     check(Experiment(data=DataConfig(prompt="{{a}} {b}:", answer=" {c}", labels=("x",))))

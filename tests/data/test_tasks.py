@@ -1,4 +1,4 @@
-"""Every task reads its real data and its sample, its sides are apart, and its baseline answers."""
+"""Every task reads its real data and its sample, its splits are disjoint, and its baseline answers."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.config import DataConfig
-from gptjax.data.examples import SAMPLES, _tell_of_sample, load_examples
+from gptjax.data.examples import SAMPLES, _warn_of_sample, load_examples
 from gptjax.data.tasks import TASKS, baseline, find_task
 from gptjax.data.tasks.entities import tags_of
 from gptjax.errors import DataError
@@ -19,14 +19,14 @@ from gptjax.errors import DataError
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_task_that_is_not_there_is_named():
+def test_an_unknown_task_gets_a_suggestion():
     with pytest.raises(DataError, match=r"task:sentimant: no such task; did you mean sentiment\?"):
         find_task("sentimant")
 
 
-def test_data_that_is_not_there_is_named_with_where_to_get_it(monkeypatch, tmp_path):
+def test_missing_data_is_reported_with_its_address(monkeypatch, tmp_path):
     monkeypatch.setenv("GPTJAX_DATA", str(tmp_path))
-    with pytest.raises(DataError, match=r"no such file, and task:translation reads it from \$GPTJAX_DATA; get it from"):
+    with pytest.raises(DataError, match=r"no such file; task:translation reads it from \$GPTJAX_DATA; get it from"):
         list(load_examples("task:translation", DataConfig(), "train"))
     monkeypatch.delenv("GPTJAX_DATA")
     monkeypatch.setattr("gptjax.data.examples.SAMPLES", tmp_path)
@@ -36,40 +36,41 @@ def test_data_that_is_not_there_is_named_with_where_to_get_it(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.source])
 @pytest.mark.parametrize("value", [None, ""])
-def test_without_data_a_task_reads_its_sample_and_says_so_once(name, value, monkeypatch, capsys):
+def test_without_data_a_task_reads_its_sample_and_warns_once(name, value, monkeypatch, capsys):
     set_or_not = monkeypatch.delenv if value is None else monkeypatch.setenv
     set_or_not("GPTJAX_DATA", *([False] if value is None else [value]))
-    _tell_of_sample.cache_clear()
-    sides = check_sides(name, least=2)
+    _warn_of_sample.cache_clear()
+    splits = check_splits(name, least=2)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"task:{name}: GPTJAX_DATA is not set, so a tiny sample" in err
     assert find_task(name).source in err
     if labels := find_task(name).labels:
-        assert all({e.answer for e in found} == set(labels) for found in sides.values())
+        assert all({e.answer for e in found} == set(labels) for found in splits.values())
 
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.usefixtures("real_data")
 def test_a_task_reads_its_data(name):
-    check_sides(name, least=20)
+    check_splits(name, least=20)
 
 
-def check_sides(name: str, least: int) -> dict:
-    """Reads all sides of a task twice: the same examples, with prompts, answers, right labels and a trivial answer."""
+def check_splits(name: str, least: int) -> dict:
+    """Reads all splits of a task twice: equal examples, with prompts, answers, known labels and a baseline answer."""
     task = find_task(name)
-    sides = {side: list(load_examples(f"task:{name}", DataConfig(), side)) for side in ("train", "validation", "test")}
-    assert all(len(found) >= least for found in sides.values()) and len(sides["train"]) > len(sides["test"])
-    assert sides["train"] == list(load_examples(f"task:{name}", DataConfig(), "train"))
-    for found in sides.values():
+    names = ("train", "validation", "test")
+    splits = {split: list(load_examples(f"task:{name}", DataConfig(), split)) for split in names}
+    assert all(len(found) >= least for found in splits.values()) and len(splits["train"]) > len(splits["test"])
+    assert splits["train"] == list(load_examples(f"task:{name}", DataConfig(), "train"))
+    for found in splits.values():
         assert all(any(p.is_target for p in e.parts) and e.prompt.strip() and e.answer.strip() for e in found)
         assert all(not task.labels or e.answer.strip() in task.labels for e in found)
-    trivial = baseline(task, sides["train"])
-    assert all(isinstance(trivial(e), str) for e in sides["test"])
-    return sides
+    answer_of = baseline(task, splits["train"])
+    assert all(isinstance(answer_of(e), str) for e in splits["test"])
+    return splits
 
 
 def test_the_samples_come_with_an_installed_gptjax(tmp_path):
-    """A wheel is made of the files that would be committed; it has every file of the samples, byte for byte."""
+    """A wheel has every file of the samples, byte for byte."""
     pytest.importorskip("setuptools")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -83,20 +84,20 @@ def test_the_samples_come_with_an_installed_gptjax(tmp_path):
 
 
 @pytest.mark.usefixtures("real_data")
-def test_sentences_of_one_text_stand_on_one_side():
-    texts = [{" ".join(e.prompt.casefold().split()) for e in load_examples("task:sentiment", DataConfig(), side)}
-             for side in ("train", "validation", "test")]  # fmt: skip
+def test_equal_sentences_are_in_one_split():
+    texts = [{" ".join(e.prompt.casefold().split()) for e in load_examples("task:sentiment", DataConfig(), split)}
+             for split in ("train", "validation", "test")]  # fmt: skip
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
 
 
 @pytest.mark.usefixtures("real_data")
-def test_entities_that_are_written_out_can_be_found_again():
+def test_entities_survive_a_round_trip_through_text():
     found = list(load_examples("task:entities", DataConfig(), "train"))
     same = [tags_of(e.answer, e.values["tokens"].split()) == e.values["tags"].split() for e in found]
     assert sum(same) / len(same) >= 0.99
 
 
-def test_a_file_that_the_readme_shows_is_a_task(tmp_path):
+def test_the_task_in_the_readme_works(tmp_path):
     """In a copy of the package, as a user who works in a clone has it."""
     shutil.copytree(ROOT / "gptjax", tmp_path / "gptjax", ignore=shutil.ignore_patterns("__pycache__"))
     own = (ROOT / "README.md").read_text().split("A task of\nyour own")[1]

@@ -1,4 +1,4 @@
-"""Every tokenizer gives back exactly the text that it was given, or refuses it by name."""
+"""Every tokenizer decodes its ids to exactly the encoded text, or refuses the text."""
 
 import functools
 import io
@@ -23,6 +23,7 @@ from gptjax.data.tokenizer import (
     WordPieceTokenizer,
 )
 from gptjax.data.tokenizer.builtin import _training_lines
+from gptjax.data.tokenizer.engine import byte_characters, make_engine
 from gptjax.data.tokenizer.huggingface_read import from_huggingface
 from gptjax.data.tokenizer.huggingface_write import spec_of, to_huggingface
 from gptjax.data.tokenizer.tokenizer_json import PROBES, same_unigram_score
@@ -89,7 +90,7 @@ def test_saved_and_loaded_is_the_same(tokens, tmp_path):
 
 
 @every_lossless
-def test_half_a_surrogate_pair_is_refused(tokens):
+def test_a_lone_surrogate_is_refused(tokens):
     with pytest.raises(DataError, match="character 3 is half of a surrogate pair"):
         tokens.encode("abc\ud800")
 
@@ -97,7 +98,7 @@ def test_half_a_surrogate_pair_is_refused(tokens):
 @every_lossless
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 200))
-def test_cutting_a_long_text_changes_no_token(tokens, seed, size):
+def test_encoding_a_text_in_chunks_changes_no_token(tokens, seed, size):
     rng = random.Random(seed)
     text = "".join(rng.choice(["word", " ", "\n", "\n\n", "  ", "x", "▁", ",", "字"]) for _ in range(300))
     parts = list(text_chunks(text, size))
@@ -105,7 +106,7 @@ def test_cutting_a_long_text_changes_no_token(tokens, seed, size):
     np.testing.assert_array_equal(np.concatenate([tokens.encode(p) for p in parts]), tokens.encode(text))
 
 
-def test_char_knows_its_characters_and_names_any_other(tmp_path):
+def test_char_refuses_any_other_character_by_name(tmp_path):
     tokens = CharTokenizer("".join(sorted(set("hello 世界😀\n"))), has_eos=False)
     text = "hell 世😀\no"
     assert tokens.decode(tokens.encode(text)) == text and tokens.eos_id is None
@@ -117,7 +118,7 @@ def test_char_knows_its_characters_and_names_any_other(tmp_path):
     np.testing.assert_array_equal(tokenizer.load(tmp_path).encode(text), tokens.encode(text))
 
 
-def test_sentencepiece_learns_the_same_pieces_twice_and_compresses():
+def test_sentencepiece_training_is_reproducible_and_compresses():
     text = "".join(topics[name] for name in sorted(topics)[:40])
     once, again = (SentencePieceTokenizer.train([text], 800) for _ in range(2))
     assert once.model == again.model
@@ -126,19 +127,19 @@ def test_sentencepiece_learns_the_same_pieces_twice_and_compresses():
         SentencePieceTokenizer.train([CORPUS], 10)
 
 
-def test_special_tokens_are_text_in_a_text():
+def test_special_tokens_decode_to_nothing():
     tokens = LOSSLESS["bpe"]
     assert tokens.id_to_bytes[tokens.eos_id] == b""
     assert tokens.decode([*tokens.encode("a"), tokens.eos_id, *tokens.encode("b")]) == "ab"
 
 
-def test_a_normalising_tokenizer_says_so():
+def test_a_normalising_tokenizer_has_a_caveat():
     spec = json.loads(LOSSLESS["bpe"].tokenizer_json) | {"normalizer": {"type": "NFC"}}
     assert "normalises text (NFC)" in BPETokenizer(json.dumps(spec)).caveat
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"decoder": null}', '{"model": {"type": "WordPiece"}}'])
-def test_what_is_no_byte_level_bpe_is_refused(tmp_path, content):
+def test_anything_but_a_byte_level_bpe_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match="tokenizer"):
         BPETokenizer.from_path(tmp_path)
@@ -162,15 +163,15 @@ LLAMA3 = (
 )
 
 
-def cutting_by(pattern: str) -> BPETokenizer:
-    """The small BPE with a pattern of its own, as in the tokenizer.json of Llama 3, Qwen or GPT-4."""
+def bpe_with_pattern(pattern: str) -> BPETokenizer:
+    """The small BPE with another pattern, as in the tokenizer.json of Llama 3, Qwen or GPT-4."""
     spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     mapped = spec["pre_tokenizer"] | {"use_regex": False}
     return BPETokenizer(json.dumps(spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, mapped]}}))
 
 
-BY_WORDS = {"gpt2": LOSSLESS["bpe"], "llama3": cutting_by(LLAMA3)}
+WITH_CACHE = {"gpt2": LOSSLESS["bpe"], "llama3": bpe_with_pattern(LLAMA3)}
 PARTS = [
     "'s",
     "'LL",
@@ -192,32 +193,32 @@ PARTS += ["\U0001fae8", "\U00010d50", "²", "_", "<|endoftext|>", "\t"]
 
 
 def by_engine(tokens: BPETokenizer, text: str) -> list[int]:
-    return tokenizer.engine(tokens.tokenizer_json).encode(text, add_special_tokens=False).ids
+    return make_engine(tokens.tokenizer_json).encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("name", BY_WORDS)
+@pytest.mark.parametrize("name", WITH_CACHE)
 @settings(max_examples=300, deadline=None)
 @given(text=st.lists(st.sampled_from(PARTS)).map("".join) | st.text(st.characters(exclude_categories=["Cs"])))
-def test_bpe_by_words_gives_the_ids_of_the_engine(name, text):
-    tokens = BY_WORDS[name]
-    assert tokens._words is not None
+def test_the_word_cache_gives_the_ids_of_the_engine(name, text):
+    tokens = WITH_CACHE[name]
+    assert tokens._word_cache is not None
     assert tokens.encode(text).tolist() == by_engine(tokens, text)
 
 
-def test_bpe_by_words_leaves_to_the_engine_what_it_would_cut_otherwise(monkeypatch):
-    """A character that is a letter for one library only, a gap between words, and a word list that is full."""
+def test_the_word_cache_leaves_texts_that_it_would_split_differently_to_the_engine(monkeypatch):
+    """A character that is a letter for one library only, a gap between words, and a full cache."""
     for pattern, known in [(r"\p{L}+|\p{N}+|[^\p{L}\p{N}]+", True), (r"\p{L}+|\p{N}+", False), (r"(\p{L}+)|.", None)]:
-        tokens = cutting_by(pattern)
-        assert (tokens._words is None) == (known is None)
-        assert tokens._words is None or (tokens._words.encode("two words 12") is not None) == known
+        tokens = bpe_with_pattern(pattern)
+        assert (tokens._word_cache is None) == (known is None)
+        assert tokens._word_cache is None or (tokens._word_cache.encode("two words 12") is not None) == known
         assert tokens.encode("two words 12").tolist() == by_engine(tokens, "two words 12")
-    words = LOSSLESS["bpe"]._words
-    assert words is not None
-    monkeypatch.setitem(words._alike, "é", False)
-    assert words.encode("café") is None and words.encode("cafe") is not None
+    cache = LOSSLESS["bpe"]._word_cache
+    assert cache is not None
+    monkeypatch.setitem(cache._agrees, "é", False)
+    assert cache.encode("café") is None and cache.encode("cafe") is not None
     monkeypatch.setattr("gptjax.data.tokenizer.word_cache.MAX_WORDS", 0)
     for text in ("the quick brown foxes", "other words"):
-        assert words.encode(text).tolist() == by_engine(LOSSLESS["bpe"], text) and len(words._known) < 5
+        assert cache.encode(text).tolist() == by_engine(LOSSLESS["bpe"], text) and len(cache._ids) < 5
 
 
 @pytest.mark.parametrize(
@@ -230,10 +231,10 @@ def test_bpe_by_words_leaves_to_the_engine_what_it_would_cut_otherwise(monkeypat
     ],
     ids=["normalizer", "added token", "space"],
 )  # fmt: skip
-def test_bpe_that_does_more_than_cut_is_left_to_the_engine(change):
+def test_a_bpe_that_does_more_than_split_has_no_word_cache(change):
     spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
     tokens = BPETokenizer(json.dumps(spec | change))
-    assert tokens._words is None
+    assert tokens._word_cache is None
     assert tokens.encode("a fox é").tolist() == by_engine(tokens, "a fox é")
 
 
@@ -246,7 +247,7 @@ def test_gpt2_vocabulary_gives_gpt2s_ids(real_data):
     assert tokens.decode(tokens.encode("naïve 中文 😀 <|endoftext|>")) == "naïve 中文 😀 <|endoftext|>"
 
 
-def test_what_a_foreign_tokenizer_loses_is_said():
+def test_what_an_imported_tokenizer_loses_is_its_caveat():
     spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
     prefixed = json.loads(json.dumps(spec))
     prefixed["pre_tokenizer"]["add_prefix_space"] = True
@@ -268,7 +269,7 @@ def test_vocabulary_and_merges_must_belong_together(tmp_path):
         BPETokenizer.from_path(tmp_path)
 
 
-def test_a_document_longer_than_the_training_limit_is_cut_not_left_out():
+def test_a_document_longer_than_the_training_limit_is_truncated_not_skipped():
     assert "".join(_training_lines(["x\n" * 100], 50)) == "x" * 25
 
 
@@ -287,7 +288,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("t
 
 
 def sentencepiece_model(**options) -> bytes:
-    """A model of someone else, trained here."""
+    """A SentencePiece model with other settings than gptjax's."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -310,7 +311,7 @@ MODELS = {
 
 
 def imported(folder, name):
-    """A tokenizer of someone else, by way of the folder that holds it."""
+    """A tokenizer read from a Hugging Face folder."""
     if name == "wordpiece":
         write_bert(folder)
     elif name == "llama3":
@@ -335,7 +336,7 @@ def write_bert(folder):
 
 
 def write_llama3(folder):
-    """Byte-level BPE whose frame of a text stands in the tokenizer.json, and whose end in the configuration."""
+    """Byte-level BPE with its post-processor in tokenizer.json, and its eos_token in the configuration."""
     from tokenizers import Tokenizer, processors
 
     engine = Tokenizer.from_str(LOSSLESS["bpe"].tokenizer_json)
@@ -352,17 +353,17 @@ def write_llama3(folder):
 
 FOREIGN = [*MODELS, "wordpiece", "llama3"]
 KNOWN = "".join(sorted(set("".join(TEXTS))))
-OWN = LOSSLESS | {"char": CharTokenizer(KNOWN, True), "char, one text": CharTokenizer(KNOWN, False)}
+NATIVE = LOSSLESS | {"char": CharTokenizer(KNOWN, True), "char, one text": CharTokenizer(KNOWN, False)}
 
 
 @pytest.fixture(scope="module")
-def there_and_back(tmp_path_factory):
-    """name -> a tokenizer, the folder that it was written to, and what was read from there."""
+def round_trip(tmp_path_factory):
+    """name -> a tokenizer, the folder that it was exported to, and the tokenizer read from there."""
 
     @functools.cache
     def make(name):
         folder = tmp_path_factory.mktemp("exported")
-        tokens = OWN.get(name) or imported(tmp_path_factory.mktemp("foreign"), name)
+        tokens = NATIVE.get(name) or imported(tmp_path_factory.mktemp("foreign"), name)
         to_huggingface(tokens, folder)
         return tokens, folder, from_huggingface(folder)
 
@@ -380,13 +381,13 @@ def check_same(tokens, ids, expected):
     assert ids == expected or equally_likely(tokens, ids, expected), (ids, expected)
 
 
-@pytest.mark.parametrize("name", [*OWN, *FOREIGN])
+@pytest.mark.parametrize("name", [*NATIVE, *FOREIGN])
 @settings(max_examples=60, deadline=None)
 @given(text=any_text)
 @example(text="<|endoftext|><unk><0x41>[INST]</s> <s> [SEP]")
-def test_what_was_written_for_hugging_face_comes_back(there_and_back, name, text):
-    tokens, _, back = there_and_back(name)
-    assert back.pieces == tokens.id_to_bytes
+def test_an_exported_tokenizer_is_imported_unchanged(round_trip, name, text):
+    tokens, _, back = round_trip(name)
+    assert back.id_to_bytes == tokens.id_to_bytes
     assert (back.bos_id, back.eos_id) == (tokens.bos_id, tokens.eos_id)
     if name.startswith("char"):
         text = "".join(c for c in text if c in KNOWN)
@@ -397,10 +398,10 @@ def test_what_was_written_for_hugging_face_comes_back(there_and_back, name, text
 
 
 @pytest.mark.parametrize("config", [None, "gpt2", "llama"])
-@pytest.mark.parametrize("name", [*OWN, *FOREIGN])
-def test_transformers_gives_the_same_ids_and_texts(there_and_back, name, config):
+@pytest.mark.parametrize("name", [*NATIVE, *FOREIGN])
+def test_transformers_gives_the_same_ids_and_texts(round_trip, name, config):
     auto_tokenizer = pytest.importorskip("transformers").AutoTokenizer
-    tokens, folder, _ = there_and_back(name)
+    tokens, folder, _ = round_trip(name)
     if config:
         (folder / "config.json").write_text(json.dumps({"model_type": config}))
     auto = auto_tokenizer.from_pretrained(folder)
@@ -420,14 +421,14 @@ def test_transformers_gives_the_same_ids_and_texts(there_and_back, name, config)
 @given(text=any_text)
 @example(text="  the  two spaces ")
 @example(text="a<sep>b <turn>\n\n c<unk>")
-def test_sentencepiece_models_keep_their_ids(there_and_back, name, text):
+def test_sentencepiece_models_keep_their_ids(round_trip, name, text):
     import sentencepiece
 
-    tokens, *_ = there_and_back(name)
+    tokens, *_ = round_trip(name)
     original = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model_of(name))
-    if name == "nfkc":  # the two libraries normalise some rare characters apart
+    if name == "nfkc":  # the two libraries normalise some rare characters differently
         text = "".join(c for c in text if c in KNOWN)
-    if name == "no-bytes":  # and count the unknown characters of a special token's name apart
+    if name == "no-bytes":  # and count the unknown characters of a special token's name differently
         text = text.replace("<", "").replace(">", "")
     check_same(tokens, tokens.encode(text), original.encode(text))
 
@@ -437,19 +438,19 @@ def sentencepiece_model_of(name):
     return sentencepiece_model(**MODELS[name])
 
 
-def test_llama_tokenizers_write_a_space_before_a_text_which_whole_texts_drop(tmp_path):
+def test_llama_tokenizers_add_a_prefix_space_that_decoding_from_the_start_drops(tmp_path):
     tokens = imported(tmp_path, "llama")
     assert type(tokens) is PieceTokenizer and tokens.adds_prefix_space and (tokens.bos_id, tokens.eos_id) == (1, 2)
     for text in ["the", " the", "  two", "字😀", ""]:
         ids = tokens.encode_prompt(text)
         assert ids[0] == 1 and tokens.decode(ids, from_start=True) == text
         assert "".join(tokens.decode_stream(ids, from_start=True)) == text
-        assert tokens.decode(tokens.encode(text)) == (" " + text if text else ""), "what continues a text keeps it"
+        assert tokens.decode(tokens.encode(text)) == (" " + text if text else ""), "a continuation keeps it"
     assert "adds a space before every text" in tokens.caveat and "'▁' becomes ' '" in tokens.caveat
     assert tokens.id_to_bytes[3 + 0x0A] == b"\n" and tokens.id_to_bytes[0] == tokens.id_to_bytes[1] == b""
 
 
-def test_special_words_are_text_except_in_a_template(tmp_path):
+def test_special_tokens_in_a_text_are_text_except_in_a_template(tmp_path):
     tokens = imported(tmp_path, "llama3")
     begin, end = (tokens.special_tokens[word] for word in ("<|begin_of_text|>", "<|eot_id|>"))
     assert (tokens.bos_id, tokens.eos_id) == (begin, end)
@@ -461,8 +462,8 @@ def test_special_words_are_text_except_in_a_template(tmp_path):
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_tokenizer_saved_and_loaded_is_the_same(there_and_back, name, tmp_path):
-    tokens, *_ = there_and_back(name)
+def test_a_foreign_tokenizer_saved_and_loaded_is_the_same(round_trip, name, tmp_path):
+    tokens, *_ = round_trip(name)
     tokens.save(tmp_path)
     loaded = tokenizer.load(tmp_path)
     assert type(loaded) is type(tokens) and loaded.id_to_bytes == tokens.id_to_bytes and loaded.caveat == tokens.caveat
@@ -497,14 +498,14 @@ def test_llama_and_gpt2_of_transformers_agree(tmp_path, real_data):
     other = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert reference(text)["input_ids"] == gpt2.encode_prompt(text).tolist()
-        if not text.startswith((" ", "▁")):  # transformers 5 writes no space before one; SentencePiece and Llama 2 do
+        if not text.startswith((" ", "▁")):  # transformers 5 adds no space before it; SentencePiece and Llama 2 do
             assert other(text)["input_ids"] == llama.encode_prompt(text).tolist()
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert from_huggingface(tmp_path).bos_id is None
 
 
-def test_words_beside_the_files_of_gpt2_are_added(tmp_path):
-    vocab = {c: i for i, c in enumerate(tokenizer.byte_characters().values())} | {"<|endoftext|>": 256}
+def test_added_tokens_of_gpt2_files_are_read(tmp_path):
+    vocab = {c: i for i, c in enumerate(byte_characters().values())} | {"<|endoftext|>": 256}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 258, "<|im_start|>": 257}')
@@ -519,21 +520,21 @@ def test_words_beside_the_files_of_gpt2_are_added(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama3", "wordpiece", "llama"])
-def test_files_that_do_not_name_their_model_are_read(there_and_back, name, tmp_path):
-    tokens, folder, _ = there_and_back(name)
+def test_files_without_a_model_type_are_read(round_trip, name, tmp_path):
+    tokens, folder, _ = round_trip(name)
     spec = json.loads((folder / "tokenizer.json").read_text())
     del spec["model"]["type"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     assert from_huggingface(tmp_path).encode(CORPUS).tolist() == tokens.encode(CORPUS).tolist()
 
 
-def test_other_characters_are_refused_after_the_export_too(there_and_back):
-    _, folder, _ = there_and_back("char")
+def test_an_exported_char_tokenizer_refuses_other_characters(round_trip):
+    _, folder, _ = round_trip("char")
     with pytest.raises(Exception, match="UNK"):
-        tokenizer.engine((folder / "tokenizer.json").read_text()).encode("\u0fff")
+        make_engine((folder / "tokenizer.json").read_text()).encode("\u0fff")
 
 
-def test_what_is_no_tokenizer_folder_is_refused_by_name(tmp_path):
+def test_folders_without_a_readable_tokenizer_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"has no tokenizer; looked for tokenizer.json, then vocab.json with merges"):
         from_huggingface(tmp_path)
     for name, content in [
@@ -550,7 +551,7 @@ def test_what_is_no_tokenizer_folder_is_refused_by_name(tmp_path):
         from_huggingface(tmp_path)
 
 
-def test_a_stranger_s_saved_tokenizer_is_bounded(tmp_path):
+def test_an_untrusted_tokenizer_is_bounded(tmp_path):
     LOSSLESS["bpe"].save(tmp_path)
     path = tmp_path / "tokenizer.json"
     spec = json.loads(path.read_text())

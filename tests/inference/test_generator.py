@@ -94,5 +94,5 @@ def test_room_is_what_was_asked_for_and_fits(writer):
 
 
 def test_what_is_asked_for_comes_before_what_is_recommended(writer):
-    made = Pretrained("m", MODEL, {}, ByteTokenizer(), recommended=dict(temperature=0.6, top_p=0.9))
+    made = Pretrained("m", MODEL, {}, ByteTokenizer(), generation_config=dict(temperature=0.6, top_p=0.9))
     assert recommended(made, temperature=None, top_p=0.5, top_k=None) == SamplingParams(0.6, top_p=0.5)

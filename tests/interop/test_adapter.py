@@ -1,4 +1,4 @@
-"""LoRA in PEFT's format: the same logits in peft, the small matrices alone, there and back, and what is refused."""
+"""LoRA in PEFT's format: the same logits in peft, only the LoRA matrices, there and back, and refused adapters."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def peft():
 
 
 def adapted(base: Pretrained, seed: int) -> Pretrained:
-    """The model with random LoRA matrices beside some of its weights."""
+    """The model with random LoRA matrices for some of its weights."""
     draw, rng = random.Random(seed), np.random.default_rng(seed)
     there = TARGETS[: 7 + base.model.gated]
     targets = ("query", "value") if seed == 0 else tuple(draw.sample(there, draw.randint(1, len(there))))
@@ -48,8 +48,8 @@ def adapted(base: Pretrained, seed: int) -> Pretrained:
     return dataclasses.replace(base, model=model, params=nested(named(base.params) | small))
 
 
-def in_one(ours: Pretrained) -> Pretrained:
-    """The model with what LoRA learnt added to its weights."""
+def merged(ours: Pretrained) -> Pretrained:
+    """The model with its LoRA weights merged."""
     model, params = merge_lora(ours.model, ours.params)
     return dataclasses.replace(ours, model=model, params=params)
 
@@ -68,9 +68,9 @@ def test_peft_has_the_logits_of_a_run_with_lora_and_its_merge_is_ours(tmp_path, 
     ours = adapted(made(changes), seed)
     save_adapter(ours, adapter, str(base), base)
     found = compare_logits(ours, base, adapter)
-    assert found.difference < 1e-4 and found.other == "peft"
-    assert choose_family(in_one(ours).model).name == family
-    save_folder(in_one(ours), whole)
+    assert found.difference < 1e-4 and found.reference == "peft"
+    assert choose_family(merged(ours).model).name == family
+    save_folder(merged(ours), whole)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         on_base, plain = (architecture(base).from_pretrained(folder) for folder in (base, whole))
@@ -81,7 +81,7 @@ def test_peft_has_the_logits_of_a_run_with_lora_and_its_merge_is_ours(tmp_path, 
 
 
 def untie(model) -> None:
-    """What PEFT asks for before it merges: else what was learnt beside a tied table is added to it twice."""
+    """PEFT requires this before merging: otherwise the LoRA weights of a tied embedding are added twice."""
     head = model.get_output_embeddings()
     head.weight = type(head.weight)(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
@@ -180,7 +180,7 @@ def test_a_bert_has_adapters_too(tmp_path, peft):
 
 @pytest.fixture
 def adapter(tmp_path) -> Path:
-    """An adapter on a small GPT-2, which lies beside it."""
+    """An adapter for a small GPT-2, in a folder next to it."""
     save_folder(made({}), tmp_path / "base")
     save_adapter(adapted(made({}), 0), tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "base")
     return tmp_path / "adapter"
@@ -198,20 +198,20 @@ def test_the_ranks_of_queries_and_values_share_one_matrix(adapter):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(use_dora=True), r"use_dora = True: gptjax has it as None or False"),
+        (dict(use_dora=True), r"use_dora = True: gptjax supports only None or False"),
         (dict(modules_to_save=["lm_head"]), r"modules_to_save = \['lm_head'\]"),
-        (dict(peft_type="IA3"), "peft_type = 'IA3': gptjax has it as 'LORA' only"),
+        (dict(peft_type="IA3"), "peft_type = 'IA3': gptjax supports only 'LORA'"),
         (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
         (dict(bias="all", novelty=1), r"bias = 'all'(.|\n)*novelty = 1"),
         (dict(rank_pattern={"(a+)+$": 2}), "rank_pattern = .*ends of modules' names"),
         (dict(alpha_pattern={"c_attn": "x"}), "alpha_pattern = "),
         (dict(r=None), "r is missing"),
-        (dict(r=99), r"lora_A.weight has shape .*ask for \[99, 16\]"),
+        (dict(r=99), r"lora_A.weight has shape .*need \[99, 16\]"),
         (dict(base_model_name_or_path=None), "base_model_name_or_path = None: the folder or hub name"),
-        (dict(base_model_name_or_path="/no/where"), "belongs to the model '/no/where': .*does not exist"),
+        (dict(base_model_name_or_path="/no/where"), "has the base model '/no/where': .*does not exist"),
     ],
 )
-def test_what_an_adapter_says_is_understood_or_refused(adapter, changes, message):
+def test_every_field_of_an_adapter_config_is_understood_or_refused(adapter, changes, message):
     edit(adapter / "adapter_config.json", **changes)
     with pytest.raises(ExchangeError, match=message):
         open_model(str(adapter))
@@ -220,18 +220,18 @@ def test_what_an_adapter_says_is_understood_or_refused(adapter, changes, message
 def test_an_adapter_of_another_model_or_with_other_tensors_is_refused(adapter, tmp_path):
     whole = (adapter / WEIGHTS).read_bytes()
     (adapter / WEIGHTS).write_bytes(whole[:-1])
-    with pytest.raises(ExchangeError, match="damaged, or cut off"):
+    with pytest.raises(ExchangeError, match="damaged or cut off"):
         open_model(str(adapter))
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
-    with pytest.raises(ExchangeError, match=r"adapter_model.bin and not as adapter_model.safetensors.*not unpickle"):
+    with pytest.raises(ExchangeError, match=r"adapter_model.bin and not in adapter_model.safetensors.*not unpickle"):
         open_model(str(adapter))
     (adapter / WEIGHTS).write_bytes(whole)
     shutil.rmtree(tmp_path / "base")
     save_folder(made(dict(num_layers=1)), tmp_path / "base")
-    with pytest.raises(ExchangeError, match=r"h.1.attn.c_attn.lora_A.weight \(one of 2\) is nothing that gptjax can"):
+    with pytest.raises(ExchangeError, match=r"h.1.attn.c_attn.lora_A.weight \(one of 2\) does not fit a gpt2 model"):
         open_model(str(adapter))
     (adapter / "secret").symlink_to(tmp_path / "base")
-    with pytest.raises(ExchangeError, match="leads out of the folder"):
+    with pytest.raises(ExchangeError, match="is a link to a file outside"):
         open_model(str(adapter))
 
 
@@ -239,14 +239,14 @@ def test_a_base_of_another_shape_is_refused_before_anything_is_written(tmp_path)
     save_folder(made(dict(num_layers=1, ffn="relu")), tmp_path / "base")
     with pytest.raises(ExchangeError) as caught:
         save_adapter(adapted(made({}), 0), tmp_path / "adapter", "base", tmp_path / "base")
-    assert "(model.num_layers = 1, and the run has 2; model.ffn = 'relu', and the run has 'gelu')" in str(caught.value)
+    assert "(model.num_layers = 1, but the run has 2; model.ffn = 'relu', but the run has 'gelu')" in str(caught.value)
     assert not (tmp_path / "adapter").exists()
 
 
 def test_without_peft_gptjax_reads_the_adapter_again(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("gptjax.interop.logit_check.find_spec", lambda name: None if name == "peft" else name)
     found = compare_logits(adapted(made({}), 0), tmp_path / "base", adapter)
-    assert found.difference < 1e-5 and found.other.endswith("as peft is not installed")
+    assert found.difference < 1e-5 and found.reference.endswith("(peft is not installed)")
 
 
 @pytest.mark.usefixtures("single_device")
@@ -257,21 +257,24 @@ def test_a_run_with_lora_is_exported_as_an_adapter_and_as_one_model(tmp_path, fi
     train.train(TINY.override({"data.source": str(corpus)} | lora), tmp_path / "lora")
     folders = [str(tmp_path / name) for name in ("base", "adapter", "lora", "whole", "again", "out")]
     base, adapter, run, whole, again, out = folders
-    with pytest.raises(ExchangeError, match=f"gptjax export {finished_run} FOLDER, then name it by --base FOLDER"):
+    with pytest.raises(ExchangeError, match=f"gptjax export {finished_run} FOLDER, then add --base FOLDER"):
         export([run, adapter, "--adapter"])
     export([str(finished_run), base])
     export([run, adapter, "--adapter", "--base", base])
     said = capsys.readouterr().out
     assert "largest difference of logits to" in said and f"an adapter for {base}" in said
-    export([run, whole])  # what it learnt is added
+    export([run, whole])  # the LoRA weights are merged
     import_([adapter, again])
     a, b, c = (logits(x.model, x.params, TEXT[:, :16] % 257) for x in map(open_model, (run, whole, again)))
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     np.testing.assert_allclose(a, c, rtol=0, atol=1e-5)
     for arguments, message in [
         ((str(finished_run), out, "--adapter"), r"was trained without LoRA \(model.lora_rank = 0\) and has no adapter"),
-        ((run, out, "--base", base), "--base: only an adapter has a base; add --adapter"),
-        ((run, out, "--adapter", "--dtype", "bfloat16"), "--dtype: an adapter is one float32 file"),
+        ((run, out, "--base", base), "--base: no effect without --adapter"),
+        (
+            (run, out, "--adapter", "--dtype", "bfloat16"),
+            "--dtype: no effect with --adapter",
+        ),
         ((run, out, "--adapter", "--base", f"{tmp_path}/nowhere"), "nowhere: does not exist"),
     ]:
         with pytest.raises(GptjaxError, match=message):

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from gptjax.data.tokenizer import CharTokenizer  # noqa: E402
 from gptjax.errors import DataError, PromptError  # noqa: E402
 from gptjax.inference.pretrained import Pretrained  # noqa: E402
-from gptjax.interop.harness import GptjaxLM, generation, run_tasks, table  # noqa: E402
+from gptjax.interop.harness import GptjaxLM, parse_generation_kwargs, run_tasks, table  # noqa: E402
 from gptjax.interop.huggingface import load_folder  # noqa: E402
 
 pytestmark = [
@@ -150,7 +150,7 @@ def results(both):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_answer_and_every_figure_is_that_of_the_hf_backend(results, task):
+def test_every_answer_and_every_metric_is_that_of_the_hf_backend(results, task):
     hf, ours = (r["samples"][task] for r in results)
     assert len(hf) == len(ours) > 5
     for a, b in zip(hf, ours, strict=True):
@@ -181,7 +181,7 @@ def test_requests_at_the_edge(both, context, continuation):
     assert b == (pytest.approx(a[0], rel=1e-5, abs=1e-4), a[1])
 
 
-def test_a_tokenizer_that_writes_begin_of_text(tmp_path):
+def test_a_tokenizer_that_adds_bos(tmp_path):
     make_llama(tmp_path)
     hf, ours = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32"), GptjaxLM(load_folder(tmp_path))
     for text in ("a word", "<|begin|>a word", f"a{END}b", "long " * 99):
@@ -197,15 +197,15 @@ def test_a_tokenizer_that_writes_begin_of_text(tmp_path):
         assert ours.generate_until(request) == hf.generate_until(request)
 
 
-def test_what_the_hf_backend_stumbles_over(both):
+def test_inputs_that_break_the_hf_backend(both):
     _, ours, _ = both
-    ask = lambda *texts: ours.loglikelihood([Instance("loglikelihood", {}, texts, 0)])  # noqa: E731
-    assert ask(" ", "word") == ask("", " word"), "a context of spaces only is an empty one"
+    score = lambda *texts: ours.loglikelihood([Instance("loglikelihood", {}, texts, 0)])  # noqa: E731
+    assert score(" ", "word") == score("", " word"), "a context of spaces only is an empty one"
     with pytest.raises(PromptError, match="a continuation of 0 tokens"):
-        ask("", END)
+        score("", END)
 
 
-def test_a_shorter_context_can_be_asked_for(both):
+def test_a_shorter_context_can_be_requested(both):
     hf, ours, _ = both
     hf, ours = HFLM(hf.model, tokenizer=hf.tokenizer, max_length=20), GptjaxLM(ours.pretrained, max_length=20)
     rolling = [Instance("loglikelihood_rolling", {}, ("The while statement is used for it. " * 9,), 0)]
@@ -213,7 +213,7 @@ def test_a_shorter_context_can_be_asked_for(both):
     assert ours.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0)]) == [0]
 
 
-def test_the_verb_runs_tasks_and_its_results_are_plain_json(both):
+def test_the_command_runs_tasks_and_its_results_are_plain_json(both):
     _, ours, tasks = both
     results = run_tasks(ours, ["choices", "read*"], tasks, limit=3)
     assert json.loads(json.dumps(results)) == results
@@ -222,27 +222,32 @@ def test_the_verb_runs_tasks_and_its_results_are_plain_json(both):
     assert results["config"]["model_num_parameters"] == sum(x.numel() for x in both[0].model.parameters())
 
 
-def test_what_there_is_not_is_named(both, tmp_path):
+def test_unknown_tasks_and_impossible_requests_are_named(both, tmp_path):
     _, ours, tasks = both
-    with pytest.raises(DataError, match=r"no 'choicess'; did you mean choices"):
+    with pytest.raises(DataError, match=r"no task 'choicess'; did you mean choices"):
         run_tasks(ours, ["choicess"], tasks)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         run_tasks(ours, ["choices"], tmp_path / "nowhere")
     bad = (tasks / "choices.yaml").read_text().replace("choices.jsonl", "gone.jsonl").replace("task: ", "task: no_")
     (tmp_path / "bad.yaml").write_text(bad)
     with pytest.raises(DataError, match="no_choices: their data cannot be read"):
         run_tasks(ours, ["no_choices"], tmp_path)
-    with pytest.raises(PromptError, match="set max_gen_toks"):
+    with pytest.raises(PromptError, match="lower max_gen_toks"):
         ours.generate_until([Instance("generate_until", {}, ("a", {"until": ["x"]}), 0)])
-    with pytest.raises(PromptError, match="1 to 64 are possible"):
+    with pytest.raises(PromptError, match="1 to 64 tokens are possible"):
         ours.loglikelihood([Instance("loglikelihood", {}, ("a", " b" * 99), 0)])
-    with pytest.raises(PromptError, match="neither begin_of_text nor end_of_text"):
+    with pytest.raises(PromptError, match="neither a BOS nor an EOS token"):
         GptjaxLM(Pretrained("x", ours.pretrained.model, {}, CharTokenizer("ab", has_eos=False)))
 
 
 def test_generation_settings():
-    assert generation({})[1:] == (256, generation({"do_sample": False, "temperature": 0.7})[2])
-    stop, tokens, sampling = generation({"until": "x", "max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9})
+    assert parse_generation_kwargs({})[1:] == (
+        256,
+        parse_generation_kwargs({"do_sample": False, "temperature": 0.7})[2],
+    )
+    stop, tokens, sampling = parse_generation_kwargs(
+        {"until": "x", "max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9}
+    )
     assert (stop, tokens, sampling.temperature, sampling.top_p) == (["x"], 5, 0.5, 0.9)
-    with pytest.raises(DataError, match="num_beams has no meaning"):
-        generation({"num_beams": 4})
+    with pytest.raises(DataError, match="gptjax does not support num_beams"):
+        parse_generation_kwargs({"num_beams": 4})

@@ -1,4 +1,4 @@
-"""The page of a report: whole, safe and self-contained, whatever the runs are like."""
+"""The page of a report: complete, safe and self-contained, for any runs."""
 
 import re
 from html.parser import HTMLParser
@@ -19,7 +19,7 @@ from gptjax.tuning.intervals import Score
 
 
 class Checked(HTMLParser):
-    """Tags that close in order; what a browser would load or run is kept."""
+    """Checks that tags close in order; collects everything that a browser would load or run."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -49,7 +49,7 @@ def page_of(*folders, title="report", **options):
     return page(compare(variants_of(folders)[0], **options), title)
 
 
-def test_it_needs_nothing_else_and_says_what_the_table_says(tmp_path):
+def test_it_is_self_contained_and_has_the_content_of_the_table(tmp_path):
     text = page_of(make_sweep(tmp_path / "s", {"a": [3.0, 3.5], "b": [2.9, 3.41], "c": [3.3]}))
     seen = Checked(text)
     assert seen.loads == [] and not re.search(r"https?:|@import|url\((?!#)|javascript:", text)
@@ -61,7 +61,7 @@ def test_it_needs_nothing_else_and_says_what_the_table_says(tmp_path):
     assert text.count("<svg") == 2 + 2, "two charts of losses, and a whisker for each difference"
     assert text == page_of(tmp_path / "s"), "the same runs give the same page"
     once = page_of(make_sweep(tmp_path / "once", {"a": [3.0, 3.5], "b": [2.9, 3.41]}, looks=(6,)))
-    assert "Training loss" in once and once.count("<svg") == 1 + 1, "one look at the validation text makes no curve"
+    assert "Training loss" in once and once.count("<svg") == 1 + 1, "a single evaluation makes no curve"
 
 
 def test_names_samples_and_values_are_text(tmp_path):
@@ -74,7 +74,7 @@ def test_names_samples_and_values_are_text(tmp_path):
     assert sum(bad[:20] in part for part in seen.shown) >= 4
 
 
-def test_what_cannot_be_compared_is_said_in_bold(tmp_path):
+def test_incomparable_variants_are_a_bold_warning(tmp_path):
     a = make_run(tmp_path / "a", BASE, 3.0)
     c = make_run(tmp_path / "c", BASE.override({"name": "c", "data.source": "o"}), 2.0, data="other")
     text = page_of(a, c)
@@ -98,12 +98,12 @@ def test_any_sweep_has_a_page_and_a_picture(tmp_path, losses):
 def test_a_curve_over_seeds_is_their_mean_in_a_band(tmp_path):
     folder = make_sweep(tmp_path / "s", {"a": [3.0, 4.0, 6.0]}, looks=(6,))
     (variant,), _ = variants_of([folder])
-    whole = curves(variant, "val_loss").whole
-    assert (whole.steps, whole.low, whole.high) == ([6], [3.0], [6.0]) and whole.mean[0] == pytest.approx(13 / 3)
+    mean = curves(variant, "val_loss").finished
+    assert (mean.steps, mean.low, mean.high) == ([6], [3.0], [6.0]) and mean.mean[0] == pytest.approx(13 / 3)
     (folder / "a-seed2" / "result.json").unlink()
     (variant,), _ = variants_of([folder])
     found = curves(variant, "loss")
-    assert len(found.parts) == 1 and found.whole.high[-1] == pytest.approx(found.whole.low[-1] + 1)
+    assert len(found.unfinished) == 1 and found.finished.high[-1] == pytest.approx(found.finished.low[-1] + 1)
 
 
 @settings(deadline=None)
@@ -130,5 +130,5 @@ def test_a_whisker_ends_where_its_interval_does():
     drawn = whisker(Score("m", 1.0, 0.5, 1.5), 2.0, 0)
     ends = [float(x) for x in re.findall(r'class="cap c0" x1="([\d.]+)"', drawn)]
     assert ends == pytest.approx([100 + 94 * 0.25, 100 + 94 * 0.75], abs=0.06)
-    assert whisker(Score("m", 1.0, -90, 95), 2.0, 0).count("cap") == 0, "what leads out of the picture has no end"
+    assert whisker(Score("m", 1.0, -90, 95), 2.0, 0).count("cap") == 0, "an end outside of the chart has no cap"
     assert "whisker" not in whisker(Score("m", 1.0, float("nan"), float("nan")), 1.0, 0)

@@ -1,4 +1,4 @@
-"""What is seen in folders of runs, whole and damaged, one's own and a stranger's."""
+"""Listing folders of runs: intact, damaged and untrusted ones."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def state_of(folder):
 
 def test_the_state_of_a_run(finished_run, tmp_path):
     record = inspect_run(finished_run)
-    assert (record.state, record.step, record.why) == ("finished", 6, "") and record.figures["num_params"] > 0
+    assert (record.state, record.step, record.why) == ("finished", 6, "") and record.final_metrics["num_params"] > 0
     assert record.started and "--- sample" not in record.samples()
     run = shutil.copytree(finished_run, tmp_path / "run")
     (run / "result.json").unlink()
@@ -32,10 +32,10 @@ def test_the_state_of_a_run(finished_run, tmp_path):
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if json.loads(line)["step"] < 6))
-    assert state_of(run) == ("stopped", "at step 6 of 6"), "what was saved counts, too"
+    assert state_of(run) == ("stopped", "at step 6 of 6"), "a checkpoint counts as well"
     with lock.hold(run):
         assert state_of(run) == ("running", "at step 6 of 6")
-    assert state_of(run)[0] == "stopped" and state_of(tmp_path / "none") == ("missing", "has not begun")
+    assert state_of(run)[0] == "stopped" and state_of(tmp_path / "none") == ("missing", "has not started")
     with lock.hold(tmp_path / "new"):
         assert state_of(tmp_path / "new")[0] == "running"
     (run / "provenance.json").write_text(
@@ -94,7 +94,7 @@ KEYS = st.sampled_from(["format", "model", "steps", "val_loss", "num_params", "s
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["experiment.json", "provenance.json", "result.json"]), st.dictionaries(KEYS, json_values))
-def test_whatever_json_a_stranger_wrote_is_listed(tmp_path, name, values):
+def test_any_untrusted_json_is_listed(tmp_path, name, values):
     run = tmp_path / "run"
     if not run.exists():
         make_run(run, BASE, 3.0)
@@ -106,7 +106,7 @@ def test_whatever_json_a_stranger_wrote_is_listed(tmp_path, name, values):
         (run / name).write_text(json.dumps(before))
 
 
-def test_nothing_of_a_stranger_is_executed(tmp_path):
+def test_no_code_in_an_untrusted_folder_runs(tmp_path):
     run = make_run(tmp_path / "run", BASE, 3.0)
     for name in ("sweep.py", "experiment.py", "__init__.py", "conftest.py"):
         (run / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -140,7 +140,7 @@ def test_sweeps_and_runs_are_found_however_deep(tmp_path):
             find_runs(path)
 
 
-def test_only_finite_numbers_are_figures():
+def test_only_finite_numbers_are_metrics():
     values = {
         "a": 1,
         "b": {"c": 2.5, "d": "3", "e": True},

@@ -1,4 +1,4 @@
-"""Scaling: laws are found again in noisy points, and a prediction stands before the run it is of, or not at all."""
+"""Scaling: laws are recovered from noisy points; a prediction is registered before its run starts, or not at all."""
 
 import json
 import os
@@ -31,7 +31,7 @@ some_laws = st.builds(
 
 @given(some_laws)
 @settings(max_examples=30, deadline=None)
-def test_a_law_of_compute_is_found_again(law):
+def test_a_law_of_compute_is_recovered(law):
     found = fit(COMPUTE, law(COMPUTE))
     assert found(FAR) == pytest.approx(law(FAR), rel=1e-3)
     assert found.b[0] == pytest.approx(law.b[0], abs=0.02)
@@ -39,14 +39,14 @@ def test_a_law_of_compute_is_found_again(law):
 
 @given(some_laws, st.integers(0, 1000))
 @settings(max_examples=30, deadline=None)
-def test_noise_of_seeds_moves_what_is_predicted_little(law, seed):
+def test_noise_between_seeds_changes_the_prediction_little(law, seed):
     noise = np.exp(0.002 * np.random.default_rng(seed).standard_normal(7))
     assert fit(COMPUTE, law(COMPUTE) * noise)(FAR) == pytest.approx(law(FAR), rel=0.04)
 
 
 @given(st.floats(0.2, 1), st.floats(0.2, 1), st.floats(0.2, 0.5), st.floats(0.2, 0.5), st.floats(0.5, 2))
 @settings(max_examples=15, deadline=None)
-def test_a_law_of_parameters_and_tokens_is_found_again(a, b, alpha, beta, floor):
+def test_a_law_of_parameters_and_tokens_is_recovered(a, b, alpha, beta, floor):
     law = Law((a, b), (-alpha, -beta), floor, (5e5, 1e7))
     found = fit(SIZES, law(SIZES))
     far = np.array([[1e7, 1e9]])
@@ -54,7 +54,7 @@ def test_a_law_of_parameters_and_tokens_is_found_again(a, b, alpha, beta, floor)
     assert found.b == pytest.approx(law.b, abs=0.02)
 
 
-def test_the_descent_ends_where_scipys_does():
+def test_the_fit_agrees_with_scipys():
     """An independent reference: scipy's least squares with its own Huber loss and slopes by differences."""
     losses = Law((0.8,), (-0.25,), 1.1, (1e12,))(COMPUTE) * np.exp([0.003, -0.002, 0.001, 0.05, -0.004, 0.002, 0])
     unit = np.exp(np.log(COMPUTE).mean())
@@ -67,18 +67,18 @@ def test_the_descent_ends_where_scipys_does():
     assert [np.log(found.a[0]), found.b[0], np.log(found.c)] == pytest.approx(reference.x, abs=1e-3)
 
 
-def test_a_run_that_went_wrong_does_little_harm_however_wrong():
+def test_one_outlier_changes_the_fit_little_however_large():
     law = Law((0.8,), (-0.25,), 1.1, (1e12,))
     slightly, badly = (fit(COMPUTE, law(COMPUTE) * np.where(np.arange(7) == 2, factor, 1))(FAR) for factor in (1.1, 2))
     assert badly == pytest.approx(slightly, rel=1e-4)
     assert badly == pytest.approx(law(FAR), rel=0.015)
 
 
-def test_parameters_and_tokens_must_part_to_be_told_apart():
+def test_parameters_and_tokens_must_not_be_collinear():
     assert can_fit(SIZES)
     together = np.array([[n, 20 * n] for n in np.geomspace(1e5, 1e7, 8)])
-    assert not can_fit(together), "both rise together"
-    assert not can_fit(SIZES[:4]), "one of them stands still"
+    assert not can_fit(together), "both grow together"
+    assert not can_fit(SIZES[:4]), "one of them is constant"
     assert not can_fit(SIZES[[0, 1, 4, 5, 9]]), "as many parameters as runs"
 
 
@@ -130,42 +130,42 @@ def test_a_prediction_is_registered_once_and_scored(study):
     assert [run["tokens"] for run in first["runs"]] == [steps * 8 * 16 for steps in (10, 20, 40, 80, 160)]
     assert first["chinchilla"] is None, "all have as many parameters"
     text = study.prediction.read_text()
-    assert scaling.register(study) == first and study.prediction.read_text() == text, "it is not made again"
+    assert scaling.register(study) == first and study.prediction.read_text() == text, "it is not written again"
     finish(study.large, loss_of(1000), LATER)
     scored = scaling.score(study)
     assert abs(scored["relative_error"]) < 1e-3 and scored["prediction_sha256"] == first["sha256"]
     assert scored["times_smallest"] == pytest.approx(100) and scored["times_largest"] == pytest.approx(1000 / 160)
     assert json.loads((study.folder / "score.json").read_text()) == scored
-    assert scaling.register(study) == first, "it stands when the large run is done, too"
+    assert scaling.register(study) == first, "it stays when the large run is done"
 
 
-def test_what_came_out_is_told_as_it_is(study):
+def test_a_wrong_prediction_is_scored_as_wrong(study):
     scaling.register(study)
     finish(study.large, 1.5, LATER)
     scored = scaling.score(study)
     assert not scored["inside"] and scored["relative_error"] == pytest.approx(loss_of(1000) / 1.5 - 1, abs=2e-3)
 
 
-def test_nothing_is_predicted_of_a_run_that_has_begun(study):
+def test_nothing_is_predicted_for_a_run_that_has_started(study):
     study.large.folder.mkdir()
-    with pytest.raises(RunError, match="the large run is stopped already, and nothing was predicted before it"):
+    with pytest.raises(RunError, match="the large run is already stopped, and no prediction was registered before it"):
         scaling.register(study)
     assert not study.prediction.exists()
-    with pytest.raises(RunError, match="is scored by what was registered before"):
+    with pytest.raises(RunError, match="can only be scored against a prediction registered before"):
         scaling.score(study)
 
 
-def test_a_run_that_began_before_its_prediction_is_not_scored(study):
+def test_a_run_that_started_before_its_prediction_is_not_scored(study):
     scaling.register(study)
     finish(study.large, 1.3, "2020-01-01T00:00:00+00:00")
-    with pytest.raises(RunError, match=r"began at 2020.*before its loss was predicted"):
+    with pytest.raises(RunError, match=r"started at 2020.*before the prediction was registered"):
         scaling.score(study)
 
 
 def test_a_large_run_that_is_another_is_not_scored(study):
     scaling.register(study)
     finish(study.large, 1.3, LATER, **{"optim.learning_rate": 0.5})
-    with pytest.raises(RunError, match=r"not the run of the study: it differs in optim.learning_rate"):
+    with pytest.raises(RunError, match=r"not the run of this study: it differs in optim.learning_rate"):
         scaling.score(study)
 
 
@@ -173,9 +173,9 @@ def test_a_large_run_that_is_another_is_not_scored(study):
 def test_a_change_of_a_registered_prediction_is_noticed(study, field, value):
     kept = scaling.register(study)
     study.prediction.write_text(json.dumps(kept | {field: value}))
-    for inspect_run in (scaling.read_prediction, scaling.register, scaling.score):
+    for action in (scaling.read_prediction, scaling.register, scaling.score):
         with pytest.raises(RunError, match="was changed after it was registered"):
-            inspect_run(study)
+            action(study)
 
 
 def test_a_registered_prediction_is_not_changed_by_another_family(study, tmp_path):
@@ -183,46 +183,46 @@ def test_a_registered_prediction_is_not_changed_by_another_family(study, tmp_pat
     shorter = scaling.study_of(FAMILY[:-1], BIG, 1, tmp_path)
     with pytest.raises(RunError, match=r"another study \(the family was .*never changed"):
         scaling.register(shorter)
-    with pytest.raises(RunError, match=r"the large run's train.steps was 1000; it is 900"):
+    with pytest.raises(RunError, match=r"the large run's train.steps was 1000, and is now 900"):
         scaling.register(scaling.study_of(FAMILY, BIG.override(train=dict(steps=900)), 1, tmp_path))
     result = study.trials[0].folder / "result.json"
     result.write_text(result.read_text().replace('"val_loss"', '"val_loss": 9.0, "old"'))
-    with pytest.raises(RunError, match="small-steps=10-seed0 is no longer the run that it was"):
+    with pytest.raises(RunError, match="small-steps=10-seed0 is not the same run any more"):
         scaling.register(study)
     assert json.loads(study.prediction.read_text()) == kept
 
 
 def test_losses_of_other_data_are_neither_fitted_nor_scored(study):
-    place = study.trials[2].folder / "provenance.json"
-    kept = place.read_text()
-    place.write_text(kept.replace('"x"', '"y"'))
+    path = study.trials[2].folder / "provenance.json"
+    kept = path.read_text()
+    path.write_text(kept.replace('"x"', '"y"'))
     with pytest.raises(RunError, match=r"^small-steps=40-seed0: trained on other data than small-steps=10-seed0"):
         scaling.register(study)
-    place.write_text(kept)
+    path.write_text(kept)
     scaling.register(study)
     finish(study.large, 1.3, LATER)
-    place = study.large.folder / "provenance.json"
-    place.write_text(place.read_text().replace('"x"', '"y"'))
+    path = study.large.folder / "provenance.json"
+    path.write_text(path.read_text().replace('"x"', '"y"'))
     with pytest.raises(RunError, match=r"^large: trained on other data"):
         scaling.score(study)
 
 
-def test_of_two_commands_that_predict_at_once_the_first_one_stands(study, monkeypatch):
+def test_of_two_commands_that_predict_at_once_the_first_one_counts(study, monkeypatch):
     first = scaling.register(study)
-    looks = iter([None, first])  # the second command looked before the first one wrote
-    monkeypatch.setattr(scaling, "registered", lambda study: next(looks))
+    answers = iter([None, first])  # the second command read before the first one wrote
+    monkeypatch.setattr(scaling, "read_prediction", lambda study: next(answers))
     monkeypatch.setattr(scaling, "predict", lambda *_: {"loss": 0.0})
     text = study.prediction.read_text()
     assert scaling.register(study) == first and study.prediction.read_text() == text
     assert [path.name for path in study.folder.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_family_must_tell_something_about_its_large_run(tmp_path):
+def test_a_family_must_be_comparable_with_its_large_run(tmp_path):
     other = TINY.override(name="other", data=dict(source="elsewhere.txt"), train=dict(steps=7))
     with pytest.raises(ConfigError) as caught:
         scaling.study_of([FAMILY[0], FAMILY[1], other], BIG.override(train=dict(steps=9)), 1, tmp_path)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["other", "sweep", "experiment"]
-    assert "data.source" in caught.value.problems[0] and "3 different computes" in caught.value.problems[1]
+    assert "data.source" in caught.value.problems[0] and "3 different training computes" in caught.value.problems[1]
     unfinished = scaling.study_of(FAMILY, BIG, 1, tmp_path)
     with pytest.raises(RunError):
         scaling.register(unfinished)
@@ -246,7 +246,7 @@ result = {"steps": e.train.steps, "val_loss": 1 + 4 * e.train.steps**-0.4, "seco
 """
 
 
-def test_the_verb_predicts_trains_awaits_and_scores(tmp_path, capsys, monkeypatch):
+def test_the_command_predicts_trains_waits_and_scores(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = lambda trial: [sys.executable, "learner.py", str(trial.file), str(trial.folder)]  # noqa: E731
@@ -257,19 +257,19 @@ def test_the_verb_predicts_trains_awaits_and_scores(tmp_path, capsys, monkeypatc
         "sweep = zip_(experiment.override(name='small'), {'train.steps': [10, 20, 40, 80, 160]})\n"
     )
     scale(["mine.py", "--status"])
-    assert "6 runs (6 new)\nnothing is predicted yet" in capsys.readouterr().out and not Path("runs").exists()
+    assert "6 runs (6 new)\nno prediction yet" in capsys.readouterr().out and not Path("runs").exists()
     with pytest.raises(SystemExit) as stopped:
         scale(["mine.py", "--workers", "2"])
-    told = capsys.readouterr()
-    assert stopped.value.code == 3 and "predicted for big" in told.out and "big failed" not in told.out
+    output = capsys.readouterr()
+    assert stopped.value.code == 3 and "predicted for big" in output.out and "big failed" not in output.out
     kept = Path("runs/mine/prediction.json").read_text()
     Path("learner.py").write_text(LEARNER)
     large = Path("runs/mine/large")
     somebody = subprocess.Popen([sys.executable, "learner.py", f"{large}.json", large], env=os.environ)
     scale(["mine.py", "--external"])
     assert somebody.wait() == 0
-    told = capsys.readouterr().out
-    assert "big: loss 1.2524, predicted 1.25" in told and "inside the interval" in told and "100 times" in told
+    out = capsys.readouterr().out
+    assert "big: loss 1.2524 nats/token, predicted 1.25" in out and "inside the interval" in out and "100 times" in out
     assert Path("runs/mine/prediction.json").read_text() == kept
     assert Path("runs/mine/scaling.png").stat().st_size > 10_000
     Path("learner.py").write_text("import sys; sys.exit(2)")
@@ -277,5 +277,5 @@ def test_the_verb_predicts_trains_awaits_and_scores(tmp_path, capsys, monkeypatc
     assert "big: loss 1.2524" in capsys.readouterr().out, "nothing is trained twice"
     with pytest.raises(RunError, match="another study"):
         scale(["mine.py", "--seeds", "2"])
-    with pytest.raises(GptjaxError, match="must be 1 or more"):
+    with pytest.raises(GptjaxError, match="must be at least 1"):
         scale(["mine.py", "--workers", "0"])

@@ -1,4 +1,4 @@
-"""What a cluster's answers mean, and its silence. tests/slurm checks the same code on a real Slurm."""
+"""Slurm's answers, and clusters that do not answer. tests/slurm checks the same code on a real Slurm."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from gptjax.lab.trials import trials_of, write_sweep
 ANSWERS = """#!/bin/sh
 [ -e {folder}/down ] && exit 1
 name=$(basename $0)
-echo "$name $*" >> {folder}/asked
+echo "$name $*" >> {folder}/queries
 [ $name = scontrol ] && {{ grep "^$3 " {folder}/past | cut -d" " -f2 | grep . || {{ echo "Invalid job id"; exit 1; }} }}
 [ $name = squeue ] && cat {folder}/queue
 exit 0
@@ -22,7 +22,7 @@ exit 0
 
 
 class Cluster:
-    """Slurm's commands, as far as they are asked, that answer from files, or not at all."""
+    """Fake Slurm commands that answer from files, or not at all."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -41,8 +41,8 @@ class Cluster:
             lines = [form.format(job, state) for job, state in (states or {}).items()]
             (self.folder / name).write_text("".join(f"{line}\n" for line in lines))
 
-    def asked(self, name: str) -> list[str]:
-        return [x for x in (self.folder / "asked").read_text().splitlines() if x.startswith(name)]
+    def queries(self, name: str) -> list[str]:
+        return [x for x in (self.folder / "queries").read_text().splitlines() if x.startswith(name)]
 
 
 @pytest.fixture
@@ -64,28 +64,28 @@ def trials(tmp_path):
     return made
 
 
-def test_a_cluster_that_does_not_answer_has_forgotten_nothing(tmp_path, cluster, trials):
+def test_an_unreachable_cluster_has_lost_no_job(tmp_path, cluster, trials):
     cluster.says(queue={"5_0": "RUNNING", "5_1": "PENDING", "5_2": "PENDING"})
     runner = Slurm(tmp_path / "s", Resources())
     cluster.answers(False)
     jobs = runner.adopt(trials)
-    assert jobs.keys() == {t.name for t in trials}, "none is given up, and so none is submitted a second time"
+    assert jobs.keys() == {t.name for t in trials}, "no job counts as lost, so none is submitted a second time"
     cluster.answers(True)
     cluster.says(queue={"5_0": "RUNNING"}, past={"5_1": "TIMEOUT"})
-    assert [job.poll() for job in jobs.values()] == [None, 75, 75], "out of time, and forgotten"
+    assert [job.poll() for job in jobs.values()] == [None, 75, 75], "out of time, and unknown to the cluster"
     assert [read_note(t)["event"] for t in trials] == ["submitted", "ended", "ended"]
 
 
-def test_a_request_to_stop_is_repeated_until_it_is_heard(tmp_path, cluster, trials):
+def test_a_cancellation_is_repeated_until_it_is_received(tmp_path, cluster, trials):
     cluster.says(queue={"5_0": "RUNNING", "5_1": "RUNNING", "5_2": "RUNNING"})
     job = Slurm(tmp_path / "s", Resources()).adopt(trials)[trials[0].name]
     cluster.answers(False)
     job.stop()
     assert job.poll() is None
     cluster.answers(True)
-    assert job.poll() is None and job.poll() is None and cluster.asked("scancel") == ["scancel 5_0"]
+    assert job.poll() is None and job.poll() is None and cluster.queries("scancel") == ["scancel 5_0"]
     cluster.says(past={"5_0": "CANCELLED"})
-    assert job.poll() == 75 and state_of(trials[0]).status != "cancelled", "it was this command that stopped it"
+    assert job.poll() == 75 and state_of(trials[0]).status != "cancelled", "this command stopped it"
 
 
 def test_how_jobs_end(tmp_path, cluster, trials, monkeypatch):
@@ -97,7 +97,7 @@ def test_how_jobs_end(tmp_path, cluster, trials, monkeypatch):
     assert state_of(trials[1]).status == "failed"
     assert state_of(trials[1]).why.startswith("job 5_1: NODE_FAIL; see ") and "5_1_0_log.out" in state_of(trials[1]).why
     cluster.says(past={"5_2": "COMPLETED"})
-    assert jobs[2].poll() is None, "what its node wrote last may not be seen yet"
+    assert jobs[2].poll() is None, "the last write of its node may not be visible yet"
     write_note(trials[2], "ended", code=2, job="5_2")
     assert jobs[2].poll() == 2
 

@@ -89,16 +89,16 @@ def test_a_trial_is_a_variant_with_a_seed_and_is_kept(tmp_path):
     assert read_sweep(tmp_path / "s") == trials
     assert load_experiment(str(trials[2].file)) == trials[2].experiment, "gptjax train can take it"
     more = made(tmp_path / "s", ("a", "b", "c"), seeds=1)
-    assert read_sweep(tmp_path / "s") == [*trials, more[2]], "what was there stays"
+    assert read_sweep(tmp_path / "s") == [*trials, more[2]], "existing trials stay"
     with pytest.raises(RunError, match=r"another sweep \(a-seed0: train.steps: 5 there, 9 now\)"):
         made(tmp_path / "s", steps=9)
     assert read_sweep(tmp_path / "s") == [*trials, more[2]]
     (tmp_path / "s" / "sweep.json").write_text('{"format": 1, "trials": [{"name": "../x", "variant": "", "seed": 0}]}')
-    with pytest.raises(RunError, match=r"'../x' is no name"):
+    with pytest.raises(RunError, match=r"'../x' is not the name"):
         read_sweep(tmp_path / "s")
 
 
-def test_all_that_is_wrong_with_a_sweep_is_said_at_once(tmp_path):
+def test_all_problems_of_a_sweep_are_reported_at_once(tmp_path):
     bad = TINY.override(name="c", model=dict(num_heads=3))
     with pytest.raises(ConfigError) as caught:
         trials_of([TINY, TINY.override(name="twin"), bad, TINY.override(name="c", seed=4)], 1, tmp_path)
@@ -107,7 +107,7 @@ def test_all_that_is_wrong_with_a_sweep_is_said_at_once(tmp_path):
     close = [TINY.override(name="x", seed=1), TINY.override(name="y", seed=2)]
     with pytest.raises(ConfigError, match=r"^y-seed2 and x-seed2: are the same experiment.*take fewer seeds"):
         trials_of(close, 2, tmp_path)
-    with pytest.raises(ConfigError, match="a name of 300 letters is too long"):
+    with pytest.raises(ConfigError, match="300 characters are too many for a folder name"):
         trials_of([TINY.override(name="n" * 300)], 1, tmp_path)
     with pytest.raises(ConfigError, match=r"model.num_layer.*num_layers"):
         grid(TINY, {"model.num_layer": [1, 2]})
@@ -123,7 +123,7 @@ def test_a_file_may_hold_a_sweep_an_experiment_or_neither(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from gptjax.config import Experiment, grid\nsweep = grid(Experiment(), {'seed': [1, 2]})\n")
     assert [e.seed for e in load_sweep(str(path))] == [1, 2]
-    with pytest.raises(ConfigError, match="it holds a sweep: gptjax sweep"):
+    with pytest.raises(ConfigError, match="it has a sweep: gptjax sweep"):
         load_experiment(str(path))
     other = tmp_path / "other.py"
     other.write_text("sweep = 3")
@@ -137,19 +137,19 @@ def test_a_file_may_hold_a_sweep_an_experiment_or_neither(tmp_path):
 @given(st.integers(1, 9), st.integers(1, 16), st.integers(0, 8))
 def test_the_machine_is_divided_evenly(workers, cores, cards):
     made = divide_machine(workers, list(range(cores)), [str(i) for i in range(cards)])
-    used = [core for place in made for core in place.cores]
-    assert all(place.cores for place in made) and set(used) <= set(range(cores))
+    used = [core for slot in made for core in slot.cores]
+    assert all(slot.cores for slot in made) and set(used) <= set(range(cores))
     if workers <= cores:
         assert sorted(used) == list(range(cores)), "every core has one worker"
-    taken = [gpu for place in made for gpu in place.gpus]
+    taken = [gpu for slot in made for gpu in slot.gpus]
     if cards >= workers:
         assert sorted(taken, key=int) == [str(i) for i in range(cards)]
     elif cards:
-        assert all(len(place.gpus) == 1 for place in made), "several workers to a GPU"
+        assert all(len(slot.gpus) == 1 for slot in made), "several workers to a GPU"
         for gpu in set(taken):
             assert sum(float(p.environment()["XLA_PYTHON_CLIENT_MEM_FRACTION"]) for p in made if p.gpus == (gpu,)) <= 1
     else:
-        assert not taken and all(place.environment() == {} for place in made)
+        assert not taken and all(slot.environment() == {} for slot in made)
 
 
 def test_a_failing_trial_does_not_stop_the_others_and_is_tried_again(tmp_path, learner, capsys):
@@ -159,8 +159,8 @@ def test_a_failing_trial_does_not_stop_the_others_and_is_tried_again(tmp_path, l
     assert {name: s.status for name, s in states.items()} == {
         "good-seed0": "done", "bad-seed0": "failed", "good-seed1": "done", "bad-seed1": "failed"
     }  # fmt: skip
-    told = capsys.readouterr().err
-    assert "bad-seed0 failed (exit code 2), and ended with\n    what went wrong" in told
+    err = capsys.readouterr().err
+    assert "bad-seed0 failed (exit code 2). The last lines of its log:\n    what went wrong" in err
     notes = {t.name: read_note(t) for t in trials}
     learner.write_text(LEARNER.replace('"bad"', '"worse"'))  # mended
     states = train_missing(FixedPlan(trials), Local(1), silent)
@@ -226,16 +226,17 @@ def test_ctrl_c_saves_every_trial_and_the_same_command_goes_on(tmp_path, learner
     assert all(s.done for s in train_missing(FixedPlan(trials), Local(2), silent).values())
     for trial in trials:
         steps = [json.loads(line)["step"] for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, 401)), "nothing is made twice"
+        assert steps == list(range(1, 401)), "no step is computed twice"
 
 
-def test_a_request_to_stop_is_passed_on_whenever_it_comes(tmp_path, learner):
-    trials, asked = made(tmp_path / "s", seeds=1, steps=4000), []
+def test_a_stop_signal_is_forwarded_whenever_it_comes(tmp_path, learner):
+    trials = made(tmp_path / "s", seeds=1, steps=4000)
+    signalled = []
 
     def show(trials, states, changed) -> None:
-        if not asked and all(s.step > 3 for s in states.values()):
-            asked.append(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)  # while the table is drawn, not in the pause between two looks
+        if not signalled and all(s.step > 3 for s in states.values()):
+            signalled.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # while the table is drawn, not in the pause between two polls
 
     with pytest.raises(Interrupted, match="every trial of this command is saved"):
         train_missing(FixedPlan(trials), Local(2), show)
@@ -267,13 +268,12 @@ import sys
 from pathlib import Path
 from gptjax.errors import GptjaxError
 from gptjax.lab.local import Local
-from gptjax.lab.search import Searched
-from gptjax.lab.sweep import Fixed, train_missing
+from gptjax.lab.sweep import FixedPlan, train_missing
 from gptjax.lab.trials import Trial, read_sweep
 
 Trial.command = property(lambda t: [sys.executable, {str(learner)!r}, str(t.file), str(t.folder)])
 try:
-    train_missing(Fixed(read_sweep(Path({str(tmp_path / "s")!r}))), Local(2), lambda *_: None)
+    train_missing(FixedPlan(read_sweep(Path({str(tmp_path / "s")!r}))), Local(2), lambda *_: None)
 except GptjaxError as e:
     print(e, file=sys.stderr)
     sys.exit(e.exit_code)
@@ -290,7 +290,7 @@ def wait(what, seconds: float = PATIENCE) -> None:
         time.sleep(0.02)
 
 
-def test_where_a_trial_is(tmp_path):
+def test_the_state_of_a_trial(tmp_path):
     trial = made(tmp_path / "s")[0]
     assert state_of(trial).status == "new"
     write_note(trial, "submitted", job="7")
@@ -315,7 +315,7 @@ def test_where_a_trial_is(tmp_path):
     )
 
 
-def test_what_is_left_is_told_from_what_was_needed(tmp_path):
+def test_the_remaining_time_is_estimated_from_finished_and_running_trials(tmp_path):
     trials = made(tmp_path / "s", ("small", "deep"), seeds=2, steps=10)
     states = {t.name: state_of(t) for t in trials}
     assert seconds_needed(trials, states, None) == {}
@@ -323,11 +323,11 @@ def test_what_is_left_is_told_from_what_was_needed(tmp_path):
     assert left["deep-seed0"] > left["small-seed0"] > 0
     size = trials[1].experiment.train.batch_size * trials[1].experiment.model.context_length
     trials[1].folder.mkdir()
-    told = {"step": 4, "loss": 2.0, "tokens_per_second": 3 * size}
-    (trials[1].folder / "metrics.jsonl").write_text(json.dumps(told) + "\n")
+    metrics = {"step": 4, "loss": 2.0, "tokens_per_second": 3 * size}
+    (trials[1].folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
     states = {t.name: state_of(t) for t in trials}
     left = seconds_needed(trials, states, 1e9)
-    assert left["deep-seed0"] == pytest.approx(2), "6 steps at 3 a second, as it says itself"
+    assert left["deep-seed0"] == pytest.approx(2), "6 steps at its own speed of 3 steps/s"
     assert left["deep-seed1"] == pytest.approx(10 / 3) and left["small-seed0"] < left["deep-seed1"]
     trials[0].folder.mkdir()
     result = {"steps": 10, "val_loss": 1.0, "seconds": 40.0, "memory_bytes": 5}
@@ -338,23 +338,23 @@ def test_what_is_left_is_told_from_what_was_needed(tmp_path):
     assert left["deep-seed0"] == pytest.approx(2)
 
 
-def test_the_verb_lists_overrides_and_refuses(tmp_path, capsys, monkeypatch):
+def test_the_command_shows_the_status_overrides_and_refuses(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(
         f"from gptjax.config import Experiment, grid\nbase = Experiment.from_json({TINY.to_json()!r})\n"
         "sweep = grid(base, {'model.ffn': ['gelu', 'relu']})\n"
     )
     sweep(["mine.py", "--status", "--seeds", "2", "--set", "train.steps=70", "model.norm=rmsnorm"])
-    told = capsys.readouterr().out
-    assert told.count("0/70") == 4 and "runs/mine: 4 trials (4 new)" in told
-    assert not Path("runs").exists(), "a list makes nothing"
+    out = capsys.readouterr().out
+    assert out.count("0/70") == 4 and "runs/mine: 4 trials (4 new)" in out
+    assert not Path("runs").exists(), "--status writes nothing"
     for arguments, message in (
         (["mine.py", "--set", "train.stpes=1"], "stpes.*steps"),
-        (["mine.py", "--set", "steps"], "needs section.field=VALUE"),
-        (["mine.py", "--seeds", "0"], "must be 1 or more"),
-        (["mine.py", "--workers", "0"], "must be 1 or more"),
+        (["mine.py", "--set", "steps"], "must be section.field=VALUE"),
+        (["mine.py", "--seeds", "0"], "must be at least 1"),
+        (["mine.py", "--workers", "0"], "must be at least 1"),
         (["mine.py", "--executor", "slurm", "--slurm.minutes", "2"], "saves 2 minutes before its end"),
-        (["mine.py", "--executor", "slurm", "--slurm.parallel", "0"], "--slurm.parallel: must be 1 or more"),
+        (["mine.py", "--executor", "slurm", "--slurm.parallel", "0"], "--slurm.parallel: must be at least 1"),
         (["mine.py", "--slurm.partition", "gpu"], "--partition.*no effect without --executor slurm"),
         (["mine.py", "--executor", "slurm", "--workers", "2"], "--workers.*no effect with --executor slurm"),
         (["mine.py", "--set", "model.num_heads=7"], "does not divide"),
@@ -389,7 +389,7 @@ def searched(folder: Path, method: str, count: int, workers: int = 2) -> SearchP
     return SearchPlan(Search(e, {"optim.learning_rate": Uniform(0.01, 1.0)}), method, count, workers, folder)
 
 
-def test_a_search_finds_the_best_values_and_goes_on(tmp_path, learner):
+def test_a_search_finds_the_best_values_and_is_resumed(tmp_path, learner):
     pytest.importorskip("optuna")
     learner.write_text(SEARCHER.replace("time.sleep(0.02)", "pass"))
     states = train_missing(searched(tmp_path / "s", "tpe", 6), Local(2), silent)
@@ -397,15 +397,15 @@ def test_a_search_finds_the_best_values_and_goes_on(tmp_path, learner):
     first = {t.name: read_note(t) for t in read_sweep(tmp_path / "s")}
     plan = searched(tmp_path / "s", "tpe", 14)
     assert len(train_missing(plan, Local(2), silent)) == 14
-    assert {t.name: read_note(t) for t in read_sweep(tmp_path / "s")[:6]} == first, "what was done stays"
+    assert {t.name: read_note(t) for t in read_sweep(tmp_path / "s")[:6]} == first, "finished trials stay"
     rates = [t.experiment.optim.learning_rate for t in read_sweep(tmp_path / "s")]
-    _, figure, values = plan.best()
+    _, value, values = plan.best()
     nearest = min(rates, key=lambda rate: abs(rate - 0.3))
-    assert values == {"optim.learning_rate": nearest} and figure == pytest.approx((nearest - 0.3) ** 2)
+    assert values == {"optim.learning_rate": nearest} and value == pytest.approx((nearest - 0.3) ** 2)
     assert len(set(rates)) == 14 and abs(nearest - 0.3) < 0.1
 
 
-def test_successive_halving_gives_up_what_is_worse(tmp_path, learner, monkeypatch):
+def test_successive_halving_prunes_the_worse_trials(tmp_path, learner, monkeypatch):
     pytest.importorskip("optuna")
     learner.write_text(SEARCHER.replace("time.sleep(0.02)", "time.sleep(0.05)"))
     monkeypatch.setattr("gptjax.lab.sweep.POLL_SECONDS", 0.1)
@@ -414,14 +414,14 @@ def test_successive_halving_gives_up_what_is_worse(tmp_path, learner, monkeypatc
     distance = {name: abs(t.experiment.optim.learning_rate - 0.3) for name, t in trials.items()}
     ended = {kind: [n for n, s in states.items() if s.status == kind] for kind in ("done", "cancelled")}
     assert ended["done"] and ended["cancelled"] and len(ended["done"]) + len(ended["cancelled"]) == 8
-    assert min(distance, key=distance.get) in ended["done"], "the best is not given up"
-    assert all("given up at step" in states[name].why for name in ended["cancelled"])
+    assert min(distance, key=distance.get) in ended["done"], "the best is not pruned"
+    assert all("pruned at step" in states[name].why for name in ended["cancelled"])
     again = {t.name: read_note(t) for t in trials.values()}
     train_missing(searched(tmp_path / "s", "halving", 8), Local(2), silent)
     assert {t.name: read_note(t) for t in trials.values()} == again, "nor is it tried again"
 
 
-def test_a_search_goes_on_past_trials_that_are_killed_or_diverge(tmp_path, learner):
+def test_a_search_continues_after_trials_that_are_killed_or_diverge(tmp_path, learner):
     pytest.importorskip("optuna")
     rate = 'experiment["optim"]["learning_rate"]'
     learner.write_text(
@@ -439,14 +439,14 @@ def test_a_search_goes_on_past_trials_that_are_killed_or_diverge(tmp_path, learn
     assert plan.best() is None, "none of them has a loss"
 
 
-def test_a_search_goes_on_in_its_own_folder_only(tmp_path, monkeypatch):
+def test_a_search_is_resumed_in_its_own_folder_only(tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr("gptjax.lab.search.write_sweep", mock.Mock(side_effect=KeyboardInterrupt))
         searched(tmp_path / "s", "random", 2).trials({})
     searched(tmp_path / "s", "random", 2)
     (trial,) = read_sweep(tmp_path / "s")
-    assert trial.file.exists(), "what was asked for before the kill is written after it"
+    assert trial.file.exists(), "a trial created before the kill is written after it"
     e = TINY.override(name="s", train=dict(steps=31, eval_every=5, checkpoint_every=5))
     space = {"optim.learning_rate": Uniform(0.01, 1.0)}
     with pytest.raises(RunError, match="holds another sweep"):
@@ -465,7 +465,7 @@ def test_two_commands_may_make_the_same_search(tmp_path, learner):
     assert {t.name for t in other.trials(states)} == set(states) and other.best() == one.best()
 
 
-def test_what_another_command_has_given_up_is_not_begun_again(tmp_path):
+def test_what_another_command_has_pruned_is_not_started_again(tmp_path):
     pytest.importorskip("optuna")
     one = searched(tmp_path / "s", "halving", 2)
     trials = one.trials({})
@@ -498,7 +498,7 @@ def test_a_search_says_what_is_wrong_with_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_sweep_shares_its_data_and_goes_on_after_kill_9_of_everything(tmp_path):
+def test_a_real_sweep_shares_its_data_and_is_resumed_after_kill_9_of_everything(tmp_path):
     corpus = write_corpus(tmp_path)
     base = TINY.override({"data.source": str(corpus), "data.tokenizer": "char", "train.steps": 300})
     (tmp_path / "mine.py").write_text(
@@ -522,10 +522,10 @@ def test_a_real_sweep_shares_its_data_and_goes_on_after_kill_9_of_everything(tmp
         lines = [json.loads(line) for line in (trial.folder / "metrics.jsonl").read_text().splitlines()]
         steps = [line["step"] for line in lines if "loss" in line]
         assert steps == sorted(set(steps)), "no step is there twice"
-    whole = Experiment.from_json((tmp_path / "s/tiny-ffn=relu-seed0/experiment.json").read_text())
-    assert whole.model.ffn == "relu"
+    relu = Experiment.from_json((tmp_path / "s/tiny-ffn=relu-seed0/experiment.json").read_text())
+    assert relu.model.ffn == "relu"
     undisturbed = [*sweep, "--run-dir", str(tmp_path / "t")]
     subprocess.run(undisturbed, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=PATIENCE)
     rows, others = (compare(variants_of([tmp_path / name])[0]).rows for name in ("s", "t"))
-    told = [[(r.variant.name, r.value, r.bits, r.difference, r.verdict) for r in them] for them in (rows, others)]
-    assert told[0] == told[1] and all(row.pairs == 2 for row in rows), "the report is that of an undisturbed sweep"
+    reports = [[(r.variant.name, r.value, r.bits, r.difference, r.verdict) for r in them] for them in (rows, others)]
+    assert reports[0] == reports[1] and all(row.pairs == 2 for row in rows), "as in an undisturbed sweep"

@@ -1,4 +1,4 @@
-"""What must be true of every model, whatever its mechanisms: tested by gradients and by comparing whole models."""
+"""Properties of every model, whatever its mechanisms, tested by gradients and by comparing models."""
 
 import math
 from functools import partial
@@ -12,8 +12,9 @@ from conftest import tiny_model
 
 from gptjax.inference.cache import cache_bytes, empty_cache
 from gptjax.model import attention, ops
-from gptjax.model.attention import choose_kernel
 from gptjax.model.gpt import GPT, decode_step, init_params, unembed, unstack_layers, weight_axes
+from gptjax.model.kernels import choose_kernel
+from gptjax.model.positions import AttentionMask, rope_table
 from gptjax.training.metrics import flops_per_token, num_params
 
 VARIANTS = {
@@ -43,7 +44,7 @@ every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIAN
 
 
 def random_params(model, seed=0):
-    """Weights far from their small start, biases included, so that every path matters; made without compiling."""
+    """Weights far from their small initial values, biases included, so that every path matters. Compiles nothing."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
@@ -62,20 +63,20 @@ def logits_of(model, params, tokens, **inputs):
     return jax.jit(lambda p, t: GPT(model).apply({"params": p}, t, **inputs))(params, tokens)
 
 
-def influence(model, params, tokens, segments=None, positions=None, prefix=None):
-    """|d logits at place i / d embedding of place j|, summed over everything else: [length, length]."""
-    places = jnp.arange(tokens.shape[1])
-    angles = places if positions is None else positions
+def influence(model, params, tokens, segment_ids=None, positions=None, prefix_mask=None):
+    """|d logits at position i / d embedding at position j|, summed over everything else: [length, length]."""
+    index = jnp.arange(tokens.shape[1])
+    rope_positions = index if positions is None else positions
 
     def from_embeddings(module, x):
-        rope = ops.rope_table(model, angles) if model.positions == "rope" else None
-        y, _ = module.blocks(x, rope, ops.AttentionMask(places, places, segments, segments, prefix))
+        rope = rope_table(model, rope_positions) if model.positions == "rope" else None
+        y, _ = module.blocks(x, rope, AttentionMask(index, index, segment_ids, segment_ids, prefix_mask))
         logits = module.logits(module.final_norm(y) if model.norm_placement == "pre" else y)
         return logits[0].astype(jnp.float32)
 
     @jax.jit
     def jacobian():
-        x = GPT(model).apply({"params": params}, tokens, places, method=lambda m, t, p: m.embedding.embed(t, p))
+        x = GPT(model).apply({"params": params}, tokens, index, method=lambda m, t, p: m.embedding.embed(t, p))
         run = lambda x: GPT(model).apply({"params": params}, x, method=from_embeddings)  # noqa: E731
         return jnp.abs(jax.jacrev(run)(x).astype(jnp.float32)).sum((1, 2, 4))
 
@@ -83,18 +84,18 @@ def influence(model, params, tokens, segments=None, positions=None, prefix=None)
 
 
 @every_variant
-def test_no_token_sees_a_later_one(changes):
+def test_no_token_attends_to_a_later_one(changes):
     model = tiny_model(**changes)
     seen = influence(model, random_params(model), random_tokens(model, rows=1, length=8))
     assert np.all(np.triu(seen, 1) == 0), "a later token changed an earlier logit"
-    reach = np.tril(np.ones((8, 8)))
+    receptive_field = np.tril(np.ones((8, 8)))
     if model.sliding_window:  # one layer reaches window - 1 back, two layers twice that
         distance = np.arange(8)[:, None] - np.arange(8)
-        reach *= distance <= model.num_layers * (model.sliding_window - 1)
-    assert np.all((seen > 0) == (reach > 0)), "a token did not see all that it should"
+        receptive_field *= distance <= model.num_layers * (model.sliding_window - 1)
+    assert np.all((seen > 0) == (receptive_field > 0)), "a token did not attend to all that it should"
 
 
-def test_a_bidirectional_model_sees_everything():
+def test_a_bidirectional_model_attends_to_everything():
     model = tiny_model(causal=False)
     assert np.all(influence(model, random_params(model), random_tokens(model, rows=1, length=6)) > 0)
 
@@ -103,14 +104,14 @@ def test_a_bidirectional_model_sees_everything():
 def test_documents_do_not_leak(changes):
     model = tiny_model(**changes)
     params = random_params(model)
-    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3]])
+    segment_ids = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3]])
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 0]])
-    seen = influence(model, params, random_tokens(model, rows=1, length=8), segments, positions)
-    gradient_barrier = np.array(segments[0][:, None] != segments[0][None, :])
-    assert np.all(seen[gradient_barrier] == 0)
+    seen = influence(model, params, random_tokens(model, rows=1, length=8), segment_ids, positions)
+    other_document = np.array(segment_ids[0][:, None] != segment_ids[0][None, :])
+    assert np.all(seen[other_document] == 0)
 
     tokens = random_tokens(model, rows=1, length=8)
-    packed = logits_of(model, params, tokens, segments=segments, positions=positions)
+    packed = logits_of(model, params, tokens, segment_ids=segment_ids, positions=positions)
     alone = logits_of(model, params, tokens[:, 3:7])
     tolerance = 0.05 if model.dtype == "bfloat16" else 2e-5
     np.testing.assert_allclose(packed[:, 3:7], alone, atol=tolerance)
@@ -118,78 +119,78 @@ def test_documents_do_not_leak(changes):
 
 some_variants = pytest.mark.parametrize("name", ["learned", "rope", "window-alibi-caps", "gqa"])
 PACKED = dict(
-    segments=jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]]),
+    segment_ids=jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]]),
     positions=jnp.array([[0, 1, 2, 3, 0, 1, 2, 3]]),
-    prefix=jnp.array([[True, True, False, False, True, True, True, False]]),
+    prefix_mask=jnp.array([[True, True, False, False, True, True, True, False]]),
 )
 
 
 @some_variants
-def test_a_prefix_is_seen_by_all_of_its_document_and_by_no_other(name):
-    """By gradient, and by value: an asked token changes no logit before it, a prefix token all of its document's."""
+def test_all_tokens_of_a_document_attend_to_its_prefix_and_no_others_do(name):
+    """By gradient and by value: a target changes no logit before it, a prefix token all logits of its document."""
     model = tiny_model(**VARIANTS[name])
     params, tokens = random_params(model), random_tokens(model, rows=1, length=8)
     seen = influence(model, params, tokens, **PACKED)
-    later, in_prefix = np.triu(np.ones((8, 8), bool), 1), np.array(PACKED["prefix"][0])[None, :]
-    same = np.array(PACKED["segments"][0][:, None] == PACKED["segments"][0])
-    assert np.all(seen[~same] == 0), "another document was seen"
-    assert np.all(seen[later & ~in_prefix] == 0), "a later token that is asked for was seen"
+    later, in_prefix = np.triu(np.ones((8, 8), bool), 1), np.array(PACKED["prefix_mask"][0])[None, :]
+    same = np.array(PACKED["segment_ids"][0][:, None] == PACKED["segment_ids"][0])
+    assert np.all(seen[~same] == 0), "a token attended to another document"
+    assert np.all(seen[later & ~in_prefix] == 0), "a token attended to a later target"
     if model.sliding_window is None:
-        assert np.all(seen[same & (~later | in_prefix)] > 0), "something of the prefix was not seen"
+        assert np.all(seen[same & (~later | in_prefix)] > 0), "a token did not attend to the full prefix"
 
     logits = np.array(logits_of(model, params, tokens, **PACKED))
     for changed in range(8):
         other = tokens.copy()
         other[0, changed] = (other[0, changed] + 1) % model.vocab_size
-        moved = np.any(np.array(logits_of(model, params, other, **PACKED)) != logits, -1)[0]
-        may_move = same[:, changed] & (~later[:, changed] | in_prefix[0, changed])
-        assert not np.any(moved & ~may_move), "the logits stay the same bit for bit"
-        assert moved[changed] and (model.sliding_window or np.all(moved == may_move))
+        changed_logits = np.any(np.array(logits_of(model, params, other, **PACKED)) != logits, -1)[0]
+        may_change = same[:, changed] & (~later[:, changed] | in_prefix[0, changed])
+        assert not np.any(changed_logits & ~may_change), "other logits must stay bitwise equal"
+        assert changed_logits[changed] and (model.sliding_window or np.all(changed_logits == may_change))
 
 
 @some_variants
-def test_documents_with_a_prefix_are_read_as_if_each_stood_alone(name):
+def test_packed_documents_with_a_prefix_have_the_logits_of_single_documents(name):
     model = tiny_model(**VARIANTS[name])
     params, tokens = random_params(model), random_tokens(model, rows=1, length=8)
     packed = logits_of(model, params, tokens, **PACKED)
     for here in (slice(0, 4), slice(4, 8)):
-        alone = logits_of(model, params, tokens[:, here], prefix=PACKED["prefix"][:, here])
+        alone = logits_of(model, params, tokens[:, here], prefix_mask=PACKED["prefix_mask"][:, here])
         np.testing.assert_allclose(packed[:, here], alone, atol=2e-5)
 
 
 def test_a_prefix_of_everything_is_the_bidirectional_model():
     params, tokens = random_params(tiny_model()), random_tokens(tiny_model())
-    everything = logits_of(tiny_model(), params, tokens, prefix=jnp.ones(tokens.shape, bool))
+    everything = logits_of(tiny_model(), params, tokens, prefix_mask=jnp.ones(tokens.shape, bool))
     np.testing.assert_allclose(everything, logits_of(tiny_model(causal=False), params, tokens), atol=1e-6)
 
 
 @every_variant
 def test_the_cache_changes_nothing(changes):
-    """Two texts, one two tokens ahead of the other, read in parts; the cache of a windowed model forgets the rest."""
+    """Two sequences, one two tokens longer, in several steps; with a sliding window the cache overwrites old tokens."""
     model = tiny_model(**changes)
     params, tokens = random_params(model), random_tokens(model)
-    whole = np.array(logits_of(model, params, tokens))
+    expected = np.array(logits_of(model, params, tokens))
     slots = 6 if model.sliding_window else 16
     cache = empty_cache(model, 2, slots)
     assert sum(x.nbytes for x in jax.tree.leaves(cache)) == cache_bytes(model, 2, slots)
 
-    @partial(jax.jit, static_argnames="empty")
-    def go_on(params, tokens, places, cache, empty=False):
-        x, cache = decode_step(model, params, tokens, places, cache, empty)
+    @partial(jax.jit, static_argnames="prefill")
+    def step(params, tokens, positions, cache, prefill=False):
+        x, cache = decode_step(model, params, tokens, positions, cache, prefill)
         return unembed(model, params, x), cache
 
     params = unstack_layers(params)
     ahead = np.array([[2], [0]])
-    places = np.arange(7) + 0 * ahead
-    places[1, 5:] = -1
-    first, cache = go_on(params, np.where(places < 0, 0, tokens[:, :7]), places, cache, empty=True)
+    positions = np.arange(7) + 0 * ahead
+    positions[1, 5:] = -1
+    first, cache = step(params, np.where(positions < 0, 0, tokens[:, :7]), positions, cache, prefill=True)
     tolerance = 0.06 if model.dtype == "bfloat16" else 2e-5
-    np.testing.assert_allclose(first[0], whole[0, :7], atol=tolerance)
-    np.testing.assert_allclose(first[1, :5], whole[1, :5], atol=tolerance)
+    np.testing.assert_allclose(first[0], expected[0, :7], atol=tolerance)
+    np.testing.assert_allclose(first[1, :5], expected[1, :5], atol=tolerance)
     for i, width in [(5, 1), (6, 3), (9, 1)]:
-        places = i + ahead + np.arange(width)
-        logits, cache = go_on(params, np.take_along_axis(tokens, places, 1), places, cache)
-        np.testing.assert_allclose(logits, np.take_along_axis(whole, places[..., None], 1), atol=tolerance)
+        positions = i + ahead + np.arange(width)
+        logits, cache = step(params, np.take_along_axis(tokens, positions, 1), positions, cache)
+        np.testing.assert_allclose(logits, np.take_along_axis(expected, positions[..., None], 1), atol=tolerance)
 
 
 RICH = dict(dropout=0.3, positions="rope", ffn="swiglu")
@@ -197,8 +198,8 @@ RICH = dict(dropout=0.3, positions="rope", ffn="swiglu")
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(RICH, marks=pytest.mark.slow)], ids=["plain", "dropout"])
 def test_scan_unrolled_and_remat_are_one_model(changes):
-    def loss_and_gradient(**how):
-        model = tiny_model(**changes, **how)
+    def loss_and_gradient(**execution):
+        model = tiny_model(**changes, **execution)
         tokens = random_tokens(model)
         rngs = {"dropout": jax.random.key(7)} if model.dropout else {}
 
@@ -214,12 +215,12 @@ def test_scan_unrolled_and_remat_are_one_model(changes):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, other)
 
 
-def test_scan_and_unrolled_start_from_the_same_weights():
+def test_scan_and_unrolled_have_the_same_initial_weights():
     scan, unrolled = (init_params(tiny_model(layers=how), jax.random.key(0)) for how in ("scan", "unrolled"))
     jax.tree.map(np.testing.assert_array_equal, scan, unrolled)
 
 
-def test_gqa_with_as_many_key_heads_as_heads_is_mha_bit_for_bit():
+def test_gqa_with_as_many_key_heads_as_heads_is_bitwise_mha():
     plain, grouped = tiny_model(num_heads=4), tiny_model(num_heads=4, num_kv_heads=4)
     params, tokens = random_params(plain), random_tokens(plain)
     np.testing.assert_array_equal(logits_of(plain, params, tokens), logits_of(grouped, params, tokens))
@@ -234,7 +235,7 @@ def test_gqa_is_mha_with_repeated_key_heads():
     np.testing.assert_allclose(logits_of(grouped, params, tokens), logits_of(full, repeated, tokens), atol=2e-6)
 
 
-def test_a_window_over_the_whole_text_is_full_attention():
+def test_a_window_as_long_as_the_sequence_is_full_attention():
     full, windowed = tiny_model(), tiny_model(sliding_window=12)
     params, tokens = random_params(full), random_tokens(full, length=12)
     np.testing.assert_array_equal(logits_of(full, params, tokens), logits_of(windowed, params, tokens))
@@ -252,7 +253,7 @@ def test_axes_name_the_shape_of_every_weight(changes):
     assert num_params(model)["total"] == sum(x.size for x in jax.tree.leaves(params))
 
 
-def test_weights_start_as_published():
+def test_initial_weights_are_as_published():
     model = tiny_model(embed_dim=128, num_layers=8, num_heads=4, vocab_size=1000)
     params = init_params(model, jax.random.key(0))
     attention, ffn = params["blocks"]["attention"], params["blocks"]["ffn"]
@@ -265,28 +266,28 @@ def test_weights_start_as_published():
     assert not np.allclose(layers[0], layers[1]) and not np.allclose(attention["query"], attention["key"])
 
 
-def test_dropout_is_drawn_only_with_a_key_and_keeps_the_mean():
+def test_dropout_needs_a_key():
     model = tiny_model(dropout=0.5)
     params, tokens = random_params(model), random_tokens(model)
     apply = jax.jit(lambda seed: GPT(model).apply({"params": params}, tokens, rngs={"dropout": jax.random.key(seed)}))
     np.testing.assert_array_equal(apply(0), apply(0))
     assert not np.allclose(apply(0), apply(1))
-    still = tiny_model()
-    np.testing.assert_array_equal(logits_of(model, params, tokens), logits_of(still, params, tokens))
+    without_dropout = tiny_model()
+    np.testing.assert_array_equal(logits_of(model, params, tokens), logits_of(without_dropout, params, tokens))
 
 
 def on_gpu(monkeypatch, capability: str) -> None:
-    """What JAX says of the device; "" stands for one that is not NVIDIA's."""
+    """Fakes the compute capability that JAX reports; other strings are for devices that are not NVIDIA's."""
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
 
 
-def test_the_kernel_is_chosen_in_the_open(monkeypatch):
+def test_the_choice_of_the_kernel_has_a_reason(monkeypatch):
     on_gpu(monkeypatch, "9.0")
     fused = tiny_model(dtype="bfloat16")
-    assert choose_kernel(fused, "gpu")[0] == "cudnn"
-    assert choose_kernel(fused, "cpu") == ("xla", "on cpu")
-    assert choose_kernel(tiny_model(dtype="bfloat16", attention_kernel="xla"), "gpu") == ("xla", "asked for")
-    kernel, why = choose_kernel(tiny_model(dtype="bfloat16", attention_softcap=30.0, dropout=0.1), "gpu")
+    assert choose_kernel(fused, backend="gpu")[0] == "cudnn"
+    assert choose_kernel(fused, backend="cpu") == ("xla", "on cpu")
+    assert choose_kernel(tiny_model(dtype="bfloat16", attention_kernel="xla"), backend="gpu") == ("xla", "requested")
+    kernel, why = choose_kernel(tiny_model(dtype="bfloat16", attention_softcap=30.0, dropout=0.1), backend="gpu")
     assert kernel == "xla" and "soft-cap" in why and "dropout" in why
 
 
@@ -302,28 +303,30 @@ def test_the_kernel_is_chosen_in_the_open(monkeypatch):
         ("12.0", 264, "at most 256"),
     ],
 )
-def test_a_gpu_is_not_asked_for_heads_that_its_cudnn_cannot_do(monkeypatch, capability, head_dim, obstacle):
+def test_cudnn_is_not_chosen_for_heads_that_it_does_not_support(monkeypatch, capability, head_dim, obstacle):
     on_gpu(monkeypatch, capability)
-    for asked in ("auto", "cudnn"):
-        kernel, why = choose_kernel(tiny_model(dtype="bfloat16", head_dim=head_dim, attention_kernel=asked), "gpu")
+    for requested in ("auto", "cudnn"):
+        kernel, why = choose_kernel(
+            tiny_model(dtype="bfloat16", head_dim=head_dim, attention_kernel=requested), backend="gpu"
+        )
         assert kernel == ("cudnn" if obstacle is None else "xla") and (obstacle or "") in why
 
 
-def test_under_a_mask_an_odd_length_is_learnt_from_by_xla(monkeypatch):
-    """cuDNN has no gradient for it. Attention says of every text how long it is and whether there is a mask."""
+def test_training_with_a_mask_and_an_odd_length_uses_xla(monkeypatch):
+    """cuDNN has no gradient for it. Attention passes the length and whether there is a mask to `choose_kernel`."""
     on_gpu(monkeypatch, "9.0")
     chosen = []
 
-    def note(model, backend, *text, **more):
-        chosen.append(choose_kernel(model, "gpu", *text, **more))
+    def record(config, *args):
+        chosen.append(choose_kernel(config, *args, backend="gpu"))
         return "xla", "on cpu"
 
-    monkeypatch.setattr(attention, "choose_kernel", note)
+    monkeypatch.setattr(attention, "choose_kernel", record)
 
     def kernel(length: int, *, segments: bool = False, **changes) -> tuple[str, str]:
         model = tiny_model(dtype="bfloat16", **changes)
-        given = (None, jnp.ones((1, length), jnp.int32)) if segments else ()
-        GPT(model).apply({"params": random_params(model)}, random_tokens(model)[:1, :length], *given)
+        inputs = (None, jnp.ones((1, length), jnp.int32)) if segments else ()
+        GPT(model).apply({"params": random_params(model)}, random_tokens(model)[:1, :length], *inputs)
         return chosen[-1]
 
     assert kernel(9)[0] == kernel(10, sliding_window=4)[0] == kernel(10, segments=True)[0] == "cudnn"
@@ -332,26 +335,29 @@ def test_under_a_mask_an_odd_length_is_learnt_from_by_xla(monkeypatch):
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
-def test_attention_alone_is_a_block_whose_ffn_adds_nothing(placement):
-    whole, alone = (tiny_model(ffn=ffn, norm_placement="pre") for ffn in ("gelu", "none"))
-    if placement == "post":  # where the norm behind the FFN is there all the same: it must change nothing either
-        whole, alone = (
+def test_a_block_without_ffn_equals_a_block_whose_ffn_adds_zero(placement):
+    with_ffn, without_ffn = (tiny_model(ffn=ffn, norm_placement="pre") for ffn in ("gelu", "none"))
+    if placement == "post":  # the norm after the FFN remains, so it must not change anything
+        with_ffn, without_ffn = (
             tiny_model(ffn=ffn, norm_placement="post", bias=False, norm="rmsnorm") for ffn in ("gelu", "none")
         )
-    params = random_params(whole)
+    params = random_params(with_ffn)
     blocks = dict(params["blocks"])
     blocks["ffn"] = jax.tree.map(jnp.zeros_like, blocks["ffn"])
-    if placement == "post":  # unit scales: a norm of what is normalised already
+    if placement == "post":  # unit scales: normalizing twice changes nothing
         blocks |= {name: {"scale": jnp.ones_like(blocks[name]["scale"])} for name in ("attention_norm", "ffn_norm")}
     params = params | {"blocks": blocks}
     kept = {name: part for name, part in blocks.items() if not name.startswith("ffn")}
-    tokens = random_tokens(whole)
+    tokens = random_tokens(with_ffn)
     np.testing.assert_allclose(
-        logits_of(whole, params, tokens), logits_of(alone, params | {"blocks": kept}, tokens), rtol=1e-4, atol=1e-4
+        logits_of(with_ffn, params, tokens),
+        logits_of(without_ffn, params | {"blocks": kept}, tokens),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
-def test_attention_alone_has_the_weights_and_flops_of_attention():
+def test_a_model_without_ffn_has_the_weights_and_flops_of_attention():
     m = tiny_model(ffn="none", bias=False, num_layers=3)
     sizes = num_params(m)
     blocks = 3 * (4 * m.embed_dim**2 + m.embed_dim)  # query, key, value, out, and one norm

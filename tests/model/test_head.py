@@ -1,8 +1,9 @@
-"""A head for classes: logits and losses of a linear layer on the model's body, and no weight that nothing learns."""
+"""The classification head: logits and losses of a linear layer on the hidden states; every weight has a gradient."""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_model
@@ -21,7 +22,7 @@ every_body = pytest.mark.parametrize("changes", BODIES.values(), ids=BODIES)
 
 
 def classifier(**changes):
-    """A model that tells four classes, and weights far from their start."""
+    """A classifier of four classes, with weights far from their initial values."""
     model = tiny_model(num_classes=4, **changes)
     params = init_params(model, jax.random.key(0))
     return model, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
@@ -32,10 +33,10 @@ def tokens_of(model, rows=3, length=12):
 
 
 @every_body
-def test_logits_are_a_linear_layer_on_what_the_head_for_tokens_reads(changes):
-    """The same body with a head for tokens, of which the identity is a part, shows what the classifier reads."""
+def test_logits_are_a_linear_layer_on_the_hidden_states(changes):
+    """The same backbone with an identity matrix as its output head returns the hidden states."""
     model, params = classifier(**changes)
-    seen = dataclasses.replace(
+    identity = dataclasses.replace(
         model, num_classes=0, tie_embeddings=False, head="linear", vocab_size=model.embed_dim, logit_softcap=None
     )
     backbone_params = {name: part for name, part in params.items() if name != "classifier"}
@@ -46,9 +47,9 @@ def test_logits_are_a_linear_layer_on_what_the_head_for_tokens_reads(changes):
         "head": np.eye(model.embed_dim, dtype=np.float32),
     }
     tokens = tokens_of(model)
-    x = np.float64(GPT(seen).apply({"params": backbone_params}, tokens))
+    x = np.float64(GPT(identity).apply({"params": backbone_params}, tokens))
     expected = x @ np.float64(params["classifier"]["weight"]) + np.float64(params["classifier"]["bias"])
-    expected = ops.softcap(expected, model.logit_softcap)
+    expected = ops.softcap(jnp.asarray(expected), model.logit_softcap)
     logits = GPT(model).apply({"params": params}, tokens)
     assert logits.shape == (3, 12, 4) and logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected, atol=2e-5)
@@ -67,7 +68,7 @@ def test_the_loss_is_that_of_scikit_learn():
 
 
 @every_body
-def test_every_weight_is_learnt_and_none_of_a_head_for_tokens_is_there(changes):
+def test_every_weight_has_a_gradient_and_there_is_no_head_for_tokens(changes):
     model, params = classifier(**changes)
     tokens = np.arange(11, dtype=np.int32)[None].repeat(2, 0)
     targets = np.arange(22).reshape(2, 11) % 4
@@ -77,12 +78,12 @@ def test_every_weight_is_learnt_and_none_of_a_head_for_tokens_is_there(changes):
 
     gradient = jax.jit(jax.grad(loss))(params)
     for path, x in jax.tree.leaves_with_path(gradient):
-        assert np.any(x) or path[-1].key == "key_bias", path  # a bias of keys shifts all scores of a query alike
+        assert np.any(x) or path[-1].key == "key_bias", path  # a bias of keys shifts all scores of a query equally
     assert not [name for name in params["embedding"] if name.startswith(("head", "transform"))]
     assert weight_axes(model)["classifier"] == {"weight": ("embed", "classes"), "bias": ("classes",)}
 
 
-def test_the_token_table_is_looked_up_and_not_multiplied():
+def test_token_embeddings_of_a_classifier_count_no_flops():
     with_classes, tokens = (num_params(tiny_model(num_classes=n)) for n in (4, 0))
     assert with_classes["total"] == tokens["total"] + 4 * 16 + 4
     assert with_classes["multiplied"] == tokens["multiplied"] - 11 * 16 + 4 * 16 + 4

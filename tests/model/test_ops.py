@@ -1,4 +1,4 @@
-"""The maths against independent references: float64 NumPy loops, and formulas as the papers write them."""
+"""The operations against independent references: float64 NumPy loops, and formulas as the papers write them."""
 
 import math
 from functools import partial
@@ -11,7 +11,7 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.model import ops
+from gptjax.model import ops, positions
 
 
 def numpy_attention(query, key, value, bias, causal, window, segments, cap, factors):
@@ -37,14 +37,14 @@ def numpy_attention(query, key, value, bias, causal, window, segments, cap, fact
 
 
 def slope(function, inputs, directions, cotangent):
-    """How fast `(function(inputs) * cotangent).sum()` grows in float64 as the inputs move in these directions."""
+    """The directional derivative of `(function(inputs) * cotangent).sum()`, by finite differences in float64."""
     step = 1e-6
     ends = [function(*(x + s * d for x, d in zip(inputs, directions, strict=True))) for s in (step, -step)]
     return ((ends[0] - ends[1]) * cotangent).sum() / (2 * step)
 
 
 def slope_by_gradient(function, inputs, directions, cotangent):
-    """The same from the gradients of `function` in float32."""
+    """The directional derivative from the gradients of `function` in float32."""
     _, backward = jax.vjp(function, *(jnp.asarray(x, jnp.float32) for x in inputs))
     gradients = backward(jnp.asarray(cotangent, jnp.float32))
     return sum((np.asarray(g, np.float64) * d).sum() for g, d in zip(gradients, directions, strict=True))
@@ -62,7 +62,7 @@ def slope_by_gradient(function, inputs, directions, cotangent):
     dropout=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_attention_and_its_gradients_are_the_float64_loop(
+def test_attention_and_its_gradients_match_the_float64_loop(
     kv_heads, group, causal, window, documents, biases, cap, dropout, seed
 ):
     rng = np.random.default_rng(seed)
@@ -74,15 +74,15 @@ def test_attention_and_its_gradients_are_the_float64_loop(
     rules = dict(causal=causal, window=window, segments=segments, cap=cap, factors=factors)
     reference = partial(numpy_attention, **rules)
 
-    places = jnp.arange(5)
+    index = jnp.arange(5)
     segments = None if segments is None else jnp.array(segments)
-    mask = ops.visible(ops.AttentionMask(places, places, segments, segments), causal, window)
+    mask = positions.AttentionMask(index, index, segments, segments).materialize(causal, window)
     dropped = jnp.asarray(factors, jnp.float32) if dropout else None
 
     def ours(query, key, value, bias):
-        """No bias, one for all texts, or one for each."""
+        """No bias, one for all rows, or one for each."""
         bias = bias if biases else None
-        return ops.attention(query, key, value, mask=mask, bias=bias, cap=cap, factors=dropped)
+        return ops.attention(query, key, value, mask=mask, bias=bias, cap=cap, dropout_factors=dropped)
 
     bias = rng.normal(size=(biases, heads, 5, 5)) if biases else np.zeros((1, heads, 5, 5))
     inputs = (query, key, value, bias)
@@ -93,7 +93,7 @@ def test_attention_and_its_gradients_are_the_float64_loop(
     assert slope_by_gradient(ours, inputs, directions, cotangent) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_query_that_sees_no_key_gets_the_mean_and_does_not_move_the_scores():
+def test_a_query_without_keys_gets_the_mean_of_the_values_and_has_no_gradient_to_the_scores():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
     mask = jnp.ones((1, 1, 4, 4), bool).at[0, 0, 2].set(False)
     out, backward = jax.vjp(lambda *x: ops.attention(*x, mask=mask)[:, 2], query, key, value)
@@ -111,20 +111,20 @@ def test_a_query_that_sees_no_key_gets_the_mean_and_does_not_move_the_scores():
     prefix=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_a_key_is_seen_where_the_rules_of_one_pair_say_so(causal, window, documents, prefix, seed):
+def test_the_mask_of_every_pair_follows_the_rules(causal, window, documents, prefix, seed):
     rng = np.random.default_rng(seed)
     segments = np.sort(rng.integers(0, 3, (2, 6)), 1) if documents else None
-    begun = rng.random((2, 6)) < 0.5 if prefix else None
+    prefix_mask = rng.random((2, 6)) < 0.5 if prefix else None
 
-    def sees(row, query, key):
-        early = key <= query or (begun is not None and begun[row, key])
+    def attends(row, query, key):
+        early = key <= query or (prefix_mask is not None and prefix_mask[row, key])
         near = window is None or abs(query - key) < window
         together = segments is None or segments[row, query] == segments[row, key]
         return (early or not causal) and near and together
 
-    expected = [[[sees(row, q, k) for k in range(6)] for q in range(6)] for row in range(2)]
-    inputs = [None if x is None else jnp.array(x) for x in (segments, segments, begun)]
-    mask = ops.visible(ops.AttentionMask(jnp.arange(6), jnp.arange(6), *inputs), causal, window)
+    expected = [[[attends(row, q, k) for k in range(6)] for q in range(6)] for row in range(2)]
+    inputs = [None if x is None else jnp.array(x) for x in (segments, segments, prefix_mask)]
+    mask = positions.AttentionMask(jnp.arange(6), jnp.arange(6), *inputs).materialize(causal, window)
     mask = np.ones((1, 1, 6, 6), bool) if mask is None else mask
     np.testing.assert_array_equal(np.broadcast_to(mask, (2, 1, 6, 6))[:, 0], expected)
 
@@ -136,52 +136,54 @@ def test_a_key_is_seen_where_the_rules_of_one_pair_say_so(causal, window, docume
     shift=st.integers(0, 50),
     seed=st.integers(0, 1000),
 )
-def test_rope_scores_depend_on_distance_only(scaling, base, shift, seed):
+def test_rope_scores_depend_on_relative_positions_only(scaling, base, shift, seed):
     factor = 1.0 if scaling == "none" else 4.0
     model = tiny_model(positions="rope", rope_theta=base, rope_scaling=scaling, rope_factor=factor, head_dim=8)
     query, key = jax.random.normal(jax.random.key(seed), (2, 1, 6, 1, 8))
-    places = jnp.arange(6)
+    index = jnp.arange(6)
     scores = [
-        jnp.einsum("bqnh,bknh->bqk", ops.apply_rope(query, table), ops.apply_rope(key, table))
-        for table in (ops.rope_table(model, places), ops.rope_table(model, places + shift))
+        jnp.einsum("bqnh,bknh->bqk", positions.apply_rope(query, table), positions.apply_rope(key, table))
+        for table in (positions.rope_table(model, index), positions.rope_table(model, index + shift))
     ]
     np.testing.assert_allclose(scores[0], scores[1], atol=3e-4)
 
 
-def test_rope_keeps_lengths_and_leaves_place_zero_alone():
+def test_rope_keeps_norms_and_does_not_change_position_zero():
     model = tiny_model(positions="rope")
     x = jax.random.normal(jax.random.key(0), (1, 9, 2, 8))
-    turned = ops.apply_rope(x, ops.rope_table(model, jnp.arange(9)))
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
-    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+    rotated = positions.apply_rope(x, positions.rope_table(model, jnp.arange(9)))
+    np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(rotated[:, 0], x[:, 0])
 
 
-def test_rope_scalings_stretch_what_they_should():
-    plain, _ = ops.rope_frequencies(tiny_model(positions="rope", head_dim=64, context_length=4096))
-    make = lambda kind: ops.rope_frequencies(  # noqa: E731
+def test_rope_scalings_stretch_the_right_pairs():
+    plain, _ = positions.rope_frequencies(tiny_model(positions="rope", head_dim=64, context_length=4096))
+    frequencies = lambda kind: positions.rope_frequencies(  # noqa: E731
         tiny_model(positions="rope", head_dim=64, rope_scaling=kind, rope_factor=4.0, rope_original_length=1024)
     )
-    linear, _ = make("linear")
+    linear, _ = frequencies("linear")
     np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
-    ntk, _ = make("ntk")
+    ntk, _ = frequencies("ntk")
     np.testing.assert_allclose([ntk[0] / plain[0], ntk[-1] / plain[-1]], [1, 1 / 4], rtol=1e-4)
     assert np.all(np.diff(ntk / plain) < 0)
-    yarn, factor = make("yarn")
-    turns = 1024 * np.array(plain) / (2 * math.pi)  # within the original context
-    np.testing.assert_allclose(yarn[turns > 34], plain[turns > 34], rtol=1e-6)  # fast pairs are left alone
-    np.testing.assert_allclose(yarn[turns < 0.7], plain[turns < 0.7] / 4, rtol=1e-6)  # slow ones are interpolated
+    yarn, factor = frequencies("yarn")
+    rotations = 1024 * np.array(plain) / (2 * math.pi)  # within the original context
+    np.testing.assert_allclose(yarn[rotations > 34], plain[rotations > 34], rtol=1e-6)  # fast pairs do not change
+    np.testing.assert_allclose(
+        yarn[rotations < 0.7], plain[rotations < 0.7] / 4, rtol=1e-6
+    )  # slow ones are interpolated
     assert factor == pytest.approx(0.1 * math.log(4) + 1)
 
 
-def test_alibi_slopes_are_the_papers():
-    np.testing.assert_allclose(ops.alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+def test_alibi_slopes_match_the_paper():
+    np.testing.assert_allclose(positions.alibi_slopes(8), [2.0**-i for i in range(1, 9)])
     twelve = [2.0**-i for i in range(1, 9)] + [2 ** (-i / 2) for i in (1, 3, 5, 7)]
-    np.testing.assert_allclose(ops.alibi_slopes(12), twelve, rtol=1e-6)
+    np.testing.assert_allclose(positions.alibi_slopes(12), twelve, rtol=1e-6)
 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100))
-def test_norms_and_their_gradients_are_the_float64_formulas(seed, scale):
+def test_norms_and_their_gradients_match_the_float64_formulas(seed, scale):
     def layer_norm(x, gain, shift):
         centred = x - x.mean(-1, keepdims=True)
         return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * gain + shift
@@ -203,14 +205,14 @@ def test_norms_and_their_gradients_are_the_float64_formulas(seed, scale):
         assert slope_by_gradient(ours, x, along, cotangent) == pytest.approx(expected, abs=2e-3)
 
 
-def test_a_norm_keeps_its_input_and_two_numbers_a_row():
+def test_a_norm_saves_its_input_and_two_numbers_per_row():
     x, scale = jnp.ones((5, 64), jnp.bfloat16), jnp.ones(64)
     _, backward = jax.vjp(lambda x: ops.layer_norm(x, scale, None, 1e-5), x)
-    kept = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(backward) if x.ndim > 1)
-    assert kept == [((5, 1), "float32"), ((5, 1), "float32"), ((5, 64), "bfloat16")]
+    saved = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(backward) if x.ndim > 1)
+    assert saved == [((5, 1), "float32"), ((5, 1), "float32"), ((5, 64), "bfloat16")]
 
 
-def test_activations_are_their_formulas():
+def test_activations_match_their_formulas():
     x = np.linspace(-4, 4, 33)
     erf = np.array([math.erf(v / math.sqrt(2)) for v in x])
     tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -234,53 +236,55 @@ def test_cross_entropy_and_its_gradient(seed, scale):
     shifted = logits - logits.max(-1, keepdims=True)
     log_z = np.log(np.exp(shifted).sum(-1)) + logits.max(-1)
     probabilities = np.exp(logits - log_z[:, None])
-    given = jnp.array(logits, jnp.float32)
-    nats, z = ops.cross_entropy(given, jnp.array(targets))
-    np.testing.assert_allclose(nats, log_z - logits[np.arange(4), targets], rtol=1e-4, atol=1e-3)
+    x = jnp.array(logits, jnp.float32)
+    nll, z = ops.cross_entropy(x, jnp.array(targets))
+    np.testing.assert_allclose(nll, log_z - logits[np.arange(4), targets], rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(z, log_z, rtol=1e-5)
-    gradient = jax.grad(lambda x: ops.cross_entropy(x, jnp.array(targets))[0].sum())(given)
+    gradient = jax.grad(lambda x: ops.cross_entropy(x, jnp.array(targets))[0].sum())(x)
     np.testing.assert_allclose(gradient, probabilities - np.eye(9)[targets], atol=1e-3)
 
 
-def test_softcap_bounds_and_leaves_small_values():
+def test_softcap_is_bounded_and_keeps_small_values():
     x = jnp.array([-1e4, -0.01, 0.0, 0.01, 1e4])
     np.testing.assert_allclose(ops.softcap(x, 30.0), [-30, -0.01, 0, 0.01, 30], atol=1e-6)
     assert ops.softcap(x, None) is x
 
 
 @pytest.mark.parametrize("name", ops.ACTIVATIONS)
-def test_an_activation_keeps_its_input_only_and_is_taken_in_float32(name):
+def test_an_activation_saves_only_its_input_and_computes_in_float32(name):
     x = jnp.linspace(-6, 6, 97)
     (y, backward), (expected, reference) = (jax.vjp(f, x) for f in (partial(ops.activate, name), ops.ACTIVATIONS[name]))
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_allclose(backward(jnp.ones(97))[0], reference(jnp.ones(97))[0], rtol=1e-5, atol=1e-6)
-    narrow = x.astype(jnp.bfloat16)
+    low_precision = x.astype(jnp.bfloat16)
     np.testing.assert_array_equal(
-        ops.activate(name, narrow), ops.ACTIVATIONS[name](narrow.astype(jnp.float32)).astype(jnp.bfloat16)
+        ops.activate(name, low_precision), ops.ACTIVATIONS[name](low_precision.astype(jnp.float32)).astype(jnp.bfloat16)
     )
-    kept = [x for x in jax.tree.leaves(jax.vjp(partial(ops.activate, name), narrow)[1]) if x.size > 1]
-    assert [(x.shape, x.dtype) for x in kept] == [((97,), jnp.bfloat16)]
+    saved = [x for x in jax.tree.leaves(jax.vjp(partial(ops.activate, name), low_precision)[1]) if x.size > 1]
+    assert [(x.shape, x.dtype) for x in saved] == [((97,), jnp.bfloat16)]
 
 
 @pytest.mark.parametrize("rate", [0.004, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("width", [1, 3, 64, 65])
-def test_dropout_zeroes_a_share_each_element_by_itself_and_keeps_the_mean(rate, width):
+def test_dropout_zeroes_elements_independently_and_keeps_the_mean(rate, width):
     x = jnp.full((400, width), 3.0)
-    drawn = np.asarray(jax.vmap(lambda key: ops.dropout(x, key, rate))(jax.random.split(jax.random.key(5), 40)))
-    share, kept = round(rate * 256) / 256, drawn[drawn != 0]
-    assert abs(share - rate) <= 1 / 512 and np.allclose(kept, 3 / (1 - share), rtol=1e-6)
-    zero = drawn == 0
-    spread = math.sqrt(share * (1 - share))
-    assert abs(zero.mean() - share) < 4.5 * spread / math.sqrt(zero.size)
+    dropped = np.asarray(jax.vmap(lambda key: ops.dropout(x, key, rate))(jax.random.split(jax.random.key(5), 40)))
+    fraction, nonzero = round(rate * 256) / 256, dropped[dropped != 0]
+    assert abs(fraction - rate) <= 1 / 512 and np.allclose(nonzero, 3 / (1 - fraction), rtol=1e-6)
+    zero = dropped == 0
+    std = math.sqrt(fraction * (1 - fraction))
+    assert abs(zero.mean() - fraction) < 4.5 * std / math.sqrt(zero.size)
     columns = zero.reshape(-1, width)
-    assert (abs(columns.mean(0) - share) < 5 * spread / math.sqrt(len(columns))).all(), "every byte of a word is even"
-    if width > 1 and share > 0.05:  # of rarer ones the correlation is far from normal
-        together = np.corrcoef(columns.T)[np.triu_indices(width, 1)]
-        assert np.abs(together).max() < 6 / math.sqrt(len(columns)), "the bytes of a word do not know each other"
+    assert (abs(columns.mean(0) - fraction) < 5 * std / math.sqrt(len(columns))).all(), (
+        "every byte of a word is uniform"
+    )
+    if width > 1 and fraction > 0.05:  # for smaller rates the correlation is far from normal
+        correlations = np.corrcoef(columns.T)[np.triu_indices(width, 1)]
+        assert np.abs(correlations).max() < 6 / math.sqrt(len(columns)), "the bytes of a word are independent"
 
 
-def test_dropout_stays_in_the_dtype_and_passes_the_gradient_of_what_is_kept():
+def test_dropout_keeps_the_dtype_and_has_the_gradient_of_a_mask():
     x, key = jnp.ones((4, 6), jnp.bfloat16), jax.random.key(0)
     assert ops.dropout(x, key, 0.25).dtype == jnp.bfloat16
-    y, back = jax.vjp(lambda x: ops.dropout(x, key, 0.25), x.astype(jnp.float32))
-    np.testing.assert_array_equal(back(jnp.ones_like(y))[0], y)
+    y, backward = jax.vjp(lambda x: ops.dropout(x, key, 0.25), x.astype(jnp.float32))
+    np.testing.assert_array_equal(backward(jnp.ones_like(y))[0], y)

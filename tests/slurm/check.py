@@ -1,4 +1,4 @@
-"""Sweeps on the Slurm that `run` has started: done, cancelled and made up for, killed and found again, out of time."""
+"""Sweeps on the Slurm that `run` has started: finished, cancelled and resumed, killed and found again, out of time."""
 
 import contextlib
 import json
@@ -11,17 +11,17 @@ from pathlib import Path
 from gptjax.training.lock import holder
 
 FILE = """
-from gptjax.config import Experiment, Model, Optim, Train, grid
+from gptjax.config import Experiment, ModelConfig, OptimConfig, TrainConfig, grid
 
 base = Experiment(
     name="trial",
-    model=Model(num_layers=1, embed_dim=16, num_heads=2, context_length=16),
-    optim=Optim(warmup_steps=2),
-    train=Train(steps=30, batch_size=4, eval_every=0, checkpoint_every=10, sample_tokens=0),
+    model=ModelConfig(num_layers=1, embed_dim=16, num_heads=2, context_length=16),
+    optim=OptimConfig(warmup_steps=2),
+    train=TrainConfig(steps=30, batch_size=4, eval_every=0, checkpoint_every=10, sample_tokens=0),
 )
 sweep = grid(base, {"model.ffn": ["gelu", "relu"]})
 """
-PATIENCE = 600  # seconds until what has not happened is taken to hang
+PATIENCE = 600  # seconds until the check counts as hanging
 scratch = Path(sys.argv[1])
 (scratch / "sweep.py").write_text(FILE)
 
@@ -38,8 +38,8 @@ def sweep(folder: str, *more: str) -> subprocess.CompletedProcess:
 
 
 def states(folder: str, *more: str) -> dict[str, str]:
-    told = sweep(folder, "--status", *more).stdout.splitlines()
-    return {line.split()[0]: line.split()[1] for line in told if line.startswith("trial-")}
+    lines = sweep(folder, "--status", *more).stdout.splitlines()
+    return {line.split()[0]: line.split()[1] for line in lines if line.startswith("trial-")}
 
 
 def notes(folder: str) -> dict[str, dict]:
@@ -47,8 +47,8 @@ def notes(folder: str) -> dict[str, dict]:
 
 
 @contextlib.contextmanager
-def begun(folder: str, *more: str) -> Iterator[subprocess.Popen]:
-    """A sweep that is under way, and over when this is left."""
+def running(folder: str, *more: str) -> Iterator[subprocess.Popen]:
+    """A running sweep, which is killed at the end."""
     process = subprocess.Popen(command(folder, *more), stderr=subprocess.PIPE, text=True)
     try:
         yield process
@@ -79,30 +79,30 @@ LONG = ("--set", "train.steps=100000", "train.checkpoint_every=200", "train.log_
 
 def one_is_cancelled_and_run_again() -> None:
     name, other = "trial-ffn=gelu-seed0", "trial-ffn=relu-seed0"
-    with begun("cancelled", *LONG):  # and killed in the end, which the other job does not notice
+    with running("cancelled", *LONG):  # and killed in the end, which the other job does not notice
         wait_for(lambda: (scratch / "cancelled" / name / "metrics.jsonl").exists())
         both = notes("cancelled")
         subprocess.run(["scancel", both[name]["job"]], check=True)
         wait_for(lambda: notes("cancelled")[name]["event"] == "cancelled")
         assert states("cancelled", *LONG)[name] == "cancelled"
-    with begun("cancelled", *LONG) as again:
+    with running("cancelled", *LONG) as again:
         wait_for(lambda: notes("cancelled")[name]["event"] == "started" and notes("cancelled")[name] != both[name])
         assert notes("cancelled")[other]["job"] == both[other]["job"], "found again in the queue, not doubled"
         again.terminate()
         assert again.wait(timeout=PATIENCE) == 75, "interrupted"
         print(again.stderr.read(), flush=True)
-    assert [holder(scratch / "cancelled" / trial) for trial in (name, other)] == [None, None], "and nobody trains on"
+    assert [holder(scratch / "cancelled" / trial) for trial in (name, other)] == [None, None], "nothing is training"
     assert set(states("cancelled", *LONG).values()) == {"stopped"}, "by this command, not by scancel"
-    assert verify(scratch / "cancelled" / other).returncode == 0, "what was trained is saved"
+    assert verify(scratch / "cancelled" / other).returncode == 0, "the progress is saved"
 
 
-def a_job_without_time_saves_and_the_same_command_goes_on() -> None:
+def a_job_without_time_saves_and_the_same_command_resumes() -> None:
     """Slurm warns of the end two to three minutes before it, so that of four minutes one or two are left to train."""
     name, four = "trial-ffn=gelu-seed0", (*LONG, "--slurm.minutes", "4")
     assert sweep("short", *four).returncode == 3 and states("short", *LONG)[name] == "stopped"
     assert notes("short")[name]["code"] == 75
     before = steps(name)
-    with begun("short", *LONG) as process:
+    with running("short", *LONG) as process:
         wait_for(lambda: steps(name) > before)
         process.terminate()
         assert process.wait(timeout=PATIENCE) == 75
@@ -119,5 +119,5 @@ def verify(folder: Path) -> subprocess.CompletedProcess:
 
 all_trials_are_done()
 one_is_cancelled_and_run_again()
-a_job_without_time_saves_and_the_same_command_goes_on()
+a_job_without_time_saves_and_the_same_command_resumes()
 print("tests/slurm: all passed")

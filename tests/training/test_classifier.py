@@ -270,7 +270,7 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, letters, finished_r
     with pytest.raises(ConfigError, match=r"model.num_classes = 5: there are 3 labels; leave it out"):
         train.train(letters.override({"model.num_classes": 5}), tmp_path / "run")
     e = letters.override({"init": str(finished_run), "data.labels": LABELS[:2], "data.tokenizer": "init"})
-    with pytest.raises(DataError, match=r"line 7: the answer 'third' is none of the labels; there are first, second"):
+    with pytest.raises(DataError, match=r"line 7: the answer 'third' is none of the labels; the labels are first, second"):
         train.train(e, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

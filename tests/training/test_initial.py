@@ -103,6 +103,27 @@ def test_what_is_frozen_has_no_moments_and_does_not_move(name):
     assert not {x.shape for x in jax.tree.leaves(state) if x.ndim} & (frozen - kept)
 
 
+HEAD = {
+    f"embedding.{name}"
+    for name in ("head", "head_bias", "transform", "transform_bias", "transform_norm.scale", "transform_norm.bias")
+}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("embedding.*", {"embedding.tokens", "embedding.positions"}),
+        ("head.*", HEAD),
+        ("*head_bias", {"embedding.head_bias"}),
+        ("embedding.head*", {"embedding.head", "embedding.head_bias"}),  # the names in checkpoints
+    ],
+)
+def test_patterns_treat_the_output_head_as_a_module_outside_the_embedding(pattern, expected):
+    model = dict(vocab_size=11, tie_embeddings=False, head="mlm", causal=False)
+    e = TINY.override(model=model, optim=dict(freeze=(pattern,))).resolved(11)
+    assert {path for path, trains in names(trained(e)).items() if not trains} == expected
+
+
 def test_rates_fall_from_layer_to_layer():
     flat, steep = (
         TINY.override(model=dict(vocab_size=11, num_layers=3), optim=dict(layer_decay=d, weight_decay=0.0)).resolved(11)
@@ -182,6 +203,6 @@ def test_any_model_can_be_what_it_starts_from(tmp_path, examples):
     train.train(e, tmp_path / "run", open_init=lambda name: {"hub/name": theirs}[name])
     ours = open_trained(open_run(tmp_path / "run"))
     assert ours.model == dataclasses.replace(model, dropout=0.0)
-    assert ours.generation() == theirs.generation(), "how to sample from it is passed on"
+    assert ours.generation_settings() == theirs.generation_settings(), "how to sample from it is passed on"
     for path, x in names(theirs.params).items():
         np.testing.assert_allclose(np.float32(x), names(ours.params)[path], rtol=0, atol=1e-28)

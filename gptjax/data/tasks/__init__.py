@@ -1,7 +1,7 @@
-"""What a GPT is fine-tuned for: each task one file here that defines `TASK`, found by its name as `task:NAME`.
+"""Fine-tuning tasks. Each task is one file here that defines `TASK`, and is a source by its name: `task:NAME`.
 
-A task says where its rows are, how a row becomes prompt and answer, and what counts. The real data lies in the folder
-that $GPTJAX_DATA names.
+A task defines where its rows are, how a row becomes prompt and answer, and its metrics. The real data is in the folder
+$GPTJAX_DATA.
 """
 
 import collections
@@ -19,36 +19,36 @@ from gptjax.data.corpus import hash_fraction
 from gptjax.errors import DataError
 
 Split = Literal["train", "validation", "test"]
-Rows = Iterator[tuple[dict[str, str], str]]  # the columns of each, and the file and line they come from
+Rows = Iterator[tuple[dict[str, str], str]]  # the columns of a row, and its file and line
 Metric = Literal["accuracy", "f1", "rouge_l", "rouge_1", "rouge_2", "bleu", "chrf", "exact_match", "edit_distance"]
 Baseline = Literal["majority", "copy", "lead"]
 
 
 class TextPart(NamedTuple):
-    """A piece of an example's text."""
+    """A part of an example's text."""
 
     text: str
-    is_target: bool  # to be learnt, not only read
-    label: str | None = None  # the class that is told at its last token; None: none is
+    is_target: bool  # trained on; False: context only
+    label: str | None = None  # the class at its last token; None: no class
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a model is shown and what it is asked for."""
+    """A prompt with its answer, a dialogue, or words with labels."""
 
-    parts: tuple[TextPart, ...]  # one after the other: prompt and answer, the turns of a dialogue, or words with labels
-    where: str  # file and line, or row, for messages
-    references: tuple[str, ...] = ()  # all right answers to the last prompt; (): the answer is the only one
-    values: Mapping[str, str] = field(default_factory=dict)  # the columns it was made of
+    parts: tuple[TextPart, ...]  # in order: prompt and answer, turns of a dialogue, or words with labels
+    where: str  # file and line or row, for messages
+    references: tuple[str, ...] = ()  # all correct answers to the last prompt; (): only the answer
+    values: Mapping[str, str] = field(default_factory=dict)  # the columns of its row
 
     @property
     def prompt(self) -> str:
-        """The text before the last part that is asked for; all of it where labels are asked for."""
+        """The text before the last target part; all of it if the targets are labels."""
         return "".join(part.text for part in self.parts[: self._last])
 
     @property
     def answer(self) -> str:
-        """The last part that is asked for, with the space it may begin with."""
+        """The last target part, with its leading space if there is one."""
         return self.parts[self._last].text
 
     @property
@@ -58,40 +58,42 @@ class Example:
 
 @dataclass(frozen=True)
 class Tagging:
-    """How a row is answered by a label for each of its words (token classification), beside the answer as text."""
+    """Token classification: how a row becomes words with labels, and how labels become the answer as text."""
 
-    labels: tuple[str, ...]  # all that there are
-    parts: Callable[[Mapping[str, str]], tuple[TextPart, ...]]  # of a row: its words, each with its label
-    answer: Callable[[Mapping[str, str], Sequence[str]], str]  # of a row and a label a word: the answer as text
+    labels: tuple[str, ...]  # of words
+    parts: Callable[[Mapping[str, str]], tuple[TextPart, ...]]  # row -> its words, each with its label
+    answer: Callable[[Mapping[str, str], Sequence[str]], str]  # row, one label for each word -> the answer as text
 
 
 @dataclass(frozen=True)
 class Task:
-    """One use of a language model: its data, its form as text, and its measure."""
+    """A task: its data, its prompt and answer, and its metrics."""
 
     name: str
-    summary: str  # what is asked, in one line
-    load_rows: Callable[[Split, Path], Rows]  # from the folder that $GPTJAX_DATA names
+    summary: str  # the instruction, in one line
+    load_rows: Callable[[Split, Path], Rows]  # the path is that of $GPTJAX_DATA
     prompt: str  # template: text and {columns}
     answer: str  # the same
-    metrics: tuple[Metric, ...]  # the first is the one that counts
-    baseline: Baseline  # the trivial answer to beat, see `baseline`
-    source: str | None  # where the real data is from; None: `load_rows` makes it
+    metrics: tuple[Metric, ...]  # the first one is the main metric
+    baseline: Baseline  # see `baseline`
+    source: str | None  # where to get the real data; None: `load_rows` generates it
     licence: str  # of the real data
-    labels: tuple[str, ...] = ()  # the only answers there are; (): any
-    max_new_tokens: int = 64  # room for an answer, in bytes: no tokenizer needs more
-    references: str | None = None  # a column with one right answer a line, where there are several
-    parts: Callable[[Mapping[str, str]], tuple[TextPart, ...]] | None = None  # of a row that the templates cannot express
-    tagging: Tagging | None = None  # with data.answers = "classes", where words have labels; None: the prompt has one
+    labels: tuple[str, ...] = ()  # all possible answers; (): any text
+    max_new_tokens: int = 64  # of an answer: its bytes, because no tokenizer needs more
+    references: str | None = None  # a column with several correct answers, one on each line
+    parts: Callable[[Mapping[str, str]], tuple[TextPart, ...]] | None = (
+        None  # row -> parts, instead of the templates
+    )
+    tagging: Tagging | None = None  # for data.answers = "classes"; None: the prompt has one label
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What a model tells with data.answers = "classes"; (): answers are text only."""
+        """The class labels with data.answers = "classes"; (): answers are text only."""
         return self.tagging.labels if self.tagging else self.labels
 
 
 def find_task(name: str) -> Task:
-    """The task of this name. Raises `DataError` with the nearest name and all there are."""
+    """The task of this name. Raises `DataError` with the nearest name and all names."""
     if name in TASKS:
         return TASKS[name]
     near = difflib.get_close_matches(name, TASKS, 1)
@@ -105,24 +107,24 @@ def columns(template: str) -> list[str]:
 
 
 def split_of(text: str) -> Split:
-    """Where a row with this text belongs: a tenth each for test and validation. The same text, the same split."""
+    """The split of a row, by a hash of its text: a tenth each for test and validation."""
     tenth = hash_fraction(" ".join(text.casefold().split())) * 10
     return "test" if tenth < 1 else "validation" if tenth < 2 else "train"
 
 
 def baseline(task: Task, train: Iterable[Example]) -> Callable[[Example], str]:
-    """The trivial answerer that a model must beat.
+    """The baseline of a task: a function from an example to an answer.
 
-    majority: the most common of the training answers ("none" for entities); copy: the input; lead: its first sentence.
-    The input is the first column of the prompt.
+    majority: the most common training answer ("none" for entities); copy: the input; lead: its first sentence. The
+    input is the first column of the prompt.
     """
     if task.baseline == "majority":
         common = collections.Counter(example.answer.strip() for example in train).most_common(1)[0][0]
         return lambda example: common
-    shown = columns(task.prompt)[0]
+    column = columns(task.prompt)[0]
     if task.baseline == "copy":
-        return lambda example: example.values[shown]
-    return lambda example: re.split(r"(?<=[.!?])\s", example.values[shown], maxsplit=1)[0]
+        return lambda example: example.values[column]
+    return lambda example: re.split(r"(?<=[.!?])\s", example.values[column], maxsplit=1)[0]
 
 
 _MODULES = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))

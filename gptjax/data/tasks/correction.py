@@ -6,13 +6,13 @@ from pathlib import Path
 
 from gptjax.data.tasks import Rows, Split, Task, split_of
 
-RATES = {"drop": 0.02, "double": 0.01, "swap": 0.02, "neighbour": 0.02}  # per character, that this befalls it
+RATES = {"drop": 0.02, "double": 0.01, "swap": 0.02, "neighbour": 0.02}  # probability per character
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
-SHORTEST = 20  # characters; a shorter line has too little in it to tell what was meant
+SHORTEST = 20  # characters; a shorter line has too little context
 
 
 def load_rows(split: Split, folder: Path) -> Rows:
-    """Different lines of a text, each with a copy full of errors; a tenth each is kept by the line's hash."""
+    """The distinct lines of a text, each with a corrupted copy. A hash of the line decides the split."""
     path = folder / "tinyshakespeare.txt"
     seen = set()
     with path.open(encoding="utf-8") as lines:
@@ -26,34 +26,34 @@ def load_rows(split: Split, folder: Path) -> Rows:
 def corrupt(text: str, rates: dict[str, float] = RATES, seed: int = 0) -> str:
     """A copy with typing errors: characters dropped, doubled, swapped with the next, or hit on a neighbouring key.
 
-    At most one error befalls a character. The text and the seed alone decide which.
+    A character has at most one error. The errors depend on the text and the seed only.
     """
-    dice = random.Random(hashlib.sha256(f"{seed} {text}".encode()).digest())
+    rng = random.Random(hashlib.sha256(f"{seed} {text}".encode()).digest())
     errors, weights = [*rates, None], [*rates.values(), 1 - sum(rates.values())]
-    made = []
+    out = []
     i = 0
     while i < len(text):
         here, after = text[i], text[i + 1 : i + 2]
-        error = dice.choices(errors, weights)[0]
+        error = rng.choices(errors, weights)[0]
         i += 1
         if error == "swap":
-            made.append(after + here)
+            out.append(after + here)
             i += 1
         elif error == "neighbour":
-            made.append(_neighbour(here, dice))
+            out.append(_neighbour(here, rng))
         elif error != "drop":
-            made.append(here * 2 if error == "double" else here)
-    return "".join(made)
+            out.append(here * 2 if error == "double" else here)
+    return "".join(out)
 
 
-def _neighbour(letter: str, dice: random.Random) -> str:
-    """A key beside that of the letter in its row, in the same case; anything but a letter stays."""
+def _neighbour(letter: str, rng: random.Random) -> str:
+    """A key next to the letter's in its row, in the same case; any other character is unchanged."""
     row = next((row for row in KEYBOARD if letter.lower() in row), None)
     if row is None:
         return letter
-    place = row.index(letter.lower())
-    hit = dice.choice(row[max(place - 1, 0) : place] + row[place + 1 : place + 2])
-    return hit.upper() if letter.isupper() else hit
+    i = row.index(letter.lower())
+    key = rng.choice(row[max(i - 1, 0) : i] + row[i + 1 : i + 2])
+    return key.upper() if letter.isupper() else key
 
 
 TASK = Task(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from gptjax.data.tasks import Rows, Split, Task, TextPart, split_of
 
-USER, AGENT = "User:", "Assistant:"  # as inference/chat.py writes for models without a template
+USER, AGENT = "User:", "Assistant:"  # as in inference/chat.py, for models without a chat template
 
 
 def load_rows(split: Split, folder: Path) -> Rows:
-    """Dialogues that end with the agent, one turn a line; a tenth each is kept by the dialogue's hash.
+    """Dialogues that end with the agent, one turn on each line. A hash of the dialogue decides the split.
 
-    For test, each turn of the agent is an example of its own, with all that was said before it.
+    For "test", each turn of the agent is a separate example, with all turns before it.
     """
     path = folder / "taskmaster4" / "data_07.json"
     for number, dialogue in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
@@ -27,21 +27,21 @@ def load_rows(split: Split, folder: Path) -> Rows:
 
 
 def parts(row: Mapping[str, str]) -> tuple[TextPart, ...]:
-    """The agent's turns are asked for, and with each but the last the mark of the customer's: where to stop."""
-    pieces = re.split(rf"(?<=^{AGENT})|(?<=\n{AGENT})|(?<=\n{USER})", row["dialogue"])
-    made: list[TextPart] = []
-    asked = False
-    for piece in pieces:
-        made.append(TextPart(piece, asked))
-        asked = piece.endswith(AGENT)
-    return tuple(made)
+    """The targets are the agent's turns, each with the next "User:", which ends an answer, except the last."""
+    lines = re.split(rf"(?<=^{AGENT})|(?<=\n{AGENT})|(?<=\n{USER})", row["dialogue"])
+    found: list[TextPart] = []
+    is_target = False
+    for line in lines:
+        found.append(TextPart(line, is_target))
+        is_target = line.endswith(AGENT)
+    return tuple(found)
 
 
 TASK = Task(
     name="dialogue",
     summary="answer a customer of a coffee bar",
     load_rows=load_rows,
-    prompt="{dialogue}",  # not used: `parts` says where the agent speaks
+    prompt="{dialogue}",  # not used: `parts` finds the turns of the agent
     answer="{dialogue}",
     parts=parts,
     metrics=("chrf", "rouge_l", "bleu"),

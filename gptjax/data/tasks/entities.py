@@ -13,13 +13,13 @@ FILES: dict[Split, str] = {
     "test": "emerging.test.annotated",
 }
 TYPES = ("corporation", "creative-work", "group", "location", "person", "product")
-TAGS = ("O", *(f"{place}-{kind}" for kind in TYPES for place in "BI"))
+TAGS = ("O", *(f"{prefix}-{kind}" for kind in TYPES for prefix in "BI"))
 NONE = "none"
 MENTION = re.compile(rf"(?:^|; )({'|'.join(TYPES)}): (.*?)(?=; (?:{'|'.join(TYPES)}): |$)")
 
 
 def load_rows(split: Split, folder: Path) -> Rows:
-    """Messages with their entities; `tokens` and `tags` (BIO) are kept with a space between. The set's own sides."""
+    """Messages with their entities; `tokens` and `tags` (BIO) are joined by spaces. The data set's own splits."""
     path = folder / "wnut17" / FILES[split]
     with path.open(encoding="utf-8") as stream:
         lines = ((number, line.strip().split("\t")) for number, line in enumerate(stream, 1))
@@ -53,15 +53,15 @@ def answer_of(tokens: Sequence[str], tags: Sequence[str]) -> str:
 
 
 def tags_of(answer: str, tokens: list[str]) -> list[str]:
-    """The BIO tags of tokens by an answer in the form of `answer_of`, one a token; what does not occur has none.
+    """The BIO tags of tokens, one for each, from an answer in the form of `answer_of`; unknown mentions are ignored.
 
-    A mention is looked for after the one before it, then from the start, and never where another already is.
+    Each mention is searched for after the previous one, then from the start; mentions never overlap.
     """
     tags = ["O"] * len(tokens)
     after = 0
     for kind, mention in MENTION.findall(answer.strip()):
         words = mention.split()
-        for start in [*_places(words, tokens, after), *_places(words, tokens, 0)]:
+        for start in [*_matches(words, tokens, after), *_matches(words, tokens, 0)]:
             end = start + len(words)
             if tags[start:end] == ["O"] * len(words):
                 tags[start:end] = [f"B-{kind}"] + [f"I-{kind}"] * (len(words) - 1)
@@ -70,7 +70,7 @@ def tags_of(answer: str, tokens: list[str]) -> list[str]:
     return tags
 
 
-def _places(words: list[str], tokens: list[str], first: int) -> Iterator[int]:
+def _matches(words: list[str], tokens: list[str], first: int) -> Iterator[int]:
     last = len(tokens) - len(words) if words else -1
     return (start for start in range(first, last + 1) if tokens[start : start + len(words)] == words)
 

@@ -8,7 +8,7 @@ FILES = {"negative": "neg.txt", "positive": "pos.txt"}
 
 
 def load_rows(split: Split, folder: Path) -> Rows:
-    """Sentences and labels, the two in turn. A tenth each is kept by the sentence's hash, so none is on two sides."""
+    """Sentences and labels, alternating. A hash of the sentence decides the split, so none is in two splits."""
     paths = {label: folder / "sentence_polarity" / name for label, name in FILES.items()}
     texts = {label: path.read_text(encoding="utf-8").splitlines() for label, path in paths.items()}
     for number in range(max(map(len, texts.values()))):

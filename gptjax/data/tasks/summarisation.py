@@ -9,7 +9,7 @@ FILES: dict[Split, str] = {"train": "train.jsonl", "validation": "dev.jsonl", "t
 
 
 def load_rows(split: Split, folder: Path) -> Rows:
-    """The abstract, and all its summaries, of which the first is learnt. The sides are those of the data set."""
+    """Abstracts with all their summaries; the first one is the target. The splits are those of the data set."""
     path = folder / "scitldr" / FILES[split]
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -25,7 +25,7 @@ def load_rows(split: Split, folder: Path) -> Rows:
 
 TASK = Task(
     name="summarisation",
-    summary="say in one sentence what a scientific abstract says",
+    summary="summarise a scientific abstract in one sentence",
     load_rows=load_rows,
     prompt="{abstract}\n\nSummary:\n",
     answer="{summary}",

@@ -9,10 +9,10 @@ BLOCKS = 30  # 51 verses each: about a chapter and a half
 
 
 def load_rows(split: Split, folder: Path) -> Rows:
-    """Verses with their translation. Two blocks in ten, spread over the book, are kept: one each for both sides.
+    """Verses with their translation. Of ten blocks, one is for validation and one for test, all over the book.
 
-    Not single verses: neighbours share names and whole phrases, and one in training would give the next away. Not
-    the end of the book either: it tells another story in other words.
+    Single verses are not held out, because neighbours share names and phrases. The end of the book is not held out,
+    because it is another story in other words.
     """
     french, portuguese = (folder / "genesis" / name for name in ("french.txt", "portuguese.txt"))
     verses = list(zip_longest(_lines(french), _lines(portuguese)))
@@ -20,7 +20,7 @@ def load_rows(split: Split, folder: Path) -> Rows:
         block = number * BLOCKS // len(verses) % 10
         if split == ("validation" if block == 8 else "test" if block == 9 else "train"):
             if verse is None or translation is None:
-                raise ValueError(f"{french.name} and {portuguese.name} have not the same number of lines")
+                raise ValueError(f"{french.name} and {portuguese.name} have different numbers of lines")
             yield {"french": verse, "portuguese": translation}, f"{french}, line {number + 1}"
 
 

@@ -28,7 +28,7 @@ class EngineTokenizer(Tokenizer):
         self.tokenizer_json = tokenizer_json
         self._given = {"begin_of_text": bos_id, "end_of_text": eos_id}
         spec = json.loads(tokenizer_json)
-        self._engine = engine(tokenizer_json)
+        self._engine = make_engine(tokenizer_json)
         self._word_cache = self._make_word_cache(spec)
         vocab = self._engine.get_vocab(with_added_tokens=True)
         if (largest := max(vocab.values(), default=0)) > LARGEST_ID:
@@ -84,7 +84,7 @@ class EngineTokenizer(Tokenizer):
     @functools.cached_property
     def _special_engine(self) -> Any:
         """A second engine: toggling the setting on the first would affect other threads."""
-        made = engine(self.tokenizer_json)
+        made = make_engine(self.tokenizer_json)
         made.encode_special_tokens = False
         return made
 
@@ -184,7 +184,7 @@ class WordPieceTokenizer(EngineTokenizer):
         return f"keeps words only: white space becomes one space before each word, unknown words are dropped{lowers}"
 
 
-def engine(tokenizer_json: str) -> Any:
+def make_engine(tokenizer_json: str) -> Any:
     """The `tokenizers` engine of a tokenizer.json: no truncation, and special tokens in a text are ordinary text."""
     import tokenizers
 

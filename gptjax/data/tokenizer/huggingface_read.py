@@ -13,11 +13,19 @@ from gptjax.data.tokenizer.engine import (
     EngineTokenizer,
     PieceTokenizer,
     WordPieceTokenizer,
-    engine,
     gpt2_json,
+    make_engine,
 )
 from gptjax.data.tokenizer.sentencepiece_json import sentencepiece_spec
-from gptjax.data.tokenizer.tokenizer_json import END, ONE_CHARACTER, PROBES, ROLES, same_unigram_score, frame_of, with_frame
+from gptjax.data.tokenizer.tokenizer_json import (
+    END,
+    ONE_CHARACTER,
+    PROBES,
+    ROLES,
+    frame_of,
+    same_unigram_score,
+    with_frame,
+)
 from gptjax.errors import DataError
 
 
@@ -53,7 +61,7 @@ def from_huggingface(folder: Path) -> Tokenizer:
 def _from_json(tokenizer_json: str, config: dict[str, Any]) -> Tokenizer:
     """The decoder decides the kind."""
     spec = json.loads(tokenizer_json)
-    made = engine(tokenizer_json)
+    made = make_engine(tokenizer_json)
     model = type(made.model).__name__  # not named in files of 2020, as in GPT-2's
     decoder = json.dumps(spec.get("decoder"), ensure_ascii=False)
     if model == "WordLevel" and spec.get("pre_tokenizer") == ONE_CHARACTER:
@@ -96,7 +104,7 @@ def _with_added_tokens(tokenizer_json: str, folder: Path, config: dict[str, Any]
     """Adds the tokens that only the other files list, and marks as special those that the configuration names."""
     from tokenizers import AddedToken
 
-    made = engine(tokenizer_json)
+    made = make_engine(tokenizer_json)
     known = {token.content: token for token in made.get_added_tokens_decoder().values()}
     listed: dict[int, Any] = {i: {"content": word} for word, i in _read_json(folder / "added_tokens.json").items()}
     listed |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
@@ -125,7 +133,7 @@ def _read_gpt2(folder: Path, config: dict[str, Any]) -> str:
         _check_size(folder / name)
     made = gpt2_json(folder / "vocab.json", folder / "merges.txt")
     config.setdefault("eos_token", END)
-    begin = engine(made).token_to_id(_token_text(config.setdefault("bos_token", END)) or END)
+    begin = make_engine(made).token_to_id(_token_text(config.setdefault("bos_token", END)) or END)
     if not config.get("add_bos_token") or begin is None:
         return made
     return json.dumps(with_frame(json.loads(made), [begin], []), ensure_ascii=False)
@@ -170,7 +178,7 @@ def _read_sentencepiece(folder: Path, config: dict[str, Any]) -> str:
         config.setdefault("eos_token", original.id_to_piece(original.eos_id()))
     if begin >= 0:
         config.setdefault("bos_token", original.id_to_piece(begin))
-    made = engine(json.dumps(spec))
+    made = make_engine(json.dumps(spec))
     for probe in PROBES:
         ids, expected = made.encode(probe, add_special_tokens=False).ids, original.encode(probe)
         if ids != expected and not same_unigram_score(spec, ids, expected):

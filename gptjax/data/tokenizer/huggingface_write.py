@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.atomic_io import write_atomic
 from gptjax.data.tokenizer.base import Tokenizer
 from gptjax.data.tokenizer.builtin import ByteTokenizer, CharTokenizer, SentencePieceTokenizer
-from gptjax.data.tokenizer.engine import EngineTokenizer, byte_characters, engine
+from gptjax.data.tokenizer.engine import EngineTokenizer, byte_characters, make_engine
 from gptjax.data.tokenizer.sentencepiece_json import sentencepiece_spec
 from gptjax.data.tokenizer.tokenizer_json import (
     END,
@@ -15,9 +15,9 @@ from gptjax.data.tokenizer.tokenizer_json import (
     PROBES,
     ROLES,
     added_token,
-    same_unigram_score,
     canonical,
     frame_of,
+    same_unigram_score,
     with_frame,
 )
 from gptjax.errors import DataError
@@ -34,7 +34,7 @@ def to_huggingface(tokenizer: Tokenizer, folder: Path) -> None:
     content = json.dumps(spec, ensure_ascii=False)
     if isinstance(tokenizer, EngineTokenizer) and spec == json.loads(tokenizer.tokenizer_json):
         content = tokenizer.tokenizer_json  # unchanged, byte for byte
-    made = engine(content)
+    made = make_engine(content)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for role, i in [("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)]:
         if i is not None:
@@ -56,7 +56,7 @@ def spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, EngineTokenizer):
         spec = json.loads(tokenizer.tokenizer_json)
         spec |= {name: None for name in ("truncation", "padding") if spec.get(name)}  # gptjax does not truncate
-        begin, end = frame_of(engine(tokenizer.tokenizer_json))
+        begin, end = frame_of(make_engine(tokenizer.tokenizer_json))
         expected = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return spec if begin == expected else with_frame(spec, expected, end)
     if isinstance(tokenizer, ByteTokenizer):
@@ -82,7 +82,7 @@ def spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _verify(tokenizer: Tokenizer, spec: dict[str, Any], path: Path) -> None:
     """Raises `DataError` unless the written file encodes and decodes as the tokenizer does."""
-    made = engine(path.read_text(encoding="utf-8"))
+    made = make_engine(path.read_text(encoding="utf-8"))
     if made.get_vocab_size(with_added_tokens=True) > tokenizer.vocab_size:
         raise DataError(
             f"{path}: has {made.get_vocab_size()} tokens, and the tokenizer has {tokenizer.vocab_size}; do not use it"

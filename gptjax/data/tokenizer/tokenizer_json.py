@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.data.tokenizer.base import BYTE_PIECE
-from gptjax.data.tokenizer.engine import engine
+from gptjax.data.tokenizer.engine import make_engine
 
 END = "<|endoftext|>"  # the end-of-text token of gptjax's own kinds
 ONE_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
@@ -37,7 +37,7 @@ def added_token(i: int, content: str, special: bool = True) -> dict[str, Any]:
 
 def with_frame(spec: dict[str, Any], begin: list[int], end: list[int]) -> dict[str, Any]:
     """The same tokenizer with a post-processor that puts these ids before and after every text."""
-    vocab = engine(json.dumps(spec)).get_vocab(with_added_tokens=True)
+    vocab = make_engine(json.dumps(spec)).get_vocab(with_added_tokens=True)
     names = {i: name for name, i in vocab.items() if i in begin + end}
     opening = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in begin]
     closing = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in end]
@@ -62,7 +62,7 @@ def frame_of(made: Any) -> tuple[list[int], list[int]]:
 
 def canonical(spec: dict[str, Any]) -> dict[str, Any]:
     """As the engine writes it, with all defaults filled in."""
-    complete: dict[str, Any] = json.loads(engine(json.dumps(spec)).to_str())
+    complete: dict[str, Any] = json.loads(make_engine(json.dumps(spec)).to_str())
     return complete
 
 
