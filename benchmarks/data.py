@@ -19,6 +19,7 @@ from gptjax.data.batches import DataLoader
 from gptjax.data.store import CHUNK_CHARS, text_chunks
 from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from gptjax.loading import load_experiment
+from gptjax.objectives import make_objective
 from gptjax.training import train
 from gptjax.training.train_setup import build_train_setup, enable_compilation_cache
 
@@ -55,7 +56,7 @@ def main() -> None:
     found = {tokenizer.kind: speed(tokenizer, text) for tokenizer in kinds}
     for kind, rate in found.items():
         print(f"{kind}: {rate / 1e6:.1f} MB/s")
-    alone = DataLoader(setup.store, setup.experiment)
+    alone = DataLoader(setup.store, setup.experiment, make_objective(setup.experiment))
     began = time.perf_counter()
     for step in range(300):
         alone.device_batch(step, setup.mesh)

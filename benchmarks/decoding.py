@@ -20,7 +20,7 @@ def gptjax_maker(shape: dict[str, int], dtype: str, batch: int) -> tuple[Callabl
     from gptjax import cpu
     from gptjax.config import ModelConfig
     from gptjax.data.tokenizer import CharTokenizer
-    from gptjax.inference.cache import cache_bytes, slots_for
+    from gptjax.inference.cache import cache_bytes, cache_length_for
     from gptjax.inference.engine import make_engine
     from gptjax.inference.generate import Request, generate
     from gptjax.inference.pretrained import Pretrained
@@ -52,7 +52,7 @@ def gptjax_maker(shape: dict[str, int], dtype: str, batch: int) -> tuple[Callabl
         "first token, not compiled in this process": cold,
         "first token, warm": statistics.median(first() for _ in range(5)),
         "weight bytes": engine.weight_bytes,
-        "cache bytes": cache_bytes(engine.model, batch, slots_for(engine.model, PROMPT + NEW)),
+        "cache bytes": cache_bytes(engine.config, batch, cache_length_for(engine.config, PROMPT + NEW)),
     }
 
     def one() -> None:

@@ -31,7 +31,8 @@ from gptjax.config import Experiment
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import build_train_setup, restore_state
+from gptjax.training.restore import restore_state
+from gptjax.training.train_setup import build_train_setup
 
 MOMENTS = ["random", "start", "save", "delete"]
 

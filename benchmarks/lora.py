@@ -28,7 +28,7 @@ def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
     from gptjax.config import Experiment
     from gptjax.loading import load_experiment
     from gptjax.training.metrics import num_params
-    from gptjax.training.optim import num_trained
+    from gptjax.training.optim import num_trainable
 
     file, vocabulary, context, batch, _ = SHAPES[shape]
     e: Experiment = load_experiment(str(Path(__file__).parent.parent / "experiments" / file))
@@ -38,7 +38,7 @@ def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
     one, figures = step_of(e)
     for _ in range(2):
         one()
-    size = {"total": num_params(e.model)["total"], "learnt": num_trained(e)}
+    size = {"total": num_params(e.model)["total"], "learnt": num_trainable(e)}
     side_by_side.serve(one, size | {"step": figures["step"]})
 
 

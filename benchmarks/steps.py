@@ -48,12 +48,12 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     import numpy as np
 
     from gptjax import cpu, sharding
-    from gptjax.data.objectives import Batch
+    from gptjax.data.batches import Batch
     from gptjax.model.gpt import GPT
     from gptjax.training.metrics import flops_per_token, num_params
-    from gptjax.training.optim import make_optimizer, trained
+    from gptjax.training.optim import make_optimizer, trainable_mask
     from gptjax.training.state import abstract_state, create_state
-    from gptjax.training.step import train_step
+    from gptjax.training.step import TOKEN_LOSS, mean_gradient, train_step
 
     cpu.use_cores()
     cpu.release_after_compiling()
@@ -62,7 +62,7 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     abstract = abstract_state(e, tx, mesh)
     layout = jax.tree.map(lambda x: x.sharding, abstract)
     how = dict(donate_argnums=0, out_shardings=(layout, jax.NamedSharding(mesh, jax.P())))
-    update = partial(train_step, model=GPT(m), tx=tx, learnt=trained(e))
+    update = partial(train_step, grad_fn=mean_gradient(GPT(m), TOKEN_LOSS, trainable_mask(e)), tx=tx)
     tokens = np.random.default_rng(0).integers(0, m.vocab_size, (1, rows, m.context_length + 1)).astype(np.int32)
     data = Batch(tokens[..., :-1], tokens[..., 1:], np.ones((1, rows, m.context_length), np.float32))
     data = sharding.shard_from_host(data, ("microbatch", "batch", "length"), mesh)

@@ -16,7 +16,7 @@ COMMANDS = {  # command -> its module and function
     "sweep": ("gptjax.commands.sweep", "sweep"),
     "scale": ("gptjax.commands.scale", "scale"),
     "sample": ("gptjax.commands.sample", "sample"),
-    "chat": ("gptjax.commands.sample", "chat"),
+    "chat": ("gptjax.commands.chat", "chat"),
     "eval": ("gptjax.commands.evaluate", "evaluate"),
     "import": ("gptjax.commands.exchange", "import_"),
     "export": ("gptjax.commands.exchange", "export"),

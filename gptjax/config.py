@@ -17,7 +17,6 @@ from gptjax.errors import ConfigError
 from gptjax.schema import leaves, replace_at, type_problems, unknown, value_at
 
 FORMAT_VERSION = 2
-ObjectiveName = Literal["causal", "prefix_lm", "mlm", "fim", "sft", "dpo", "rloo", "grpo", "distill"]
 RENAMED = {  # names of format 1 -> today's; files in the old names are read, code and options get the new name
     "model.mup_width": "model.mup_base_width",
     "model.rope_base": "model.rope_theta",
@@ -147,7 +146,7 @@ class DataConfig:
 class ObjectiveConfig:
     """What is predicted in each window, and the loss."""
 
-    name: ObjectiveName = "causal"  # see gptjax/objectives/
+    name: str = "causal"  # causal, prefix_lm, mlm, fim, sft, dpo, rloo, grpo, distill, or your own module:Class
     mask_rate: float = 0.15  # mlm: fraction of tokens to predict (BERT)
     whole_words: bool = False  # mlm: mask all tokens of a word or none
     next_sentence: bool = False  # mlm: also predict whether the second half of a row follows the first (BERT)
@@ -231,9 +230,9 @@ class Experiment:
         return self.data.prompt is not None or "task:" in str(self.data.source)
 
     @property
-    def masks_tokens(self) -> bool:
-        """Whether batches restrict attention further than the model does: to a document, or by a prefix."""
-        return self.data.document_mask or self.with_answers or self.objective.name in ("mlm", "prefix_lm")
+    def knows_shape(self) -> bool:
+        """Whether the model's sizes are known. With `init` they are those of that model, once it was opened."""
+        return self.init is None or self.model.ffn_dim is not None
 
     def override(self, changes: Mapping[str, Any] | None = None, /, **sections: Any) -> "Experiment":
         """A copy with other values: `override({"model.num_layers": 8})` or `override(model=dict(num_layers=8))`.

@@ -47,7 +47,7 @@ print("validation:", validation)
 import jax
 
 from gptjax.model.gpt import GPT
-from gptjax.training.train_setup import load_params
+from gptjax.training.restore import load_params
 
 params, step = load_params(run, "best")
 print("step", step, jax.tree.map(lambda x: x.shape, params["embedding"]))

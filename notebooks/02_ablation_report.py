@@ -65,7 +65,7 @@ for row in c.rows[1:]:
     reach = stats.t.ppf(0.975, len(pairs) - 1) * pairs.std(ddof=1) / len(pairs) ** 0.5
     print(f"by hand {pairs.mean():+.4f} ({pairs.mean() - reach:+.4f} to {pairs.mean() + reach:+.4f})")
     print(f"report  {row.difference.value:+.4f} ({row.difference.low:+.4f} to {row.difference.high:+.4f})")
-    print(row.variant.name, "is", row.verdict.word, row.verdict.more)
+    print(row.variant.name, "is", row.verdict.outcome, row.verdict.seeds_hint)
 
 # %% [markdown]
 # The page that the command writes, with curves and samples.

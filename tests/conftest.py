@@ -17,7 +17,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # checks the shapes and dtypes of every call of these modules against their annotations
-CHECKED = ("gptjax.model", "gptjax.training.step", "gptjax.objectives", "gptjax.data.objectives", "gptjax.inference")
+CHECKED = ("gptjax.model", "gptjax.training.step", "gptjax.objectives", "gptjax.inference")
 install_import_hook(CHECKED, "shape_checks.check")
 
 import jax
@@ -28,9 +28,10 @@ from hypothesis import HealthCheck, settings
 from gptjax.config import Experiment, ModelConfig
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint, train
+from gptjax.training.restore import restore_state
 from gptjax.training.run import open_run
 from gptjax.training.state import leaf_name
-from gptjax.training.train_setup import build_train_setup, enable_compilation_cache, restore_state
+from gptjax.training.train_setup import build_train_setup, enable_compilation_cache
 
 # the same examples every time; `--hypothesis-profile default` looks further
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -30,6 +30,25 @@ def gptjax(*arguments, cwd=ROOT, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.fixture
+def in_process(monkeypatch, capfd):
+    """Like `gptjax`, but without starting a process, which takes seconds."""
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command sets for its process
+
+    def run(*arguments, cwd=ROOT):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["gptjax", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        return code, *capfd.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An experiment file, the folder of its finished run, and what the command printed."""
@@ -64,11 +83,11 @@ def test_the_default_folder_is_relative_and_works(finished, tmp_path):
     assert gptjax("sample", "runs/tiny", "line", "--max-new-tokens", 2, cwd=tmp_path)[0] == 0
 
 
-def test_the_same_command_again_has_nothing_to_do(finished):
+def test_the_same_command_again_has_nothing_to_do(finished, in_process):
     path, run, _, _ = finished
     code, _, err = gptjax("train", path, "--run-dir", run, "--train.steps", 8, "--seed", 1)
     assert code == 0 and "finished already; nothing to do" in err
-    code, _, err = gptjax("train", path, "--run-dir", run, "--train.steps", 9, "--seed", 1)
+    code, _, err = in_process("train", path, "--run-dir", run, "--train.steps", 9, "--seed", 1)
     assert code == 2 and "train.steps: 8 there, 9 now" in err
 
 
@@ -83,16 +102,16 @@ def test_what_a_finished_run_wrote_stands_although_its_checkpoint_was_damaged(fi
     assert code == 0 and out == before == (run / "samples.txt").read_text() and "nothing to do" in err
 
 
-def test_sampling_prints_texts_only(finished):
+def test_sampling_prints_texts_only(finished, in_process):
     _, run, _, _ = finished
     code, out, err = gptjax("sample", run, "line 1", "--max-length", 20, "--num-return-sequences", 2)
     assert (code, err) == (0, "")
     assert out.count("line 1") >= 2 and "--- 2 ---" in out
-    again = [gptjax("sample", run, "line 1", "--max-new-tokens", 8, "--seed", 3)[1] for _ in range(2)]
+    again = [in_process("sample", run, "line 1", "--max-new-tokens", 8, "--seed", 3)[1] for _ in range(2)]
     assert again[0] == again[1] and again[0].startswith("line 1")
 
 
-def test_evaluation_prints_one_json_object_and_nothing_else(finished):
+def test_evaluation_prints_one_json_object_and_nothing_else(finished, in_process):
     _, run, _, _ = finished
     code, out, _ = gptjax("eval", run, "--json")
     metrics, result = json.loads(out), json.loads((run / "result.json").read_text())
@@ -104,20 +123,20 @@ def test_evaluation_prints_one_json_object_and_nothing_else(finished):
         and metrics["num_params"] == result["num_params"]
         and metrics["tokens"] == result["tokens"]
     )
-    code, out, _ = gptjax("eval", run, "--checkpoint", "best")
+    code, out, _ = in_process("eval", run, "--checkpoint", "best")
     assert code == 0 and "val_loss" in out
 
 
-def test_help_and_version_say_what_there_is():
+def test_help_and_version_say_what_there_is(in_process):
     code, out, err = gptjax("--help")
     assert (code, err) == (0, "")
     for part in ("gptjax train", "gptjax sample", "gptjax eval", "exit codes"):
         assert part in out
     assert gptjax("--version")[1].strip() == __import__("gptjax").__version__
     for command in ("train", "sample", "eval"):
-        code, out, _ = gptjax(command, "--help")
+        code, out, _ = in_process(command, "--help")
         assert code == 0 and f"gptjax {command}" in out
-    assert "--model.num-layers" in gptjax("train", "experiments/quickstart.py", "--help")[1]
+    assert "--model.num-layers" in in_process("train", "experiments/quickstart.py", "--help")[1]
 
 
 def test_help_loads_nothing_slow():
@@ -163,10 +182,20 @@ def broken(tmp_path_factory):
     (["sample", "{0}", "hi"], "holds neither experiment.json"),
     (["eval", "{0}/nowhere", "--json"], "nowhere: does not exist"),
 ])  # fmt: skip
-def test_bad_input_gets_one_clear_message(broken, arguments, message):
-    code, out, err = gptjax(*(a.format(broken) for a in arguments), cwd=broken)
+def test_bad_input_gets_one_clear_message(broken, in_process, arguments, message):
+    code, out, err = in_process(*(a.format(broken) for a in arguments), cwd=broken)
     assert code == 2 and message in err, (code, err)
     assert out == "" and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["fly"], "no such command: 'fly'"),
+    (["train", "{0}/mine.py", "--model.num-heads", "3", "--optim.learning-rate", "-1"], "gptjax train: 2 problems:"),
+    (["sample", "{0}/nowhere", "hi"], "nowhere: does not exist"),
+])  # fmt: skip
+def test_bad_input_ends_the_process_with_code_2(broken, arguments, message):
+    code, out, err = gptjax(*(a.format(broken) for a in arguments), cwd=broken)
+    assert code == 2 and message in err and out == "" and "Traceback" not in err, (code, err)
 
 
 def test_examples_that_cannot_be_used_are_named_with_their_line_before_training(broken, monkeypatch, capfd):
@@ -200,7 +229,7 @@ def test_examples_that_cannot_be_used_are_named_with_their_line_before_training(
         assert not (broken / "run").exists(), "nothing is left of a run that could not start"
 
 
-def test_prompts_that_cannot_be_continued_are_refused(finished, monkeypatch, capfd):
+def test_prompts_that_cannot_be_continued_are_refused(finished, in_process):
     _, run, _, _ = finished
     for arguments, message in [
         (["x" * 40], "more than the model's context"),
@@ -209,15 +238,11 @@ def test_prompts_that_cannot_be_continued_are_refused(finished, monkeypatch, cap
         (["line", "--checkpoint", "77"], "has no checkpoint '77'"),
         (["\udcff"], "half of a surrogate pair"),
     ]:
-        monkeypatch.setattr(sys, "argv", ["gptjax", "sample", str(run), *arguments])
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command replaces
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        assert ended.value.code == 2 and message in err and "Traceback" not in err and out == "", (arguments, err)
-    code, out, _ = gptjax("sample", run, "<|endoftext|>", "--max-new-tokens", "2")
+        code, out, err = in_process("sample", run, *arguments)
+        assert code == 2 and message in err and "Traceback" not in err and out == "", (arguments, err)
+    code, out, _ = in_process("sample", run, "<|endoftext|>", "--max-new-tokens", "2")
     assert code == 0 and out.startswith("<|endoftext|>"), "special-token text is text"
-    assert gptjax("sample", run, "", "--max-new-tokens", "2")[0] == 0
+    assert in_process("sample", run, "", "--max-new-tokens", "2")[0] == 0
 
 
 def test_the_shakespeare_recipe_says_where_its_text_is(tmp_path, monkeypatch):
@@ -229,7 +254,7 @@ def test_the_shakespeare_recipe_says_where_its_text_is(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists(), "nothing is left of a run that could not start"
 
 
-def test_verify_prints_a_line_for_each_checkpoint_and_fails_where_one_is_damaged(finished, tmp_path):
+def test_verify_prints_a_line_for_each_checkpoint_and_fails_where_one_is_damaged(finished, tmp_path, in_process):
     _, run, _, _ = finished
     copy = shutil.copytree(run, tmp_path / "run")
     code, out, err = gptjax("verify", copy)
@@ -240,13 +265,13 @@ def test_verify_prints_a_line_for_each_checkpoint_and_fails_where_one_is_damaged
     path = max((copy / "checkpoints").rglob("arrays/*"), key=lambda p: p.stat().st_size * p.is_file())
     path.write_bytes(path.read_bytes()[:-1])
     (copy / "checkpoints" / "00000099").mkdir()
-    code, out, err = gptjax("verify", copy)
+    code, out, err = in_process("verify", copy)
     assert code == 2 and f"DAMAGED  {path}" in out and f"1 of {len(steps)} checkpoints cannot be used" in err
     assert "not a checkpoint" in out and "00000099" in out
     assert path.exists() and (copy / "checkpoints" / "00000099").exists(), "it only reads"
     metrics = copy / "metrics.jsonl"
     metrics.write_text("{]\n" + metrics.read_text())
-    code, _, err = gptjax("verify", copy)
+    code, _, err = in_process("verify", copy)
     assert code == 2 and "metrics.jsonl, line 1: is damaged" in err
 
 

@@ -10,6 +10,7 @@ from processes import PATIENCE, start, wait_for_step, write_experiment
 
 from gptjax import cpu, sharding
 from gptjax.config import MeshConfig
+from gptjax.model.axes import AXES
 
 
 @pytest.mark.parametrize("rows, cores", [(8, 8), (6, 6), (12, 6), (7, 7), (20, 5), (11, 1), (1, 1)])
@@ -50,6 +51,10 @@ def test_the_processor_decides_whether_bfloat16_matmul_is_fast(monkeypatch, proc
 def test_devices_that_are_not_cores_shard_the_weights():
     assert jax.device_count() == sharding.num_devices() == 8
     assert sharding.make_mesh(MeshConfig(model=2), 8, 1000).shape == {"cores": 1, "data": 4, "model": 2}
+
+
+def test_every_axis_of_a_weight_has_a_rule():
+    assert AXES.keys() <= sharding.RULES.keys()
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from gptjax.errors import GptjaxError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.open import open_model
 from gptjax.lab.report import plot_by_distance
-from gptjax.probing.cloze import hide, predict_bidirectional, predict_left_to_right
+from gptjax.probing.cloze import make_cloze_items, predict_bidirectional, predict_left_to_right
 from gptjax.probing.recall import CHANCE, document, recall
 from gptjax.training.train import train
 from gptjax.tuning.intervals import over_runs
@@ -118,8 +118,8 @@ def filled_in(model: Pretrained, seed: int) -> dict[str, float]:
     """(b)"""
     tokens = model.tokenizer
     texts = (tokens.encode(example.values["sentence"]) for example in load_examples("task:sentiment", DataConfig(), "test"))
-    gaps = hide((np.append(ids, tokens.eos_id) for ids in texts), GAPS, model.model.context_length, tokens, seed)
-    truth = [gap.truth for gap in gaps]
+    gaps = make_cloze_items((np.append(ids, tokens.eos_id) for ids in texts), GAPS, model.model.context_length, tokens, seed)
+    truth = [gap.target for gap in gaps]
     told = {
         "left": predict_left_to_right(model, gaps),
         "both sides": predict_bidirectional(model, gaps, candidates=CANDIDATES),

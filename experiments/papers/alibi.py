@@ -19,7 +19,7 @@ from gptjax.errors import PromptError
 from gptjax.inference.scoring import Scorer
 from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import open_trained
+from gptjax.training.restore import open_trained
 
 experiment = shakespeare.override(
     name="alibi",

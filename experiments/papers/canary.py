@@ -22,9 +22,9 @@ from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.atomic_io import write_atomic
 from gptjax.data import corpus
 from gptjax.lab.repro import Claim, Measurement, train_run
-from gptjax.probing.memorization import exposure, nats_of_all
+from gptjax.probing.memorization import exposure, secret_nll
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import open_trained
+from gptjax.training.restore import open_trained
 
 experiment = shakespeare.override(
     name="canary",
@@ -72,7 +72,7 @@ def exposures(run: Path) -> dict[int, list[float]]:
     """Bits of every number, by how often it stands in the text."""
     model = open_trained(open_run(run))
     return {
-        count: [exposure(nats_of_all(model, f"\n{name} ", "0123456789", DIGITS), secrets()[name]) for name in names]
+        count: [exposure(secret_nll(model, f"\n{name} ", "0123456789", DIGITS), secrets()[name]) for name in names]
         for count, names in NAMES.items()
     }
 

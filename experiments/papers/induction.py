@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from gptjax.inference.scoring import Part, Scorer
+from gptjax.inference.scoring import Scorer, ScoreRequest
 from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import open_trained
+from gptjax.training.restore import open_trained
 
 SYMBOLS = [chr(33 + i) for i in range(64)]
 
@@ -64,8 +64,8 @@ def second_half(folder: Path) -> float:
     """Nats of a symbol that stands a second time, after the first of the second half."""
     scorer = Scorer(open_trained(open_run(folder)))
     texts = (document(1, index)["first"] for index in range(FRESH))
-    parts = [Part(scorer.tokenizer.encode(text + text), len(text) - 1) for text in texts]
-    return float(np.concatenate([answer.nats for answer in scorer.answer(parts)]).mean())
+    parts = [ScoreRequest(scorer.tokenizer.encode(text + text), len(text) - 1) for text in texts]
+    return float(np.concatenate([scores.nll for scores in scorer.score_batch(parts)]).mean())
 
 
 def curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ import numpy as np
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.config import Experiment
 from gptjax.lab.repro import Claim, Measurement, train_run
-from gptjax.probing.coordinates import growth, movement
+from gptjax.probing.coordinates import logit_changes, scaling_exponent
 
 experiment = shakespeare.override(
     name="mup",
@@ -40,7 +40,7 @@ def check(mup: bool) -> list[float]:
     """How far a logit moves in the first updates, by width."""
     steady = {"optim.warmup_steps": 0, "optim.schedule": "constant", "optim.learning_rate": 2e-3}
     return [
-        float(np.mean([movement(at(width, mup, CHECKED[0], seed=seed, **steady), UPDATES)[-1] for seed in SEEDS]))
+        float(np.mean([logit_changes(at(width, mup, CHECKED[0], seed=seed, **steady), UPDATES)[-1] for seed in SEEDS]))
         for width in CHECKED
     ]
 
@@ -57,7 +57,7 @@ def sweep(folder: Path) -> dict[int, list[float]]:
 
 def measure(folder: Path) -> Measurement:
     moved = {name: check(name == "mup") for name in ("mup", "standard")}
-    slopes = {name: growth(CHECKED, values) for name, values in moved.items()}
+    slopes = {name: scaling_exponent(CHECKED, values) for name, values in moved.items()}
     losses = sweep(folder)
     best = [RATES[int(np.argmin(values))] for values in losses.values()]
     shift = max(best) / min(best)

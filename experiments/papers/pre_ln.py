@@ -21,7 +21,7 @@ from gptjax.config import DataConfig, Experiment, ModelConfig, OptimConfig, Trai
 from gptjax.lab.repro import Claim, Measurement
 from gptjax.model.gpt import GPT
 from gptjax.sharding import one_device
-from gptjax.training.step import TOKENS, loss_and_gradient
+from gptjax.training.step import TOKEN_LOSS, mean_gradient
 from gptjax.training.train_setup import build_train_setup, first_state
 
 experiment = Experiment(
@@ -50,7 +50,7 @@ def last_gradient(placement: str, depth: int, seed: int) -> float:
     with jax.set_mesh(setup.mesh):
         state = first_state(setup, None)
         model = GPT(dataclasses.replace(setup.experiment.model, dropout=0.0))
-        _, gradient = loss_and_gradient(state, setup.batches.device_batch(0, setup.mesh), model, TOKENS)
+        _, gradient = mean_gradient(model, TOKEN_LOSS)(state, setup.batches.device_batch(0, setup.mesh), None)
     return float(np.linalg.norm(np.asarray(gradient["blocks"]["ffn"]["down"][-1], np.float64)))
 
 

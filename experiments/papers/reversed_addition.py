@@ -25,7 +25,7 @@ from gptjax.inference.generator import Generator
 from gptjax.inference.sampling import SamplingParams
 from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import open_trained
+from gptjax.training.restore import open_trained
 
 BELOW, ASKED, SEEDS = 1000, 1_000, (0, 1, 2)
 READ = (800, 1_000, 1_200)  # sums: more and more, until reversed answers are learnt from them
@@ -61,7 +61,7 @@ def right(folder: Path, order: str, seed: int) -> float:
     """The share of sums, none of which was read, that are answered as they should be."""
     writer = Generator(open_trained(open_run(folder)))
     asked = [document(seed, READ[-1] + index) for index in range(ASKED)]
-    written = writer.complete([writer.tokenizer.encode(x["sum"]) for x in asked], 4, SamplingParams(0.0))
+    written = writer.generate([writer.tokenizer.encode(x["sum"]) for x in asked], 4, SamplingParams(0.0))
     return float(np.mean([made.text == x[order] for made, x in zip(written, asked, strict=True)]))
 
 

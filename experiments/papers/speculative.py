@@ -22,12 +22,12 @@ from gptjax.data.store import open_store
 from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.sampling import SamplingParams
-from gptjax.inference.scoring import Part, Scorer
+from gptjax.inference.scoring import Scorer, ScoreRequest
 from gptjax.inference.speculative import DraftModel, Tally
 from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.metrics import num_params
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import open_trained
+from gptjax.training.restore import open_trained
 
 experiment = shakespeare.override(
     name="speculative",
@@ -52,7 +52,7 @@ def same_greedy_texts(large: Generator, small: Generator) -> float:
     """The share of prompts that are continued the same way with guesses and without."""
     given = prompts(PROMPTS)
     plain, guessed = (
-        large.complete(given, 48, SamplingParams(0.0), drafter=drafter) for drafter in (None, DraftModel(small.engine))
+        large.generate(given, 48, SamplingParams(0.0), drafter=drafter) for drafter in (None, DraftModel(small.engine))
     )
     return float(np.mean([np.array_equal(a.ids, b.ids) for a, b in zip(plain, guessed, strict=True)]))
 
@@ -65,8 +65,8 @@ def exact(model: Pretrained, prompt: np.ndarray) -> np.ndarray:
 
     def follow(texts: np.ndarray) -> np.ndarray:
         """Of every character after every text, [texts, vocab]."""
-        parts = [Part(np.concatenate([prompt, text, [c]]).astype(np.int32), 1) for text in texts for c in range(size)]
-        nats = np.concatenate([answer.nats for answer in scorer.answer(parts)])
+        parts = [ScoreRequest(np.concatenate([prompt, text, [c]]).astype(np.int32), 1) for text in texts for c in range(size)]
+        nats = np.concatenate([scores.nll for scores in scorer.score_batch(parts)])
         return np.exp(-nats.astype(np.float64)).reshape(len(texts), size)
 
     first = follow(np.zeros((1, 0), np.int32))[0]
@@ -78,7 +78,7 @@ def exact(model: Pretrained, prompt: np.ndarray) -> np.ndarray:
 def chi_square(large: Generator, small: Generator) -> tuple[float, float, int]:
     """Statistic, p-value and degrees of freedom of drawn pairs; pairs expected less than 5 times are taken together."""
     prompt = prompts(1)[0]
-    drawn = large.complete([prompt], 3, SamplingParams(1.0), count=DRAWN, drafter=DraftModel(small.engine))
+    drawn = large.generate([prompt], 3, SamplingParams(1.0), count=DRAWN, drafter=DraftModel(small.engine))
     counts = np.zeros((large.tokenizer.vocab_size,) * 2)
     for completion in drawn:
         counts[completion.ids[1], completion.ids[2]] += 1
@@ -98,7 +98,7 @@ def measure(folder: Path) -> Measurement:
         models.append(open_trained(open_run(folder / run.name)))
     large, small = map(Generator, models)
     tally = Tally(GUESSES)
-    large.complete(prompts(PROMPTS), 48, SamplingParams(1.0), drafter=DraftModel(small.engine), tally=tally)
+    large.generate(prompts(PROMPTS), 48, SamplingParams(1.0), drafter=DraftModel(small.engine), tally=tally)
     off = tally.tokens_per_call / tally.expected_tokens_per_call - 1
     same = same_greedy_texts(large, small)
     statistic, p, degrees = chi_square(large, small)

@@ -14,6 +14,7 @@ RENAMED_OPTIONS = {  # command -> old option -> new option
     "train": {"--from-step": "--rollback-to"},
     "sweep": {"--on": "--executor", "--list": "--status"},
     "scale": {"--wait": "--external", "--list": "--status"},
+    "eval": {"--task": "--tasks", "--against": "--compare-with"},
 }
 
 

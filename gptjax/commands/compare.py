@@ -33,9 +33,9 @@ def report(arguments: list[str]) -> None:
     """Runs and sweeps -> a table on stdout, a page and a plot."""
     options: Report = parse(Report, arguments, "report")
     if not options.folders:
-        raise GptjaxError("report: name the runs or sweeps to compare, for instance gptjax report runs/ffn")
+        raise GptjaxError("name the runs or sweeps to compare, for instance gptjax report runs/ffn")
     if missing := [name for name in ("matplotlib", "scipy") if find_spec(name) is None]:
-        raise GptjaxError(f"report: needs {' and '.join(missing)}; pip install 'gptjax[report]'")
+        raise GptjaxError(f"needs {' and '.join(missing)}; pip install 'gptjax[report]'")
     from gptjax.lab.comparison import compare
     from gptjax.lab.page import page
     from gptjax.lab.report import plot_comparison
@@ -65,8 +65,8 @@ def report(arguments: list[str]) -> None:
 class Diff:
     """Compare two runs or experiment files: config, environment and final metrics."""
 
-    a: Positional[str]  # a run folder, an experiment file, or a trial's JSON
-    b: Positional[str]  # the other one
+    a: Annotated[Positional[str], tyro.conf.arg(metavar="A")]  # a run folder, an experiment file, or a trial's JSON
+    b: Annotated[Positional[str], tyro.conf.arg(metavar="B")]  # the other one
     json: bool = False  # print one JSON object to stdout
 
 
@@ -84,7 +84,7 @@ def diff(arguments: list[str]) -> None:
 class Runs:
     """List the runs of a folder, including those of sweeps; a damaged run is a line that says why."""
 
-    folder: Positional[Path] = Path("runs")  # folder of runs
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")] = Path("runs")  # folder of runs
     filter: tuple[str, ...] = ()  # for instance model.ffn=swiglu 'val_loss<3'
     sort: str | None = None  # a field or metric, for instance val_loss
     reverse: bool = False  # largest first

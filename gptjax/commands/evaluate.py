@@ -1,313 +1,197 @@
-"""`gptjax eval`: how well a model does on its own validation text, any other text, a task, or the tasks of lm-eval."""
+"""`gptjax eval`: evaluates a model on its own validation text, on any other text, or on tasks."""
 
 import dataclasses
 import json
-import re
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes
 
-from gptjax.atomic_io import read_json, write_atomic
 from gptjax.commands import check_unused, is_run, parse, start_jax, without_run
-from gptjax.errors import DataError, GptjaxError, warn
+from gptjax.commands.options import (
+    Checkpoint,
+    DtypeOption,
+    FileOption,
+    FloatOption,
+    FolderOption,
+    IntOption,
+    ModelArgument,
+    ModelOption,
+    TextOption,
+)
+from gptjax.errors import DataError, GptjaxError
 
 if TYPE_CHECKING:
     from gptjax.inference.pretrained import Pretrained
 
-MODEL = "a run folder, a Hugging Face folder, or the name of a model on the Hugging Face hub"
+HARNESS = "lm_eval:"  # prefix of the tasks of the lm-evaluation-harness
 
 
 @dataclass(frozen=True)
-class Text:
-    """What goes with --data."""
+class TextOptions:
+    """For --data."""
 
-    column: str = "text"  # the column that holds the text, in jsonl, csv, parquet and hub data
-    hub_config: str | None = None  # configuration of a hub data set
-    hub_split: str = "test"  # split of a hub data set
-    max_documents: int | None = None  # read no more documents of each source than this
-    stride: int | None = None  # tokens by which a window moves on; None: windows do not overlap
-    context: int | None = None  # tokens of a window; None: the model's context
-    by_position: bool = False  # also print the loss by the number of tokens seen
-    plot: Path | None = None  # a PNG to draw that into
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """What goes with --tasks."""
-
-    include_path: Path | None = None  # a folder with YAML files of your own tasks
-    num_fewshot: int | None = None  # examples shown before each question; None: as the task has it
+    column: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"  # the text, in jsonl, csv, parquet and hub data
+    hub_config: TextOption = None  # configuration of a hub data set
+    hub_split: Annotated[str, tyro.conf.arg(metavar="NAME")] = "test"  # split of a hub data set
+    max_documents: IntOption = None  # read at most this many documents of each source
+    stride: IntOption = None  # tokens by which a window moves; None: windows do not overlap
+    context: IntOption = None  # tokens of a window; None: the model's context length
+    by_position: bool = False  # also print the loss by context size
+    plot: FileOption = None  # a PNG file to plot that into
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What goes with --task."""
+class TaskOptions:
+    """For gptjax's own tasks in --tasks."""
 
     split: Literal["test", "validation"] = "test"  # of the task's examples
-    out: Path | None = None  # folder for predictions and scores; None: the run folder, where the model is a run
-    temperature: float = 0.0  # at which answers are drawn; 0: the likeliest token each time
-    against: str | None = None  # a model to compare with, in the place of a trivial answer
+    out: FolderOption = None  # folder for predictions and scores; None: the run folder, if the model is a run
+    temperature: Annotated[float, tyro.conf.arg(metavar="X")] = 0.0  # of the generated answers; 0: greedy decoding
+    compare_with: ModelOption = None  # a model to compare with, instead of the baseline
+
+
+@dataclass(frozen=True)
+class HarnessOptions:
+    """For lm_eval: tasks in --tasks."""
+
+    include_path: FolderOption = None  # a folder with YAML files of your own tasks
+    num_fewshot: IntOption = None  # examples shown before each question; None: the task's default
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss of a run over its validation text, of any model over other text (--data); a task (--task), or lm-eval's."""
+    """Evaluate a run on its validation text, or any model on other text (--data) or on tasks (--tasks)."""
 
-    model: Annotated[Positional[str], tyro.conf.arg(help=MODEL)]
-    data: tuple[str, ...] = ()  # files, folders (txt md jsonl csv parquet), pydoc or hub:NAME; several may follow
-    text: Annotated[Text, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Text)
-    task: str | None = None  # one of gptjax's own tasks, for instance sentiment
-    answers: Annotated[Answers, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Answers)
-    tasks: tuple[str, ...] = ()  # tasks of the lm-evaluation-harness, or YAML files; several may follow
-    harness: Annotated[Tasks, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Tasks)
-    limit: float | None = None  # examples of a task; below 1: a share of them
-    batch_size: int = 8  # windows or requests computed at once, with --data, --task and --tasks
-    dtype: Literal["float32", "bfloat16", "int8"] | None = None  # None: the model's own; int8: 8-bit weights
-    json: bool = False  # print one JSON object on stdout
-    checkpoint: str = "last"  # of a run: last, best, or a step
+    model: ModelArgument
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """files or folders (txt, md, jsonl, csv, parquet), pydoc, or hub:NAME"""
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TASK ...")] = ()
+    """gptjax's own tasks, such as sentiment; lm_eval:NAME or lm_eval:FILE.yaml for the lm-evaluation-harness"""
+    limit: FloatOption = None  # with --tasks: the number of examples; below 1: a fraction of them
+    batch_size: int = 8  # with --data or --tasks: windows or requests computed at once
+    dtype: DtypeOption = None  # with --data or --tasks: None: the model's own; int8: 8-bit weights
+    json: bool = False  # print one JSON object
+    checkpoint: Checkpoint = "last"  # of a run
+    text: OmitArgPrefixes[TextOptions] = dataclasses.field(default_factory=TextOptions)
+    task: OmitArgPrefixes[TaskOptions] = dataclasses.field(default_factory=TaskOptions)
+    lm_eval: OmitArgPrefixes[HarnessOptions] = dataclasses.field(default_factory=HarnessOptions)
+
+    @property
+    def own_tasks(self) -> list[str]:
+        return list(dict.fromkeys(name for name in self.tasks if not name.startswith(HARNESS)))
+
+    @property
+    def harness_tasks(self) -> list[str]:
+        """The names for lm_eval; `lm_eval:a,b` is two."""
+        groups = [name.removeprefix(HARNESS) for name in self.tasks if name.startswith(HARNESS)]
+        return [name for group in groups for name in group.split(",") if name]
 
 
 def evaluate(arguments: list[str]) -> None:
-    """MODEL -> figures on stdout."""
+    """MODEL -> metrics on stdout."""
     options: Evaluation = parse(Evaluation, arguments, "eval")
-    _check_belongs(options)
-    on = _on_data if options.data else _on_task if options.task else _on_tasks if options.tasks else _on_its_own_text
-    figures, shown = on(options)
-    print(json.dumps(figures) if options.json else shown)
+    _check_unused(options)
+    if options.data:
+        from gptjax.commands.eval_text import evaluate_data
+
+        metrics, text = evaluate_data(options)
+    elif options.tasks:
+        metrics, text = _evaluate_tasks(options)
+    else:
+        metrics, text = _evaluate_validation_text(options)
+    print(json.dumps(metrics) if options.json else text)
 
 
-def _check_belongs(options: Evaluation) -> None:
-    """Raises `GptjaxError` where an option would have no effect."""
-    from gptjax.data.corpus import TEXT
-
-    given = [flag for flag in ("data", "task", "tasks") if getattr(options, flag)]
-    if len(given) > 1:
-        flags = " and ".join(f"--{flag}" for flag in given)
-        raise GptjaxError(f"{flags}: give one of them; they are evaluated in different ways")
-    idle = without_run(options.model)
-    if not options.task:
-        idle["no effect without --task"] = [f.name for f in dataclasses.fields(Answers)]
-    if not options.tasks:
-        idle["no effect without --tasks"] = [f.name for f in dataclasses.fields(Tasks)]
-    if not options.data:
-        idle["no effect without --data"] = [f.name for f in dataclasses.fields(Text)]
-    if not (options.task or options.tasks):
-        idle["no effect without --task or --tasks"] = ["limit"]
-    if not given:
-        idle["no effect without --data, --task or --tasks"] = ["batch_size", "dtype"]
-    if options.data and not any(source.startswith("hub:") for source in options.data):
-        idle["no effect without --data hub:NAME"] = ["hub_config", "hub_split"]
-    if options.data and all(source == "pydoc" or source.endswith(TEXT) for source in options.data):
-        idle["no effect on plain text, which has no columns"] = ["column"]
-    check_unused(options, idle)
-
-
-def _on_its_own_text(options: Evaluation) -> tuple[Any, str]:
-    from gptjax.training.run import open_run
-
-    folder, why = Path(options.model), None
-    if is_run(options.model):
-        why = "holds imported weights" if "imported" in open_run(folder).provenance() else None
-    elif (folder / "config.json").exists() or _may_be_hub_name(options.model):
-        why = "is no run folder"
-    if why:
-        raise DataError(
-            f"{options.model}: {why}, so it has no validation text of its own; say what to evaluate on by "
-            "--data FILE, --task TASK or --tasks TASK"
-        )
-    run = open_run(folder)
-    start_jax()
-    from gptjax.interop.open import open_local
-    from gptjax.training.evaluation import evaluate_run
-
-    figures = evaluate_run(run, options.checkpoint, open_local)
-    return figures, _lines(figures)
-
-
-def _may_be_hub_name(model: str) -> bool:
-    return not Path(model).exists() and not model.startswith((".", "/", "~")) and model.count("/") <= 1
-
-
-def _on_data(options: Evaluation) -> tuple[Any, str]:
-    from gptjax.config import DataConfig
-    from gptjax.data import corpus
-    from gptjax.inference.scoring import Scorer, evaluate_texts
-    from gptjax.lab.report import check_can_plot, plot_by_position
-
-    asked = options.text
-    for source in options.data:  # before a large model is loaded
-        if source != "pydoc" and not source.startswith("hub:"):
-            corpus.files(source)
-    if asked.plot is not None:
-        check_can_plot(asked.plot)
-    pretrained = _open(options)
-    scorer = Scorer(pretrained, options.batch_size, options.dtype)
-    window, stride = scorer.window(asked.context, asked.stride)
-    data = DataConfig(
-        column=asked.column,
-        hub_config=asked.hub_config,
-        hub_split=asked.hub_split,
-        max_documents=asked.max_documents,
-    )
-    documents = (text for source in options.data for text in corpus.iter_documents(source, data))
-    began = time.perf_counter()
-    totals = evaluate_texts(scorer, documents, stride, window)
-    seconds = time.perf_counter() - began
-    figures = totals.figures() | {"seconds": seconds, "context": window, "stride": stride}
-    shown = _lines(figures)
-    if asked.plot is not None:
-        plot_by_position(totals.by_position(), asked.plot, pretrained.name)
-    if asked.by_position:
-        bins = totals.by_position()
-        figures["by_position"] = bins
-        shown += "\n\ntokens seen        loss     error       tokens\n"
-        shown += "\n".join(
-            f"{_span(b):>11}  {b['loss']:>10.4f}  {'-' if b['error'] is None else format(b['error'], '.4f'):>8}  "
-            f"{b['tokens']:>11,}"
-            for b in bins
-        )
-    return figures, shown
-
-
-def _on_task(options: Evaluation) -> tuple[Any, str]:
-    from gptjax.data.tasks import find_task
-
-    assert options.task
-    task = find_task(options.task)
-    try:
-        from gptjax.tuning.tasks import evaluate_task
-    except ModuleNotFoundError as e:
-        raise GptjaxError(f"--task: needs a library that is not installed ({e}); pip install 'gptjax[tasks]'") from None
-    from gptjax.interop.open import open_model
-
-    own = options.answers
-    if own.temperature and task.labels:
-        raise GptjaxError(f"--temperature: has no effect, as task {task.name} has labels and nothing is written")
-    label = _label(options)
-    folder = _folder_of(options, label)
-    figures, predictions = evaluate_task(
-        _open(options),
-        task,
-        own.split,
-        options.limit,
-        options.batch_size,
-        options.dtype,
-        temperature=own.temperature,
-        against=open_model(own.against) if own.against else None,
-    )
-    shown = _table(task.metrics, figures, own.against or "baseline")
-    figures |= {"temperature": own.temperature} | ({"against": own.against} if own.against else {})
-    if is_run(options.model):
-        figures["checkpoint"] = options.checkpoint
-    if folder is None:
-        return figures, f"{shown}\n\npredictions are not kept; --out FOLDER keeps them"
-    path = folder / f"predictions-{label}.jsonl"
-    rows = (json.dumps(dataclasses.asdict(p), ensure_ascii=False) for p in predictions)
-    write_atomic(path, "".join(f"{row}\n" for row in rows))
-    if not _keep_scores(folder, label, figures):
-        warn(f"{folder}: is not finished, so that it has no result.json to keep the scores in; they are printed only")
-    return figures | {"predictions": str(path)}, f"{shown}\n\npredictions: {path}"
-
-
-def _label(options: Evaluation) -> str:
-    """The task, and all that is not as usual: what is found is kept under it, beside what others have found."""
-    own = options.answers
-    other = own.against and re.sub(r"[^\w.-]+", "_", own.against.strip("/"))
-    unusual = {
-        own.split: own.split != "test",
-        f"limit-{options.limit}": options.limit is not None,
-        f"checkpoint-{options.checkpoint}": options.checkpoint != "last",
-        f"{options.dtype}": options.dtype is not None,
-        f"temperature-{own.temperature:g}": own.temperature > 0,
-        f"against-{other}": own.against is not None,
-    }
-    return "-".join([str(options.task), *(name for name, there in unusual.items() if there)])
-
-
-def _folder_of(options: Evaluation, label: str) -> Path | None:
-    """Where to keep what is found. Raises `GptjaxError` for a folder that cannot take it, before a model is loaded."""
-    folder = options.answers.out
-    if folder is None:
-        return Path(options.model) if is_run(options.model) else None
-    if is_run(str(folder)):
-        raise GptjaxError(f"--out {folder}: is a run folder; leave --out out to keep what is found in the run itself")
-    if (path := folder / f"predictions-{label}.jsonl").exists():
-        raise GptjaxError(f"{path}: exists already; choose another --out, or remove it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise GptjaxError(f"--out {folder}: cannot be made ({e.strerror}); choose another folder") from None
-    return folder
-
-
-def _keep_scores(folder: Path, label: str, figures: Mapping[str, Any]) -> bool:
-    """Adds the scores to result.json; not where a run is unfinished, which is told by there being none."""
-    from gptjax.training.run import RESULT, open_run
-
-    path = folder / RESULT
-    if not path.exists() and is_run(str(folder)) and "imported" not in open_run(folder).provenance():
-        return False
-    result = read_json(path) if path.exists() else {}
-    result["tasks"] = result.get("tasks", {}) | {label: figures}
-    write_atomic(path, json.dumps(result, indent=2) + "\n")
-    return True
-
-
-def _table(metrics: Sequence[str], figures: Mapping[str, Any], other: str) -> str:
-    """Each metric with its interval beside that of the trivial or the other model's answers; then other figures."""
-    from gptjax.tuning.intervals import LOWER_IS_BETTER
-
-    def row(name: str) -> tuple[str, ...]:
-        shown = f"{name} (lower is better)" if name in LOWER_IS_BETTER else name
-        low, high = figures[f"{name}_interval"]
-        less, more = figures[f"{name}_difference_interval"]
-        return (shown, f"{figures[name]:.4f}", f"{low:.4f} to {high:.4f}", f"{figures[f'{name}_baseline']:.4f}",
-                f"{figures[f'{name}_difference']:+.4f}", f"{less:+.4f} to {more:+.4f}")  # fmt: skip
-
-    rows = [("metric", "score", "95% interval", other, "difference", "95% interval"), *map(row, metrics)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows)
-    others = ["loss", "bits_per_byte", "examples", "shortened", "seconds"]
-    return f"{table}\n\n{_lines({name: figures[name] for name in others if name in figures})}"
-
-
-def _on_tasks(options: Evaluation) -> tuple[Any, str]:
-    try:
-        with redirect_stdout(sys.stderr):  # what a task prints is no figure
-            from gptjax.interop import harness
-    except ModuleNotFoundError as e:
-        raise GptjaxError(
-            f"--tasks: needs the lm-evaluation-harness, which is not installed ({e}); pip install 'gptjax[harness]'"
-        ) from None
-    own = options.harness
-    with redirect_stdout(sys.stderr):
-        lm = harness.GptjaxLM(_open(options), options.batch_size, options.dtype)
-        names = [name for group in options.tasks for name in group.split(",") if name]
-        results = harness.run_tasks(lm, names, own.include_path, options.limit, own.num_fewshot)
-    return results, harness.table(results)
-
-
-def _open(options: Evaluation) -> "Pretrained":
+def open_pretrained(options: Evaluation) -> "Pretrained":
     start_jax()
     from gptjax.interop.open import open_model
 
     return open_model(options.model, options.checkpoint)
 
 
-def _span(place: Mapping[str, Any]) -> str:
-    return str(place["to"]) if place["from"] == place["to"] else f"{place['from']}-{place['to']}"
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """One line per metric, with its unit."""
+    is_token_loss = any(name.endswith("bits_per_byte") for name in metrics)
+    width = max(map(len, metrics))
+    lines = []
+    for name, value in metrics.items():
+        line = f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value:.4f}"
+        if name.endswith("bits_per_byte"):
+            line += " bits/byte"
+        elif is_token_loss and name in ("loss", "val_loss"):
+            line += " nats/token"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def _lines(figures: Mapping[str, Any]) -> str:
-    width = max(map(len, figures))
-    return "\n".join(
-        f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value:.4f}"
-        for name, value in figures.items()
-    )
+def _check_unused(options: Evaluation) -> None:
+    """Raises `GptjaxError` for options without effect."""
+    from gptjax.data.corpus import TEXT
+
+    if options.data and options.tasks:
+        raise GptjaxError("--data and --tasks: give only one of them")
+    unused = without_run(options.model)
+    if not options.own_tasks:
+        unused["no effect without one of gptjax's own --tasks"] = [f.name for f in dataclasses.fields(TaskOptions)]
+    if not options.harness_tasks:
+        unused[f"no effect without --tasks {HARNESS}NAME"] = [f.name for f in dataclasses.fields(HarnessOptions)]
+    if not options.data:
+        unused["no effect without --data"] = [f.name for f in dataclasses.fields(TextOptions)]
+    if not options.tasks:
+        unused["no effect without --tasks"] = ["limit"]
+    if not (options.data or options.tasks):
+        unused["no effect without --data or --tasks"] = ["batch_size", "dtype"]
+    if options.data and not any(source.startswith("hub:") for source in options.data):
+        unused["no effect without --data hub:NAME"] = ["hub_config", "hub_split"]
+    if options.data and all(source == "pydoc" or source.endswith(TEXT) for source in options.data):
+        unused["no effect on plain text, which has no columns"] = ["column"]
+    check_unused(options, unused)
+
+
+def _evaluate_tasks(options: Evaluation) -> tuple[dict[str, Any], str]:
+    """The results of all tasks; of a single task, or of lm_eval's tasks alone, without the name around them."""
+    from gptjax.commands import eval_harness, eval_tasks
+
+    own_tasks = eval_tasks.find_tasks(options)
+    if options.harness_tasks:
+        eval_harness.check_installed()
+    evaluations = [eval_tasks.prepare(options, task) for task in own_tasks]  # checks all before a model is loaded
+    pretrained = open_pretrained(options)
+    results = {evaluation.task.name: evaluation.run(pretrained) for evaluation in evaluations}
+    if options.harness_tasks:
+        results["lm_eval"] = eval_harness.evaluate_harness(options, pretrained)
+    if len(results) == 1:
+        return next(iter(results.values()))
+    text = "\n\n".join(f"{name}\n\n{text}" for name, (_, text) in results.items())
+    return {name: metrics for name, (metrics, _) in results.items()}, text
+
+
+def _evaluate_validation_text(options: Evaluation) -> tuple[dict[str, Any], str]:
+    from gptjax.training.run import open_run
+
+    folder = Path(options.model)
+    problem = None
+    if is_run(options.model):
+        if "imported" in open_run(folder).provenance():
+            problem = "contains imported weights"
+    elif (folder / "config.json").exists() or _may_be_hub_name(options.model):
+        problem = "is not a run folder"
+    if problem:
+        raise DataError(
+            f"{options.model}: {problem}, so it has no validation text of its own; choose what to evaluate on with "
+            "--data FILE or --tasks TASK"
+        )
+    run = open_run(folder)
+    start_jax()
+    from gptjax.interop.open import open_local
+    from gptjax.training.evaluation import evaluate_run
+
+    metrics = evaluate_run(run, options.checkpoint, open_local)
+    return metrics, format_metrics(metrics)
+
+
+def _may_be_hub_name(model: str) -> bool:
+    return not Path(model).exists() and not model.startswith((".", "/", "~")) and model.count("/") <= 1

@@ -3,8 +3,9 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from gptjax.commands import check_unused, parse, start_jax
@@ -22,20 +23,20 @@ UNUSED = {True: {WITH_ADAPTER: ["family", "dtype", "max_shard_size"]}, False: {W
 class Import:
     """Convert a Hugging Face model (gpt2, llama, gpt_neox, bert) to a run folder, and check its logits."""
 
-    source: Positional[str]  # a Hugging Face folder, the folder of an adapter, or a name on the hub
-    run: Positional[Path]  # the run folder to create; must be new or empty
+    source: Annotated[
+        Positional[str], tyro.conf.arg(metavar="MODEL")
+    ]  # a Hugging Face folder, the folder of an adapter, or a name on the hub
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]  # the run folder to create; must be new or empty
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; the weights are stored in float32
-    tokenizer: str | None = (
-        None  # byte, a folder with tokenizer files, a run folder or a hub name; None: that of SOURCE
-    )
+    tokenizer: str | None = None  # byte, a folder with tokenizer files, a run folder or a hub name; None: that of MODEL
 
 
 @dataclass(frozen=True)
 class Export:
     """Convert a run to a Hugging Face model that transformers can load, and check its logits."""
 
-    run: Positional[Path]  # a run folder
-    folder: Positional[Path]  # the folder to create; must be new or empty
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]  # a run folder
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")]  # the folder to create; must be new or empty
     family: str = "auto"  # gpt2, llama or gpt_neox; auto: the first one that can express the model exactly
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     max_shard_size: str = "5GB"  # of a file of weights, in MB or GB
@@ -52,7 +53,7 @@ def import_(arguments: list[str]) -> None:
     from gptjax.interop.logit_check import compare_logits, require_agreement
     from gptjax.interop.open import load, locate, open_tokenizer
     from gptjax.interop.runs import import_run
-    from gptjax.training.train_setup import open_trained
+    from gptjax.training.restore import open_trained
 
     check_empty(options.run)
     folder, adapter = locate(options.source)
@@ -75,8 +76,8 @@ def export(arguments: list[str]) -> None:
     from gptjax.interop.huggingface import read_config
     from gptjax.interop.logit_check import compare_logits, require_agreement, rounded
     from gptjax.interop.saving import save_folder
+    from gptjax.training.restore import open_trained
     from gptjax.training.run import open_run
-    from gptjax.training.train_setup import open_trained
 
     check_empty(options.folder)
     pretrained = open_trained(open_run(options.run), options.checkpoint)
@@ -92,8 +93,8 @@ def _export_adapter(options: Export) -> None:
     from gptjax.interop.files import check_empty
     from gptjax.interop.logit_check import compare_logits, require_agreement
     from gptjax.interop.open import fetch
+    from gptjax.training.restore import open_trained
     from gptjax.training.run import open_run
-    from gptjax.training.train_setup import open_trained
 
     check_empty(options.folder)
     run = open_run(options.run)

@@ -13,7 +13,8 @@ from gptjax.atomic_io import write_atomic
 from gptjax.commands import parse
 from gptjax.errors import GptjaxError
 
-NEXT = {
+Template = Literal["quickstart", "sweep", "finetune", "claim"]
+NEXT: dict[Template, str] = {
     "quickstart": "gptjax train {file}",
     "sweep": "gptjax sweep {file} --seeds 3",
     "finetune": "gptjax train {file} --init MODEL",
@@ -25,11 +26,9 @@ NEXT = {
 class Options:
     """Write a commented starting file NAME.py into the current folder. An existing file is never overwritten."""
 
-    name: Positional[str]  # of the experiment; letters, digits, _ and -
-    template: Annotated[
-        Literal["quickstart", "sweep", "finetune", "claim"],
-        tyro.conf.arg(name="from"),
-    ] = "quickstart"  # a training run, a sweep, a fine-tuning run or the reproduction of a published result
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]  # of the experiment: letters, digits, _ and -
+    # a training run, a sweep, a fine-tuning run, or the reproduction of a published result
+    template: Annotated[Template, tyro.conf.arg(name="from")] = "quickstart"
 
 
 def new(arguments: list[str]) -> None:
@@ -37,9 +36,7 @@ def new(arguments: list[str]) -> None:
     options: Options = parse(Options, arguments, "new")
     name = options.name.removesuffix(".py")
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
-        raise GptjaxError(
-            f"{options.name!r} cannot be the name of a file in this folder; use letters, digits, _ and -"
-        )
+        raise GptjaxError(f"{options.name!r} cannot be the name of a file in this folder; use letters, digits, _ and -")
     path = Path(f"{name}.py")
     try:
         write_atomic(path, template(options.template).replace("NAME", name), new=True)
@@ -50,6 +47,6 @@ def new(arguments: list[str]) -> None:
     print(f"{path}: edit it, then {NEXT[options.template].format(file=path)}")
 
 
-def template(kind: str) -> str:
+def template(kind: Template) -> str:
     """The text of a template; NAME stands for the name of the experiment."""
     return (files("gptjax.commands") / "templates" / f"{kind}.py").read_text(encoding="utf-8")

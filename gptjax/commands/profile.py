@@ -3,11 +3,13 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from gptjax.commands import is_run, parse, start_jax
+from gptjax.commands.options import FolderOption
 from gptjax.errors import GptjaxError
 
 if TYPE_CHECKING:
@@ -16,13 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Trace some updates, without what the model writes for them; the run, where it is one, stays as it is."""
+    """Profile some training steps, without generating text between them; does not change the run."""
 
-    what: Positional[str]  # a run folder, whose last checkpoint is gone on from, or an experiment file
-    steps: int = 10  # to trace
-    out: Path | None = None  # folder of the trace; None: profiles/NAME
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="RUN|FILE")]
+    """a run folder, to start from its last checkpoint, or an experiment file"""
+    steps: int = 10  # steps to trace
+    out: FolderOption = None  # folder of the trace; None: profiles/NAME
     top: int = 15  # operations to show
-    json: bool = False  # print one JSON object on stdout
+    json: bool = False  # print one JSON object
 
 
 def profile(arguments: list[str]) -> None:
@@ -38,46 +41,53 @@ def profile(arguments: list[str]) -> None:
     from gptjax.loading import load_experiment
     from gptjax.probing.profiling import profile
     from gptjax.training import checkpoint
+    from gptjax.training.preflight import check_start
     from gptjax.training.run import open_run
-    from gptjax.training.train_setup import build_train_setup, check_start, first_state, reopen
+    from gptjax.training.train_setup import build_train_setup, first_state, reopen
 
-    if is_run(options.what):
-        run = open_run(Path(options.what))
-        setup, chosen = reopen(run, open_init=open_model), checkpoint.choose_to_go_on(run.checkpoints, None)
+    if is_run(options.source):
+        run = open_run(Path(options.source))
+        setup = reopen(run, open_init=open_model)
+        chosen = checkpoint.choose_to_resume(run.checkpoints, None)
     else:
-        setup, chosen = build_train_setup(load_experiment(options.what), open_init=open_model), None
+        setup = build_train_setup(load_experiment(options.source), open_init=open_model)
+        chosen = None
     check_start(setup, fresh=chosen is None)
     with jax.set_mesh(setup.mesh):
         state = first_state(setup, chosen)
         setup.batches.seek((chosen and chosen.position) or setup.batches.position(int(state.step)))
     folder = options.out or Path("profiles") / setup.experiment.name
-    found = profile(setup, state, folder, options.steps)
+    result = profile(setup, state, folder, options.steps)
     if options.json:
-        print(json.dumps(asdict(found) | {"trace": str(folder)}))
+        print(json.dumps(asdict(result) | {"trace": str(folder)}))
     else:
-        print(as_text(found, options.top, folder))
+        print(format_profile(result, options.top, folder))
 
 
-def as_text(found: "Profile", top: int, folder: Path) -> str:
-    """Two tables: by module, and the operations that take longest."""
+def format_profile(profile: "Profile", top: int, folder: Path) -> str:
+    """Two tables: by module, and the slowest operations."""
 
-    def share(seconds: float) -> str:
-        return f"{seconds * 1e3:9.3f} ms {seconds / found.busy:6.1%}"
+    def time_and_share(seconds: float) -> str:
+        return f"{seconds * 1e3:9.3f} {seconds / profile.busy:6.1%}"
 
-    shown = [f"  {' '.join(key):<32} {share(seconds)}" for key, seconds in found.by("module", "way").items()]
-    longest = [
-        f"  {o.name[:44]:<44} {share(o.seconds)} {o.calls:7.1f}  {o.module}, {o.way}" for o in found.operations[:top]
+    modules = [
+        f"  {' '.join(key):<32} {time_and_share(seconds)}" for key, seconds in profile.by("module", "way").items()
+    ]
+    slowest = [
+        f"  {o.name[:44]:<44} {time_and_share(o.seconds)} {o.calls:7.1f}  {o.module}, {o.way}"
+        for o in profile.operations[:top]
     ]
     return "\n".join(
         [
-            f"{found.step_seconds * 1e3:.2f} ms a step, in which each device works for {found.busy * 1e3:.2f} ms",
+            f"{profile.step_seconds * 1e3:.2f} ms/step, of which each device is busy for {profile.busy * 1e3:.2f} ms",
             "",
-            "by module                              a step  share",
-            *shown,
+            "by module                            ms/step  share",
+            *modules,
             "",
-            f"the {len(longest)} longest of {len(found.operations)} operations           a step  share   calls  whose",
-            *longest,
+            f"the {len(slowest)} slowest of {len(profile.operations)} operations",
+            f"  {'operation':<44} {'ms/step':>9} {'share':>6} {'calls':>7}  module",
+            *slowest,
             "",
-            f"the trace is in {folder}: open the .trace.json.gz in it with ui.perfetto.dev",
+            f"The trace is in {folder}: open its .trace.json.gz with ui.perfetto.dev",
         ]
     )

@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from gptjax.commands import parse, start_jax
@@ -24,7 +25,9 @@ WIDTHS = {"claim": 24, "published": 26, "ours": 26, "tolerance": 30, "verdict": 
 class Repro:
     """Reproduce published results. A claim is a file with a `claim`, or the name of one in experiments/papers."""
 
-    claims: Positional[tuple[str, ...]] = ()  # names or files; none: every claim in experiments/papers
+    claims: Annotated[
+        Positional[tuple[str, ...]], tyro.conf.arg(metavar="CLAIM")
+    ] = ()  # names or files; none: every claim in experiments/papers
     list: bool = False  # list the claims with their cost and verdict, and measure nothing
     folder: Path = Path("runs/repro")  # folder of the runs, of claims.json and of claims.html
     json: bool = False  # print one JSON object for each claim

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from gptjax.commands import parse, start_jax
@@ -13,7 +15,7 @@ from gptjax.errors import RunError
 class Verification:
     """Check every file of every checkpoint against its checksum. Only reads, and uses no device."""
 
-    run: Positional[Path]  # a run folder
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]  # a run folder
 
 
 def verify(arguments: list[str]) -> None:
@@ -50,7 +52,7 @@ def verify(arguments: list[str]) -> None:
 class Replay:
     """Recompute a step of a run from the checkpoint before it; name the first module with non-finite numbers."""
 
-    run: Positional[Path]  # a run folder
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]  # a run folder
     step: int  # as in metrics.jsonl: 1 is the first update
 
 

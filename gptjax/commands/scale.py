@@ -4,8 +4,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from tyro.conf import Positional
 
 from gptjax.commands import parse
@@ -20,7 +21,7 @@ class Options:
     The prediction is registered in a file before the large run starts, and never changed. The same command resumes.
     """
 
-    file: Positional[str]  # the study's file, or its dotted name
+    file: Annotated[Positional[str], tyro.conf.arg(metavar="FILE")]  # the study's file, or its dotted name
     seeds: int = 1  # seeds of each small run, counted up from its own seed
     workers: int | None = None  # small runs in parallel; None: one for each GPU, or one
     run_dir: Path | None = None  # the study's folder; None: runs/FILE without .py

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from gptjax.commands import check_unused, parse
@@ -27,7 +28,7 @@ class Options:
     Each trial is a separate process with its own run folder. The same command resumes the sweep.
     """
 
-    file: Positional[str]  # the file of the sweep, or its dotted name
+    file: Annotated[Positional[str], tyro.conf.arg(metavar="FILE")]  # the file of the sweep, or its dotted name
     seeds: int = 1  # seeds of each experiment, counted up from its own seed
     workers: int | None = None  # trials in parallel; None: one for each GPU, or one
     run_dir: Path | None = None  # the sweep's folder; None: runs/FILE without .py

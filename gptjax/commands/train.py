@@ -47,7 +47,7 @@ def train(arguments: list[str]) -> None:
     from gptjax.atomic_io import read_text
     from gptjax.interop.open import open_model
     from gptjax.training import train as training
-    from gptjax.training.loop import say
+    from gptjax.training.loop import log
     from gptjax.training.run import EXPERIMENT, open_run
 
     folder = options.run_dir or Path("runs") / experiment.name
@@ -63,7 +63,7 @@ def train(arguments: list[str]) -> None:
             print(read_text(samples).rstrip(), flush=True)
         else:
             print(_final_samples(run), flush=True)
-    say(_summary(folder, metrics) + (f"; loss curve in {plot}" if plot else ""))
+    log(_summary(folder, metrics) + (f"; loss curve in {plot}" if plot else ""))
 
 
 def _summary(folder: Path, metrics: Mapping[str, Any]) -> str:

@@ -3,22 +3,21 @@
 import hashlib
 import json
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding
 
 from gptjax import sharding
 from gptjax.config import Experiment, ObjectiveConfig, names_of_format_1
-from gptjax.data.objectives import Batch, Windows, group_size, make_objective, needs_negatives
 from gptjax.data.store import Store, Stream, check_ids
-from gptjax.data.windows import PackedStream, WindowedStream
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.windows import PackedStream, WindowedStream, Windows
 from gptjax.errors import DataError
 from gptjax.random_streams import (
     MIXTURE,
@@ -32,6 +31,33 @@ from gptjax.random_streams import (
 FAR = 1 << 40  # from an example's id to that of its negative example, which next_sentence takes a second half from
 CYCLE = 1024  # samples after which every source of a mixture has had exactly its share
 MARGIN_SIGMAS = 5.0  # standard deviations of the batch size between its mean and `PoissonSampler.max_batch`
+
+
+class Batch(NamedTuple):
+    """What the train step reads: [rows, length] on the host, [microbatches, rows, length] on the devices."""
+
+    tokens: np.ndarray | Array  # int32: the model's input
+    targets: np.ndarray | Array  # int32: the token (or class) to predict at each position
+    loss_weights: np.ndarray | Array  # float32: weight of each target in the loss; 0 in the padding
+    segment_ids: np.ndarray | Array | None = None  # int32: tokens attend within their segment; None: the whole row
+    positions: np.ndarray | Array | None = None  # int32: position within the segment; None: within the row
+    prefix_mask: np.ndarray | Array | None = None  # bool: visible to earlier tokens of the segment; None: no token is
+    advantages: np.ndarray | Array | None = None  # float32: of each sampled token (policy gradient); None: 1
+
+
+Generators = Iterable[np.random.Generator]  # one per row, made only when they are used
+# windows, generators, and negative windows (see `Objective.needs_negatives`) -> batch
+MakeBatch = Callable[[Windows, Generators, Windows | None], Batch]
+
+
+class BatchRecipe(Protocol):
+    """What the loader needs of an objective (`gptjax/objectives/`)."""
+
+    def batch_maker(self, tokenizer: Tokenizer) -> MakeBatch: ...
+
+    def group(self) -> tuple[int, int]: ...
+
+    def needs_negatives(self) -> bool: ...
 
 
 class DataPosition(NamedTuple):
@@ -94,6 +120,7 @@ class DataLoader:
 
     store: Store
     experiment: Experiment
+    objective: BatchRecipe
     origin: DataPosition = field(default_factory=DataPosition, init=False)  # where the run began or was resumed
     seconds: float = field(default=0.0, init=False)  # spent making training batches, in any thread
 
@@ -101,7 +128,7 @@ class DataLoader:
         e = self.experiment
         length = e.model.context_length
         track_documents = e.data.document_mask
-        group = group_size(e.objective)
+        group = self.objective.group()
         if e.optim.noise_multiplier is not None:
             group = (1, 1)  # one example a window, so that no example's gradient depends on another
 
@@ -126,7 +153,7 @@ class DataLoader:
         if e.optim.noise_multiplier is not None:
             num_windows = sum(w.windows_per_pass for w in self.train_streams)
             self.sampler = PoissonSampler.of(num_windows, e.train.batch_size)
-        self.make_batch = make_objective(e.objective, self.store.tokenizer)
+        self.make_batch = self.objective.batch_maker(self.store.tokenizer)
         decides = [self.store.key, length, track_documents, e.seed, e.data.weights]
         if e.objective != ObjectiveConfig():  # losses are comparable within an order only
             decides.append(names_of_format_1("objective", e.objective))
@@ -186,7 +213,7 @@ class DataLoader:
         unless examples are drawn.
         """
         e = self.experiment
-        negatives = self._windows(example_ids + FAR) if needs_negatives(e.objective) else None
+        negatives = self._windows(example_ids + FAR) if self.objective.needs_negatives() else None
         index = example_ids if index is None else index
         rngs = (np.random.default_rng((e.seed, TRAIN_EXAMPLE, int(i))) for i in index)
         return self.make_batch(self._windows(example_ids), rngs, negatives)
@@ -228,7 +255,7 @@ class DataLoader:
         for number, windowed in enumerate(self.validation_streams):
             for first in range(0, windowed.windows_per_pass, rows):
                 index = np.arange(first, first + rows)
-                negatives = windowed.shuffled(index) if needs_negatives(e.objective) else None
+                negatives = windowed.shuffled(index) if self.objective.needs_negatives() else None
                 rngs = (np.random.default_rng((e.seed, VALIDATION_EXAMPLE, number, int(i))) for i in index)
                 yield self.make_batch(windowed.in_order(index), rngs, negatives)
 
@@ -261,6 +288,14 @@ def mixture(shares: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.nd
     return sources, ranks, counts
 
 
+def positions_within(segments: np.ndarray) -> np.ndarray:
+    """For each token, how many tokens of its segment stand before it in the row: int32 [rows, length]."""
+    places = np.arange(segments.shape[1], dtype=np.int32)
+    begins = np.ones(segments.shape, bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1, dtype=np.int32)
+
+
 def _take(parts: list[Windows], order: np.ndarray) -> Windows:
     """Rows of all parts, one part after the other, in a new order."""
 
@@ -274,37 +309,3 @@ def _local_columns(layout: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     indices = layout.addressable_devices_indices_map(shape).values()
     columns = [np.arange(shape[1])[index[1]] for index in indices if index is not None]
     return np.unique(np.concatenate(columns))
-
-
-def prefetch(make_batch: Callable[[int], Batch], steps: range, depth: int) -> Generator[Batch, None, None]:
-    """`make_batch(step)` for each step, made up to `depth` steps ahead in a thread; its errors are raised here."""
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: Batch | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for step in steps:
-                if stop.is_set():
-                    return
-                put(make_batch(step))
-        except BaseException as e:  # raised again in the caller's thread
-            put(e)
-
-    thread = threading.Thread(target=work, daemon=True, name="prefetch")
-    thread.start()
-    try:
-        for _ in steps:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()

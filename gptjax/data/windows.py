@@ -6,13 +6,33 @@ the very first, which has no context.
 """
 
 import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.data.objectives import Windows
 from gptjax.data.store import Stream
 from gptjax.errors import DataError
+
+
+class Windows(NamedTuple):
+    """Windows of a token stream: one token longer than the model's input, padded at the end."""
+
+    ids: np.ndarray  # int32 [rows, length + 1]
+    valid: np.ndarray  # bool [rows, length + 1]: false in the padding
+    document_ids: np.ndarray | None  # int32 [rows, length + 1]: the document of each token, counted from 1
+    loss_mask: np.ndarray | None = None  # bool [rows, length + 1]: tokens of answers; None: plain text
+    classes: np.ndarray | None = None  # int16 [rows, length + 1]: class label at each token, -1: none; None: no labels
+
+    def texts(self, row: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of each document of a row; of the row if documents are not tracked. Without the padding."""
+        size = int(self.valid[row].sum())
+        changes = []
+        if self.document_ids is not None:
+            changes = np.flatnonzero(np.diff(self.document_ids[row, :size])).tolist()
+        return pairwise(sorted({0, *(i + 1 for i in changes), size}))
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
@@ -99,7 +119,7 @@ class PackedStream:
 
     Which examples share a window never changes, the order of the windows does. An example that is longer than a window
     loses the beginning of its first part; raises `DataError` where that is not enough.
-    With `group` = (rows, examples), see `objectives.group_size`, an example has a window of its own, and the windows of
+    With `group` = (rows, examples), see `Objective.group`, an example has a window of its own, and the windows of
     a group are consecutive: (2, 2) two examples, (n, 1) n copies of one.
     """
 

@@ -1,1 +1,1 @@
-"""Text from a trained model, and what it makes of a text."""
+"""Text from a trained model, and the scores that it gives to texts."""

@@ -1,34 +1,44 @@
-"""Beam search: the likeliest whole texts rather than the likeliest next tokens.
+"""Beam search: the most likely texts, rather than the most likely next tokens.
 
 The same search as `transformers.generate(num_beams=...)`, token for token: log-probabilities are summed, finished texts
-are compared by their sum over length ** length_penalty, and the search ends where no running text can improve on them.
+are compared by their sum over length ** length_penalty, and the search ends when no running text can improve on them.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.errors import PromptError
-from gptjax.inference.cache import empty_cache, limit_window, slots_for
+from gptjax.inference.cache import cache_length_for, empty_cache, limit_window
 from gptjax.inference.engine import Engine
-from gptjax.inference.generate import Request, check, padded, remember, start_history
-from gptjax.inference.sampling import BatchedSamplingParams, TokenHistory, batch_params, penalised
-from gptjax.model.gpt import Cache, decode_step, unembed
+from gptjax.inference.generate import (
+    DecodeInputs,
+    DecoderState,
+    Request,
+    append_tokens,
+    check_requests,
+    next_token_logits,
+    pad_prompts,
+    start_history,
+)
+from gptjax.inference.sampling import BatchedSamplingParams, batch_params, process_logits
+from gptjax.model.gpt import Params
 
 
 @dataclass(frozen=True)
 class BeamConfig:
-    """How texts are searched for."""
+    """The settings of a beam search."""
 
-    count: int = 4  # texts that are followed at once
-    length_penalty: float = 1.0  # power of the length that a sum is divided by: above 0 prefers longer texts
-    early_stopping: bool | Literal["never"] = False  # True: as soon as `count` have ended; "never": no guess is made
+    count: int = 4  # texts that are extended in parallel
+    length_penalty: float = 1.0  # the power of the length that a sum is divided by: above 0 prefers longer texts
+    early_stopping: bool | Literal["never"] = False  # True: as soon as `count` are finished; "never": no heuristic
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -37,91 +47,96 @@ class BeamConfig:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A whole text."""
+    """A finished text."""
 
     ids: np.ndarray  # int32: the continuation
     score: float  # sum of log-probabilities over length ** length_penalty
-    ended: bool  # with a stop token
+    finished: bool  # by a stop token, not by the length limit
+
+
+class Beams(NamedTuple):
+    """The running texts, each as its parent among the rows of the state and the tokens that it adds to that."""
+
+    parents: Int[Array, " beams"]
+    new_tokens: Int[Array, "beams new"]
+    scores: Float[Array, " beams"]  # sums of log-probabilities
 
 
 def beam_search(
-    engine: Engine, request: Request, beams: BeamConfig, stop_tokens: tuple[int, ...] = ()
+    engine: Engine, request: Request, beam_config: BeamConfig, stop_tokens: tuple[int, ...] = ()
 ) -> list[Hypothesis]:
-    """The best `beams.count` continuations, best first. The request's `sampling` gives penalties; nothing is drawn.
+    """The best `beam_config.count` continuations, best first. Of the request's `sampling` only penalties apply.
 
     Raises `PromptError` as `generate` does.
     """
-    total = check(engine, [request])
-    model, width = limit_window(engine.model, total), beams.count
-    keep = min(max(2, 1 + len(stop_tokens)) * width, engine.vocab)
-    tokens, places = padded([request.prompt])
-    history = start_history(tokens, places, total)
-    cache = empty_cache(model, 1, slots_for(engine.model, total))
-    rules = batch_params([request.sampling], engine.vocab, engine.rows)
-    extend = partial(_extend, engine.params, model=model, rules=rules, keep=keep)
-    running = [(np.float32(0), np.zeros(0, np.int32))]  # sums and continuations
+    total, num_beams = check_requests(engine, [request]), beam_config.count
+    num_kept = min(max(2, 1 + len(stop_tokens)) * num_beams, engine.vocab_size)
+    inputs = pad_prompts([request.prompt])
+    cache = empty_cache(engine.config, 1, cache_length_for(engine.config, total))
+    state = DecoderState(cache, start_history(inputs, total))
+    sampling = batch_params([request.sampling], engine.vocab_size, engine.padded_vocab_size)
+    config = limit_window(engine.config, total)
+    extend = partial(_extend, engine.params, config=config, sampling=sampling, num_kept=num_kept)
+    beams = Beams(jnp.zeros(1, jnp.int32), jnp.zeros((1, 0), jnp.int32), jnp.zeros(1))
+    texts = [np.zeros(0, np.int32)]  # the continuation of each beam
     finished: list[Hypothesis] = []
-    parents, made = np.zeros(1, np.int32), np.zeros((1, 0), np.int32)
     for length in range(1, request.new_tokens + 1):
-        sums = np.array([s for s, _ in running], np.float32)
-        values, index, cache, history = extend(cache, history, parents, made, tokens, places, sums, empty=length == 1)
-        owner, token = np.divmod(np.array(index), engine.rows)
-        texts = [np.append(running[o][1], t).astype(np.int32) for o, t in zip(owner, token, strict=True)]
-        ends = np.isin(token, stop_tokens)
-        last = length == request.new_tokens
-        penalty = np.float32(length**beams.length_penalty)
+        scores, index, state = extend(state, inputs, beams, prefill=length == 1)
+        scores = np.array(scores)
+        parent, token = np.divmod(np.array(index), engine.padded_vocab_size)
+        candidates = [np.append(texts[p], t).astype(np.int32) for p, t in zip(parent, token, strict=True)]
+        is_stop = np.isin(token, stop_tokens)
+        is_last = length == request.new_tokens
+        penalty = np.float32(length**beam_config.length_penalty)
         finished += [
-            Hypothesis(text, float(value / penalty), bool(end))
-            for value, text, end in zip(np.array(values)[:width], texts[:width], ends[:width], strict=True)
-            if end or last
+            Hypothesis(text, float(score / penalty), bool(stop))
+            for score, text, stop in zip(scores[:num_beams], candidates[:num_beams], is_stop[:num_beams], strict=True)
+            if stop or is_last
         ]
-        finished = sorted(finished, key=lambda f: -f.score)[:width]
-        on = np.flatnonzero(~ends)[:width]
-        if last or not len(on) or _settled(finished, float(values[on[0]]), length, request.new_tokens, beams):
+        finished = sorted(finished, key=lambda f: -f.score)[:num_beams]
+        running = np.flatnonzero(~is_stop)[:num_beams]
+        if is_last or not len(running):
             break
-        running = [(np.float32(values[i]), texts[i]) for i in on]
-        parents, made = owner[on].astype(np.int32), token[on, None].astype(np.int32)
-        tokens = made
-        places = np.full((len(on), 1), len(request.prompt) + length - 1, np.int32)
+        if _is_settled(finished, float(scores[running[0]]), length, request.new_tokens, beam_config):
+            break
+        texts = [candidates[i] for i in running]
+        new_tokens = jnp.asarray(token[running, None], jnp.int32)
+        beams = Beams(jnp.asarray(parent[running], jnp.int32), new_tokens, jnp.asarray(scores[running]))
+        inputs = DecodeInputs(new_tokens, jnp.full(new_tokens.shape, len(request.prompt) + length - 1, jnp.int32))
     return finished
 
 
-def _settled(finished: list[Hypothesis], best_running: float, length: int, most: int, beams: BeamConfig) -> bool:
-    """Whether no running text can still come among the finished ones."""
-    if len(finished) < beams.count:
+def _is_settled(
+    finished: list[Hypothesis], best_running: float, length: int, max_length: int, beam_config: BeamConfig
+) -> bool:
+    """Whether no running text can still be among the best finished ones."""
+    if len(finished) < beam_config.count:
         return False
-    if beams.early_stopping is True:
+    if beam_config.early_stopping is True:
         return True
-    reach = most if beams.early_stopping == "never" and beams.length_penalty > 0 else length
-    return best_running / reach**beams.length_penalty <= finished[-1].score
+    if beam_config.early_stopping == "never" and beam_config.length_penalty > 0:
+        length = max_length
+    return best_running / length**beam_config.length_penalty <= finished[-1].score
 
 
-@partial(jax.jit, static_argnames=("model", "keep", "empty"))
+@partial(jax.jit, static_argnames=("config", "num_kept", "prefill"))
 def _extend(
-    params: Any,
-    cache: Cache,
-    history: TokenHistory,
-    parents: Array,
-    made: Array,
-    tokens: Array,
-    places: Array,
-    sums: Array,
+    params: Params,
+    state: DecoderState,
+    inputs: DecodeInputs,
+    beams: Beams,
     *,
-    model: config.ModelConfig,
-    rules: BatchedSamplingParams,
-    keep: int,
-    empty: bool,
-) -> tuple[Array, Array, Cache, TokenHistory]:
-    """The `keep` best texts that are one token longer: their sums, and row x vocab + token of each.
-
-    Row i goes on from row `parents[i]` of the cache and history, to which `made[i]` is added.
-    """
-    cache, history = jax.tree.map(lambda x: x[parents], (cache, history))
-    history = remember(history, made, jnp.full(len(parents), made.shape[1]))
-    x, cache = decode_step(model, params, tokens, places, cache, empty)
-    last = (places >= 0).sum(1) - 1
-    logits = unembed(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]
-    of_each = jax.tree.map(lambda rule: jnp.repeat(rule, len(parents), 0), rules)
-    logprobs = penalised(jax.nn.log_softmax(logits), of_each, history)
-    values, index = jax.lax.top_k((sums[:, None] + logprobs).reshape(-1), keep)
-    return values, index, cache, history
+    config: ModelConfig,
+    sampling: BatchedSamplingParams,
+    num_kept: int,
+    prefill: bool,
+) -> tuple[Float[Array, " kept"], Int[Array, " kept"], DecoderState]:
+    """The `num_kept` best texts that are one token longer: their sums, and beam x vocab + token of each."""
+    cache, history = jax.tree.map(lambda x: x[beams.parents], state)
+    num_new = jnp.full(len(beams.parents), beams.new_tokens.shape[1])
+    history = append_tokens(history, beams.new_tokens, num_new)
+    logits, cache = next_token_logits(config, params, inputs, cache, prefill)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, len(beams.parents), 0), sampling)
+    logprobs = process_logits(jax.nn.log_softmax(logits), repeated, history)
+    scores, index = jax.lax.top_k((beams.scores[:, None] + logprobs).reshape(-1), num_kept)
+    return scores, index, DecoderState(cache, history)

@@ -1,4 +1,4 @@
-"""What a model with a head for classes tells of texts: how likely each class is, at the tokens that are asked about."""
+"""The class probabilities that a classifier gives to texts, at chosen tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,46 +7,47 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int
 
-from gptjax import config
-from gptjax.inference.cache import bucket, rolls
-from gptjax.inference.engine import set_up
+from gptjax.config import ModelConfig
+from gptjax.inference.cache import padded_length
+from gptjax.inference.engine import prepare_for_inference
 from gptjax.inference.pretrained import Pretrained
-from gptjax.model.gpt import GPT
+from gptjax.model.gpt import GPT, Params
 
 
-class Question(NamedTuple):
-    """A text, and the tokens at which a class is told."""
+class ClassQuery(NamedTuple):
+    """A text, and the tokens at which its class is predicted."""
 
     ids: np.ndarray  # int32 [n], n at most the context
-    places: np.ndarray  # int [k]
+    positions: np.ndarray  # int [k]
 
 
-def log_probabilities(
-    pretrained: Pretrained, questions: Sequence[Question], batch_size: int = 8, dtype: str | None = None
+def class_log_probs(
+    pretrained: Pretrained, queries: Sequence[ClassQuery], batch_size: int = 8, dtype: str | None = None
 ) -> list[np.ndarray]:
-    """ln of the probability of every class at the places of each text: float32 [k, classes] each, in their order.
+    """The log-probabilities of all classes at the positions of each query: float32 [k, classes] each, in their order.
 
-    Texts are read `batch_size` at a time, the longest first, in `dtype` (as for `set_up`).
+    Texts are computed in batches of `batch_size`, the longest first, in `dtype` (as for `prepare_for_inference`).
     """
-    model, params = set_up(pretrained, dtype)
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].ids), reverse=True)
-    found: dict[int, np.ndarray] = {}
+    config, params = prepare_for_inference(pretrained, dtype)
+    order = sorted(range(len(queries)), key=lambda i: len(queries[i].ids), reverse=True)
+    results: dict[int, np.ndarray] = {}
     for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = bucket(len(questions[chosen[0]].ids))
-        width = width if rolls(model) else min(width, model.context_length)
-        tokens, segments = np.zeros((2, batch_size, width), np.int32)
-        for row, i in enumerate(chosen):
-            tokens[row, : len(questions[i].ids)] = questions[i].ids
-            segments[row, : len(questions[i].ids)] = 1  # or a model that looks ahead would see the padding
-        told = np.asarray(_read(params, tokens, segments, model=model))
-        found |= {i: told[row, questions[i].places] for row, i in enumerate(chosen)}
-    return [found[i] for i in range(len(questions))]
+        batch = order[start : start + batch_size]
+        length = padded_length(config, len(queries[batch[0]].ids))
+        tokens, segment_ids = np.zeros((2, batch_size, length), np.int32)
+        for row, i in enumerate(batch):
+            tokens[row, : len(queries[i].ids)] = queries[i].ids
+            segment_ids[row, : len(queries[i].ids)] = 1  # keeps a bidirectional model from attending to the padding
+        log_probs = np.asarray(_log_probs(params, tokens, segment_ids, config=config))
+        results |= {i: log_probs[row, queries[i].positions] for row, i in enumerate(batch)}
+    return [results[i] for i in range(len(queries))]
 
 
-@partial(jax.jit, static_argnames="model")
-def _read(params: Any, tokens: Array, segments: Array, *, model: config.ModelConfig) -> Array:
-    """tokens and segments [B, L] -> float32 log-probabilities [B, L, classes]."""
-    logits: Any = GPT(model).apply({"params": params}, tokens, segments=segments)
+@partial(jax.jit, static_argnames="config")
+def _log_probs(
+    params: Params, tokens: Int[Array, "batch length"], segment_ids: Int[Array, "batch length"], *, config: ModelConfig
+) -> Float[Array, "batch length classes"]:
+    logits: Any = GPT(config).apply({"params": params}, tokens, segment_ids=segment_ids)
     return jax.nn.log_softmax(logits)

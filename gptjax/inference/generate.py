@@ -1,222 +1,258 @@
-"""Goes on with texts: the prompts are read in one call, then one compiled step makes a token for every text at once.
+"""Generates texts in a batch: one call reads the prompts, then one compiled step adds a token to every text.
 
-Lengths are rounded up to those of `cache.bucket`, so that a program is compiled for each number of texts, bucket of
-prompt lengths, bucket of total lengths and set of rules in use, and never for a single token or value.
+Lengths are rounded up by `cache.bucket`. A program is compiled for each batch size, bucket of prompt lengths, bucket of
+total lengths and set of sampling parameters in use, but never for a single token or value.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int, Key
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.errors import PromptError
-from gptjax.inference.cache import bucket, empty_cache, limit_window, rolls, slots_for
+from gptjax.inference.cache import bucket, cache_length_for, empty_cache, is_unbounded, limit_window
 from gptjax.inference.engine import Engine
 from gptjax.inference.sampling import (
     BatchedSamplingParams,
     SamplingParams,
     TokenHistory,
     batch_params,
-    choose,
-    penalised,
+    process_logits,
+    sample_token,
 )
-from gptjax.model.gpt import Cache, decode_step, unembed
+from gptjax.model.gpt import Cache, Params, decode_step, unembed
 
-MOST_TOKENS = 1 << 24  # of one text
+MAX_NEW_TOKENS = 1 << 24  # of one text
 
 
 @runtime_checkable
 class TokenConstraint(Protocol):
-    """Something that follows one text and has a say in it: stop tokens, stop strings, a grammar."""
+    """Follows one text, and restricts or ends it: stop tokens, stop strings, a grammar."""
 
     def allowed(self) -> np.ndarray | None:
-        """The tokens that may come next, bool [vocab]; None for any: who says so once is not asked again."""
+        """The tokens that may come next, bool [vocab]. None: any; it must then return None for the rest of the text."""
 
-    def take(self, token: int) -> bool:
-        """Is told of every token; whether the text ends with this one."""
+    def accept(self, token: int) -> bool:
+        """Is called with every token of the text. Returns whether the text ends with this token."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One text to go on with."""
+    """One text to generate."""
 
     prompt: np.ndarray  # int32 ids, at least one
-    new_tokens: int  # to make at most
+    new_tokens: int  # at most
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0  # the same seed gives the same text, whatever is made beside it
-    copy: int = 0  # tells apart the texts made from one prompt and seed
-    guides: tuple[TokenConstraint, ...] = field(default=(), compare=False)
+    seed: int = 0  # the same seed gives the same text, whatever else is in the batch
+    copy: int = 0  # different for the texts of one prompt and seed
+    constraints: tuple[TokenConstraint, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step has made."""
+    """The tokens of one decoding step."""
 
     tokens: np.ndarray  # int32 [texts]
-    logprobs: np.ndarray  # float32 [texts]: ln of each token's probability under the model, before any rule
-    live: np.ndarray  # bool [texts]: whether the token belongs to the text, which had not ended before
-    ended: np.ndarray  # bool [texts]: whether a guide of the text ended it with this token
+    logprobs: np.ndarray  # float32 [texts]: the token's log-probability under the model, before sampling parameters
+    live: np.ndarray  # bool [texts]: whether the token belongs to the text, which had not finished before
+    finished: np.ndarray  # bool [texts]: whether a constraint ended the text with this token
 
 
-def check(engine: Engine, requests: Sequence[Request]) -> int:
-    """The tokens of the longest text. Raises `PromptError` for a request that the model cannot serve."""
+class DecodeInputs(NamedTuple):
+    """The tokens of one decoding step, and their positions; -1 for the padding, which comes last."""
+
+    tokens: Int[Array, "batch query"]
+    positions: Int[Array, "batch query"]
+
+
+class DecoderState(NamedTuple):
+    """The cache, and the texts so far."""
+
+    cache: Cache
+    history: TokenHistory
+
+
+def check_requests(engine: Engine, requests: Sequence[Request]) -> int:
+    """The total length of the longest text. Raises `PromptError` for a request that the model cannot serve."""
+    context = engine.config.context_length
     for r in requests:
-        if len(r.prompt) == 0:
-            raise PromptError("the prompt is empty; give at least one token to go on from")
-        if not 0 <= r.prompt.min() <= r.prompt.max() < engine.vocab:
-            raise PromptError(f"the prompt holds ids that are no tokens; there are ids 0 to {engine.vocab - 1}")
+        length = len(r.prompt)
+        if length == 0:
+            raise PromptError("the prompt is empty; give at least one token")
+        if not 0 <= r.prompt.min() <= r.prompt.max() < engine.vocab_size:
+            raise PromptError(f"the prompt contains ids that are not tokens; ids are 0 to {engine.vocab_size - 1}")
         if not 0 <= r.seed < 2**63:
             raise PromptError(f"seed = {r.seed}: must be at least 0 and below 2**63")
-        length, room = len(r.prompt), engine.model.context_length
-        if not 0 <= r.new_tokens <= MOST_TOKENS:
-            raise PromptError(f"{r.new_tokens} new tokens: must be at least 0 and at most {MOST_TOKENS:,}")
-        if length + r.new_tokens > room and not rolls(engine.model):
+        if not 0 <= r.new_tokens <= MAX_NEW_TOKENS:
+            raise PromptError(f"{r.new_tokens} new tokens: must be at least 0 and at most {MAX_NEW_TOKENS:,}")
+        if length + r.new_tokens > context and not is_unbounded(engine.config):
+            hint = f" or generate at most {context - length} tokens" if context > length else ""
             raise PromptError(
-                f"{length} prompt tokens and {r.new_tokens} new ones are more than the model's context of {room}; "
-                f"shorten the prompt{f' or ask for at most {room - length}' if room > length else ''}"
+                f"{length} prompt tokens and {r.new_tokens} new tokens are more than the model's context length of "
+                f"{context}; shorten the prompt{hint}"
             )
     return max(len(r.prompt) + r.new_tokens for r in requests)
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[Step]:
-    """Yields a token for every text until all have ended. Raises `PromptError` before anything is computed."""
-    total = check(engine, requests)
-    rows = at_least_two(engine, requests)
-    return _steps(engine, requests, rows, batch_params([r.sampling for r in rows], engine.vocab, engine.rows), total)
+    """Yields a token for every text until all are finished. Raises `PromptError` before anything is computed."""
+    total = check_requests(engine, requests)
+    rows = pad_to_two_rows(engine, requests)
+    sampling = batch_params([r.sampling for r in rows], engine.vocab_size, engine.padded_vocab_size)
+    return _generate_loop(engine, requests, rows, sampling, total)
 
 
-def _steps(
-    engine: Engine, requests: Sequence[Request], rows: Sequence[Request], rules: BatchedSamplingParams, total: int
+def _generate_loop(
+    engine: Engine, requests: Sequence[Request], rows: Sequence[Request], sampling: BatchedSamplingParams, total: int
 ) -> Iterator[Step]:
-    count, model = len(requests), limit_window(engine.model, total)
-    left = np.array([r.new_tokens for r in requests])
-    if not left.any():
+    num_texts = len(requests)
+    remaining = np.array([r.new_tokens for r in requests])
+    if not remaining.any():
         return
-    keys = row_keys(rows)
-    tokens, places = padded([r.prompt for r in rows])
-    cache = empty_cache(model, len(rows), slots_for(engine.model, total))
-    history = start_history(tokens, places, total)
-    read_and_choose = partial(_read_and_choose, engine.params, model=model, rules=rules, keys=keys)
+    prompts = pad_prompts([r.prompt for r in rows])
+    cache = empty_cache(engine.config, len(rows), cache_length_for(engine.config, total))
+    state = DecoderState(cache, start_history(prompts, total))
+    decode = partial(
+        _decode_and_sample, engine.params, config=limit_window(engine.config, total), sampling=sampling,
+        keys=row_keys(rows),
+    )  # fmt: skip
 
     def allowed() -> np.ndarray | None:
-        mask = allowed_of(requests, engine.rows)
-        return mask if mask is None else np.resize(mask, (len(rows), engine.rows))
+        mask = allowed_tokens(requests, engine.padded_vocab_size)
+        return mask if mask is None else np.resize(mask, (len(rows), engine.padded_vocab_size))
 
-    live, mask = left > 0, allowed()
-    step = read_and_choose(cache, history, mask, tokens, places)
+    live, mask = remaining > 0, allowed()
+    step = decode(state, prompts, mask)
     while True:
-        token, logprob, history, cache = step
-        more = (left > live).any()
-        if more and mask is None:  # the next step begins before its token is known here: a CPU waits for Python else
-            step = read_and_choose(cache, history, None)
-        made = np.array(token)
-        if (stuck := np.flatnonzero(live & (made[:count] < 0))).size:
-            raise PromptError(f"text {stuck[0]}: the rules leave no token to go on with; loosen them")
-        ended = ask_guides(requests, made, live)
-        yield Step(made[:count], np.array(logprob)[:count], live, ended)
-        left = left - live
-        live = live & ~ended & (left > 0)
+        token, logprob, state = step
+        more = (remaining > live).any()
+        if more and mask is None:  # starts the next step before this one is fetched, so that the device never waits
+            step = decode(state, None, None)
+        tokens = np.array(token)[:num_texts]
+        if (stuck := np.flatnonzero(live & (tokens < 0))).size:
+            raise PromptError(f"text {stuck[0]}: the sampling parameters and constraints allow no token; relax them")
+        finished = update_constraints(requests, tokens, live)
+        yield Step(tokens, np.array(logprob)[:num_texts], live, finished)
+        remaining = remaining - live
+        live = live & ~finished & (remaining > 0)
         if not live.any():
             return
         if mask is not None:
             mask = allowed()
-            step = read_and_choose(cache, history, mask)
+            step = decode(state, None, mask)
 
 
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("cache", "history"))
-def _read_and_choose(
-    params: Any,
-    cache: Cache,
-    history: TokenHistory,
-    allowed: Array | None,
-    tokens: Array | None = None,
-    places: Array | None = None,
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _decode_and_sample(
+    params: Params,
+    state: DecoderState,
+    prompts: DecodeInputs | None,
+    allowed: Bool[Array, "batch vocab"] | None,
     *,
-    model: config.ModelConfig,
-    rules: BatchedSamplingParams,
-    keys: Array | None,
-) -> tuple[Array, Array, TokenHistory, Cache]:
-    """Reads the first tokens [B, Q] at their places, or the last of the history, and chooses what follows each row."""
-    empty = tokens is not None
-    if tokens is None or places is None:
-        places = jnp.minimum(history.lengths, history.tokens.shape[1])[:, None] - 1  # a text that has ended may be out
-        tokens = jnp.take_along_axis(history.tokens, places, 1)
-    x, cache = decode_step(model, params, tokens, places, cache, empty)
-    last = (places >= 0).sum(1) - 1
-    logits = unembed(model, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0]
-    token = choose(penalised(logits, rules, history, allowed), rules, keys_at(keys, history.lengths))
-    history = remember(history, token[:, None], jnp.ones(len(token), jnp.int32))
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(token, 0)[:, None], 1)[:, 0]
-    return token, logprob, history, cache
+    config: ModelConfig,
+    sampling: BatchedSamplingParams,
+    keys: Key[Array, " batch"] | None,
+) -> tuple[Int[Array, " batch"], Float[Array, " batch"], DecoderState]:
+    """Reads the prompts, or the last token of each text, and samples the next token: tokens, log-probabilities."""
+    cache, history = state
+    if prompts is None:
+        last = jnp.minimum(history.lengths, history.tokens.shape[1])[:, None] - 1  # a finished text may be too long
+        inputs = DecodeInputs(jnp.take_along_axis(history.tokens, last, 1), last)
+    else:
+        inputs = prompts
+    logits, cache = next_token_logits(config, params, inputs, cache, prefill=prompts is not None)
+    tokens = sample_token(process_logits(logits, sampling, history, allowed), sampling, keys_at(keys, history.lengths))
+    history = append_tokens(history, tokens[:, None], jnp.ones(len(tokens), jnp.int32))
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(tokens, 0)[:, None], 1)[:, 0]
+    return tokens, logprobs, DecoderState(cache, history)
 
 
-def at_least_two(engine: Engine, requests: Sequence[Request]) -> list[Request]:
-    """A single text goes twice where that is faster: products of one narrow row are the slowest on a CPU."""
-    alone = len(requests) == 1 and engine.narrow and jax.default_backend() == "cpu"
-    return [*requests, *requests] if alone else list(requests)
+def next_token_logits(
+    config: ModelConfig, params: Params, inputs: DecodeInputs, cache: Cache, prefill: bool
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """The logits after the last token of each row, and the new cache."""
+    x, cache = decode_step(config, params, inputs.tokens, inputs.positions, cache, prefill)
+    last = (inputs.positions >= 0).sum(1) - 1
+    return unembed(config, params, jnp.take_along_axis(x, last[:, None, None], 1))[:, 0], cache
 
 
-def padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of any lengths as one array [B, Q], and the place of each token; -1 in the padding, which comes last."""
+def pad_to_two_rows(engine: Engine, requests: Sequence[Request]) -> list[Request]:
+    """Repeats a single text where that is faster: low-precision matmuls of one row are the slowest on a CPU."""
+    if len(requests) == 1 and engine.low_precision and jax.default_backend() == "cpu":
+        return [*requests, *requests]
+    return list(requests)
+
+
+def pad_prompts(prompts: Sequence[np.ndarray]) -> DecodeInputs:
+    """Prompts of any lengths as one array, padded at the end to a bucket."""
     width = bucket(max(map(len, prompts)))
-    tokens, places = np.zeros((len(prompts), width), np.int32), np.full((len(prompts), width), -1, np.int32)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    positions = np.full((len(prompts), width), -1, np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)], places[row, : len(prompt)] = prompt, np.arange(len(prompt))
-    return tokens, places
+        tokens[row, : len(prompt)] = prompt
+        positions[row, : len(prompt)] = np.arange(len(prompt))
+    return DecodeInputs(jnp.asarray(tokens), jnp.asarray(positions))
 
 
-def ask_guides(requests: Sequence[Request], tokens: np.ndarray, live: np.ndarray) -> np.ndarray:
-    """Tells the guides of every live text of its token; which texts end with it, bool [texts]."""
-    ended = np.zeros(len(requests), bool)
+def allowed_tokens(requests: Sequence[Request], padded_vocab_size: int) -> np.ndarray | None:
+    """The tokens that all constraints of each text allow, bool [texts, vocab]; None if no text is constrained."""
+    masks = [[m for c in r.constraints if (m := c.allowed()) is not None] for r in requests]
+    if not any(masks):
+        return None
+    allowed = np.zeros((len(requests), padded_vocab_size), bool)
+    for row, row_masks in enumerate(masks):
+        if row_masks:
+            allowed[row, : len(row_masks[0])] = np.all(row_masks, 0)
+        else:
+            allowed[row] = True
+    return allowed
+
+
+def update_constraints(requests: Sequence[Request], tokens: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """Passes the token of every live text to its constraints. Returns which texts end with it, bool [texts]."""
+    finished = np.zeros(len(requests), bool)
     for i in map(int, np.flatnonzero(live)):
-        ended[i] = any([guide.take(int(tokens[i])) for guide in requests[i].guides])  # every guide is told
-    return ended
+        finished[i] = any([c.accept(int(tokens[i])) for c in requests[i].constraints])  # a list: all are called
+    return finished
 
 
-def start_history(tokens: np.ndarray, places: np.ndarray, total: int) -> TokenHistory:
-    """The prompts, with room for texts of `total` tokens."""
-    lengths = places.max(1) + 1
-    room = np.zeros((len(tokens), max(bucket(total), tokens.shape[1])), np.int32)
-    room[:, : tokens.shape[1]] = tokens
-    return TokenHistory(jnp.asarray(room), jnp.asarray(lengths), jnp.asarray(lengths))
+def start_history(prompts: DecodeInputs, total: int) -> TokenHistory:
+    """The prompts, with space for texts of `total` tokens."""
+    tokens = np.asarray(prompts.tokens)
+    lengths = np.asarray(prompts.positions).max(1) + 1
+    padded = np.zeros((len(tokens), max(bucket(total), tokens.shape[1])), np.int32)
+    padded[:, : tokens.shape[1]] = tokens
+    return TokenHistory(jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(lengths))
 
 
-def remember(history: TokenHistory, tokens: Array, count: Array) -> TokenHistory:
-    """Adds the first `count` [B] of tokens [B, Q] to each text."""
-    ahead = jnp.arange(tokens.shape[1])
-    at = jnp.where(ahead < count[:, None], history.lengths[:, None] + ahead, history.tokens.shape[1])
-    written = history.tokens.at[jnp.arange(len(tokens))[:, None], at].set(jnp.maximum(tokens, 0), mode="drop")
-    return TokenHistory(written, history.prompts, history.lengths + count)
+def append_tokens(history: TokenHistory, tokens: Int[Array, "batch new"], count: Int[Array, " batch"]) -> TokenHistory:
+    """Appends the first `count` tokens of each row to its text."""
+    index = jnp.arange(tokens.shape[1])
+    in_text = index < count[:, None]
+    positions = jnp.where(in_text, history.lengths[:, None] + index, history.tokens.shape[1])
+    rows = jnp.arange(len(tokens))[:, None]
+    written = history.tokens.at[rows, positions].set(jnp.maximum(tokens, 0), mode="drop")
+    return TokenHistory(written, history.prompt_lengths, history.lengths + count)
 
 
-def row_keys(requests: Sequence[Request]) -> Array | None:
-    """A random key for each text, from its seed and copy alone; None where nothing is drawn."""
+def row_keys(requests: Sequence[Request]) -> Key[Array, " batch"] | None:
+    """A random key for each text, from its seed and copy alone; None if all are decoded greedily."""
     if all(r.sampling.temperature == 0 for r in requests):
         return None
-    keys = [  # a seed of more than 32 bits would lose the others
+    keys = [  # two folds: a key takes only 32 bits of a seed
         jax.random.fold_in(jax.random.fold_in(jax.random.key(r.seed & 0xFFFFFFFF), r.seed >> 32), r.copy)
         for r in requests
     ]
     return jnp.stack(keys)
 
 
-def keys_at(keys: Array | None, places: Array) -> Array | None:
-    """The keys of the tokens at places [B]."""
-    return None if keys is None else jax.vmap(jax.random.fold_in)(keys, places)
-
-
-def allowed_of(requests: Sequence[Request], rows: int) -> np.ndarray | None:
-    """What all guides of each text allow, bool [B, rows]; None where none forbids anything."""
-    masks = [[m for g in r.guides if (m := g.allowed()) is not None] for r in requests]
-    if not any(masks):
-        return None
-    allowed = np.zeros((len(requests), rows), bool)
-    for row, own in enumerate(masks):
-        allowed[row] = np.concatenate([np.all(own, 0), np.zeros(rows - len(own[0]), bool)]) if own else True
-    return allowed
+def keys_at(keys: Key[Array, " batch"] | None, positions: Int[Array, " batch"]) -> Key[Array, " batch"] | None:
+    """The keys of the tokens at these positions."""
+    return None if keys is None else jax.vmap(jax.random.fold_in)(keys, positions)

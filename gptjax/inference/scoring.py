@@ -1,9 +1,9 @@
-"""How likely a model finds given tokens: long texts in windows that slide, and many short questions in few batches.
+"""How likely given tokens are under a model: long texts in sliding windows, and many short texts in few batches.
 
-A text is scored from its first token on, given what a document begins after: `bos_id` where the tokenizer has
-one, else `eos_id`; where it has neither, the first token is given and not scored. The windows are those of
-transformers' guide to perplexity: each holds the context, moves on by `stride`, and scores the tokens that no window
-before it has scored, so that every token but the first ones sees at least `window - stride` others.
+A text is scored from its first token on, conditioned on `bos_id` if the tokenizer has one, else `eos_id`; if it has
+neither, the first token is given and not scored. The windows are those of transformers' guide to perplexity: each
+covers the context, moves by `stride`, and scores the tokens that no window before it has scored, so that every token
+except the first ones is conditioned on at least `window - stride` others.
 """
 
 import itertools
@@ -17,155 +17,157 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
-from gptjax import config
+from gptjax.config import ModelConfig
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import PromptError
-from gptjax.inference.cache import bucket, rolls
-from gptjax.inference.engine import set_up
+from gptjax.inference.cache import bucket, is_unbounded, padded_length
+from gptjax.inference.engine import prepare_for_inference
 from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.model import ops
 from gptjax.model.chunks import map_in_chunks, num_chunks
-from gptjax.model.gpt import GPT
+from gptjax.model.gpt import GPT, Params
 
-AT_ONCE = 64  # batches whose parts are sorted by length before they are computed
-LOGITS = 1 << 25  # that are held at once: 128 MiB in float32
+BATCHES_PER_BLOCK = 64  # batches whose requests are sorted by length together
+MAX_LOGITS = 1 << 25  # computed at once: 128 MiB in float32
 
 
-class Part(NamedTuple):
-    """A stretch of a text whose last tokens are asked for, each given all that stands before it in the stretch."""
+class ScoreRequest(NamedTuple):
+    """A sequence whose last tokens are scored, each conditioned on everything before it in the sequence."""
 
     ids: np.ndarray  # int32 [n]
-    asked: int  # at most n - 1
+    num_targets: int  # at most n - 1
 
 
 class TokenScores(NamedTuple):
-    """What a model says to a `Part`."""
+    """The scores of the targets of a `ScoreRequest`."""
 
-    nats: np.ndarray  # float32 [asked]: -ln of the probability of each token
-    likeliest: np.ndarray  # bool [asked]: whether it is the token that the model would have chosen
+    nll: np.ndarray  # float32 [num_targets]: negative log-likelihood of each token, in nats
+    is_argmax: np.ndarray  # bool [num_targets]: whether greedy decoding would have chosen the token
 
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """A text under a model."""
+    """The scores of a document."""
 
-    nats: np.ndarray  # float32 [tokens scored]: -ln of the probability of each
-    seen: np.ndarray  # int32 [tokens scored]: how many tokens of its window stood before each
+    nll: np.ndarray  # float32 [tokens scored]: negative log-likelihood of each, in nats
+    context_sizes: np.ndarray  # int32 [tokens scored]: the number of tokens before each in its window
 
     @property
     def loss(self) -> float:
-        """Nats a token; NaN for a text without a token that is scored."""
-        return float(self.nats.mean(dtype=np.float64)) if len(self.nats) else math.nan
+        """Nats per token; NaN if no token is scored."""
+        return float(self.nll.mean(dtype=np.float64)) if len(self.nll) else math.nan
 
 
 class Scorer:
-    """A model set up to score. One program is compiled for each bucket of lengths and of numbers of questions."""
+    """A model prepared to score. A program is compiled for each bucket of lengths and of numbers of targets."""
 
     def __init__(self, pretrained: Pretrained, batch_size: int = 8, dtype: str | None = None):
-        """`batch_size` rows are computed at once, in `dtype` (as for `set_up`; the losses always in float32).
+        """Computes `batch_size` rows at once, in `dtype` (as for `prepare_for_inference`; losses always in float32).
 
-        Raises `PromptError` for a model whose tokens see what comes after them.
+        Raises `PromptError` for a model with bidirectional attention.
         """
         check_is_generative(pretrained)
         if not pretrained.model.causal:
             raise PromptError(
-                f"{pretrained.name}: every token sees the whole text (model.causal = False), so that no token has a "
-                "probability given those before it; give a causal model"
+                f"{pretrained.name}: its attention is bidirectional (model.causal = False), so a token has no "
+                "probability given the tokens before it; use a causal model"
             )
         if batch_size < 1:
             raise PromptError(f"batch_size = {batch_size}: must be at least 1")
-        self.model, self.params = set_up(pretrained, dtype)
+        self.config, self.params = prepare_for_inference(pretrained, dtype)
         self.pretrained, self.tokenizer, self.batch_size = pretrained, pretrained.tokenizer, batch_size
 
     def texts(
         self, texts: Iterable[np.ndarray], stride: int | None = None, window: int | None = None
     ) -> Iterator[DocumentScores]:
-        """Texts of any lengths, each by itself and in turn, read as they are needed: int32 ids [n] -> n nats.
+        """Scores texts of any lengths, given as int32 ids [n], independently and in order; they are read lazily.
 
-        `window` is the number of tokens that are read at once (None: the context), `stride` by how many a window moves
-        on (None: all, so that windows do not overlap). A token is scored once, in the first window that reaches it.
-        Raises `PromptError` for a window or stride that the model cannot have.
+        `window`: the number of tokens read at once (None: the context). `stride`: by how many tokens a window moves
+        (None: all, so that windows do not overlap). A token is scored once, in the first window that contains it.
+        Raises `PromptError` for an invalid window or stride.
         """
-        window, stride = self.window(window, stride)
+        window, stride = self.resolve_window(window, stride)
         first = first_token(self.tokenizer)
-        group: list[list[Part]] = []
+        block: list[list[ScoreRequest]] = []
         for ids in texts:
-            given = ids if first is None else np.concatenate([[first], ids])
-            group.append(list(windows(given.astype(np.int32), window, stride)))
-            if sum(map(len, group)) >= AT_ONCE * self.batch_size:
-                yield from self._scored(group)
-                group = []
-        yield from self._scored(group)
+            whole = ids if first is None else np.concatenate([[first], ids])
+            block.append(list(windows(whole.astype(np.int32), window, stride)))
+            if sum(map(len, block)) >= BATCHES_PER_BLOCK * self.batch_size:
+                yield from self._score_documents(block)
+                block = []
+        yield from self._score_documents(block)
 
-    def _scored(self, group: Sequence[Sequence[Part]]) -> Iterator[DocumentScores]:
-        """The texts whose windows these are."""
-        answers = self.answer(itertools.chain(*group))
-        for parts in group:
-            nats = [answer.nats for answer in itertools.islice(answers, len(parts))]
-            seen = [np.arange(len(p.ids) - p.asked, len(p.ids)) for p in parts]
-            yield DocumentScores(_joined(nats, np.float32), _joined(seen, np.int32))
+    def _score_documents(self, documents: Sequence[Sequence[ScoreRequest]]) -> Iterator[DocumentScores]:
+        """The scores of documents that are given as their windows."""
+        scores = self.score_batch(itertools.chain(*documents))
+        for requests in documents:
+            nll = [window.nll for window in itertools.islice(scores, len(requests))]
+            sizes = [np.arange(len(r.ids) - r.num_targets, len(r.ids)) for r in requests]
+            yield DocumentScores(_concatenate(nll, np.float32), _concatenate(sizes, np.int32))
 
-    def window(self, window: int | None, stride: int | None) -> tuple[int, int]:
-        """The window and stride to use for those asked for."""
-        context = self.model.context_length
-        window = context if window is None else window
-        if window < 1 or (window > context and not rolls(self.model)):
+    def resolve_window(self, window: int | None, stride: int | None) -> tuple[int, int]:
+        """The window and stride, with defaults for None."""
+        context = self.config.context_length
+        if window is None:
+            window = context
+        if window < 1:
+            raise PromptError(f"context = {window}: must be at least 1")
+        if window > context and not is_unbounded(self.config):
             raise PromptError(
-                f"context = {window}: must be at least 1 and at most {context}, which is as far as the learned "
-                f"positions of {self.pretrained.name} go"
-                if not rolls(self.model)
-                else f"context = {window}: must be at least 1"
+                f"context = {window}: must be at least 1 and at most {context}, the number of learned positions of "
+                f"{self.pretrained.name}"
             )
-        stride = window if stride is None else stride
+        if stride is None:
+            stride = window
         if not 1 <= stride <= window:
             raise PromptError(f"stride = {stride}: must be at least 1 and at most the {window} tokens of a window")
         return window, stride
 
-    def answer(self, parts: Iterable[Part]) -> Iterator[TokenScores]:
-        """The answers to parts of at most `context + 1` tokens, in their order.
+    def score_batch(self, requests: Iterable[ScoreRequest]) -> Iterator[TokenScores]:
+        """The scores of sequences of at most `context + 1` tokens, in their order.
 
-        Parts are taken up many at a time, sorted by length and padded to the longest of their batch; those that differ
-        in their last token only (the choices of a question) are read once.
+        Requests are read lazily, many at a time, sorted by length and padded to the longest of their batch. Those that
+        differ only in their last token (the choices of a question) share a row.
         """
-        stream = iter(parts)
-        while block := list(itertools.islice(stream, AT_ONCE * self.batch_size)):
-            yield from self._answer_block(block)
+        stream = iter(requests)
+        while block := list(itertools.islice(stream, BATCHES_PER_BLOCK * self.batch_size)):
+            yield from self._score_block(block)
 
-    def _answer_block(self, parts: Sequence[Part]) -> list[TokenScores]:
-        rows: dict[bytes, list[int]] = {}  # what is read -> the parts that ask something of it
-        for number, part in enumerate(parts):
-            rows.setdefault(part.ids[:-1].astype(np.int32).tobytes(), []).append(number)
+    def _score_block(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+        rows: dict[bytes, list[int]] = {}  # input tokens -> the requests that share them
+        for index, request in enumerate(requests):
+            rows.setdefault(request.ids[:-1].astype(np.int32).tobytes(), []).append(index)
         order = sorted(rows, key=len, reverse=True)
-        answers: list[TokenScores | None] = [None] * len(parts)
+        scores: list[TokenScores | None] = [None] * len(requests)
         pending: list[tuple[list[int], tuple[Array, Array]]] = []
         for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            numbers = [number for row in chosen for number in rows[row]]
-            row_of = [row for row, key in enumerate(chosen) for _ in rows[key]]
-            pending.append((numbers, self._compute([parts[n] for n in numbers], row_of)))
-            if len(pending) > 1:  # the device computes the next batch while the last one is fetched
-                _hand_out(parts, *pending.pop(0), answers)
-        for numbers, computed in pending:
-            _hand_out(parts, numbers, computed, answers)
-        return [answer for answer in answers if answer is not None]
+            batch = order[start : start + self.batch_size]
+            indices = [index for key in batch for index in rows[key]]
+            row_of = [row for row, key in enumerate(batch) for _ in rows[key]]
+            pending.append((indices, self._compute([requests[i] for i in indices], row_of)))
+            if len(pending) > 1:  # the device computes the next batch while this one is fetched
+                _distribute(requests, *pending.pop(0), scores)
+        for indices, computed in pending:
+            _distribute(requests, indices, computed, scores)
+        return [s for s in scores if s is not None]
 
-    def _compute(self, parts: Sequence[Part], row_of: Sequence[int]) -> tuple[Array, Array]:
-        """Starts the computation for the parts of one batch, each of which is asked of its row."""
-        width = bucket(max(len(p.ids) - 1 for p in parts))
-        if not rolls(self.model):
-            width = min(width, self.model.context_length)
-        tokens = np.zeros((self.batch_size, width), np.int32)
-        count = sum(p.asked for p in parts)
-        rows, places, targets = np.zeros((3, bucket(count)), np.int32)
-        done = 0
-        for part, row in zip(parts, row_of, strict=True):
-            here, length = slice(done, done + part.asked), len(part.ids)
-            tokens[row, : length - 1] = part.ids[:-1]
-            rows[here], targets[here] = row, part.ids[length - part.asked :]
-            places[here] = np.arange(length - 1 - part.asked, length - 1)
-            done += part.asked
-        return _nats(self.params, tokens, rows, places, targets, model=self.model)
+    def _compute(self, requests: Sequence[ScoreRequest], row_of: Sequence[int]) -> tuple[Array, Array]:
+        """Starts the computation of one batch of requests, each with its row."""
+        length = padded_length(self.config, max(len(r.ids) - 1 for r in requests))
+        tokens = np.zeros((self.batch_size, length), np.int32)
+        rows, positions, targets = np.zeros((3, bucket(sum(r.num_targets for r in requests))), np.int32)
+        start = 0
+        for request, row in zip(requests, row_of, strict=True):
+            length = len(request.ids)
+            here = slice(start, start + request.num_targets)
+            tokens[row, : length - 1] = request.ids[:-1]
+            rows[here] = row
+            positions[here] = np.arange(length - 1 - request.num_targets, length - 1)
+            targets[here] = request.ids[length - request.num_targets :]
+            start = here.stop
+        return _token_scores(self.params, tokens, rows, positions, targets, config=self.config)
 
 
 def score(
@@ -176,68 +178,71 @@ def score(
     batch_size: int = 8,
     dtype: str | None = None,
 ) -> DocumentScores:
-    """Nats of every token of a long text given what comes before it; see `Scorer.texts`."""
+    """The scores of one long text; see `Scorer.texts`."""
     return next(Scorer(pretrained, batch_size, dtype).texts([ids], stride, window))
 
 
-def windows(ids: np.ndarray, window: int, stride: int) -> Iterator[Part]:
-    """The windows of a text whose first token is given: every other token is asked for once.
+def windows(ids: np.ndarray, window: int, stride: int) -> Iterator[ScoreRequest]:
+    """The windows of a text whose first token is given: every other token is the target of one of them.
 
-    They are those of transformers' guide to perplexity with `max_length = window + 1` (its models read the last token
-    of a window and do not use what they make of it).
+    They are those of transformers' guide to perplexity with `max_length = window + 1` (its models also read the last
+    token of a window, without using the output).
     """
-    start, done = 0, 0
-    while done < len(ids) - 1:
+    start, scored = 0, 0
+    while scored < len(ids) - 1:
         end = min(start + window, len(ids) - 1)
-        yield Part(ids[start : end + 1], end - done)
-        start, done = start + stride, end
+        yield ScoreRequest(ids[start : end + 1], end - scored)
+        start += stride
+        scored = end
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:
-    """What the first token of a text is scored after: begin_of_text, else end_of_text, else nothing."""
+    """The token that the first token of a text is conditioned on: BOS, else EOS, else none."""
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 class LossTotals:
-    """Sums over many texts, and the figures that follow from them."""
+    """Sums over many texts, and the metrics that follow from them."""
 
     def __init__(self, window: int):
-        self.documents, self.bytes = 0, 0
-        self.count, self.nats, self.squares = np.zeros((3, window + 1))  # by how many tokens were seen
+        self.documents = 0
+        self.bytes = 0
+        self.count, self.nll, self.squares = np.zeros((3, window + 1))  # by context size
 
-    def add(self, scored: DocumentScores, num_bytes: int) -> None:
-        """A text of which the scored part has `num_bytes` bytes in UTF-8."""
-        nats = scored.nats.astype(np.float64)
-        self.documents, self.bytes = self.documents + 1, self.bytes + num_bytes
-        for sums, weights in [(self.count, np.ones_like(nats)), (self.nats, nats), (self.squares, nats**2)]:
-            sums += np.bincount(scored.seen, weights, len(sums))
+    def add(self, scores: DocumentScores, num_bytes: int) -> None:
+        """Adds a text whose scored part has `num_bytes` bytes in UTF-8."""
+        nll = scores.nll.astype(np.float64)
+        self.documents += 1
+        self.bytes += num_bytes
+        for sums, values in [(self.count, np.ones_like(nll)), (self.nll, nll), (self.squares, nll**2)]:
+            sums += np.bincount(scores.context_sizes, values, len(sums))
 
-    def figures(self) -> dict[str, Any]:
-        """loss (nats a token), perplexity (e to the loss), bits_per_byte, and of how much text."""
-        tokens, nats = int(self.count.sum()), float(self.nats.sum())
-        loss = nats / tokens if tokens else math.nan
+    def metrics(self) -> dict[str, Any]:
+        """loss (nats/token), perplexity (e to the loss), bits_per_byte, and the size of the text."""
+        tokens, nll = int(self.count.sum()), float(self.nll.sum())
+        loss = nll / tokens if tokens else math.nan
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": nats / math.log(2) / max(self.bytes, 1),
+            "bits_per_byte": nll / math.log(2) / max(self.bytes, 1),
             "tokens": tokens,
             "bytes": self.bytes,
             "documents": self.documents,
         }
 
     def by_position(self) -> list[dict[str, Any]]:
-        """Loss by the number of tokens seen, in bins that double: 1, 2, 3-4, 5-8, ... Empty bins are left out.
+        """The loss by context size, in bins that double: 1, 2, 3-4, 5-8, ... Empty bins are left out.
 
-        `error` is the standard error of the mean, as if the tokens were independent; None for a single one.
+        `error`: the standard error of the mean, as if the tokens were independent; None for a single token.
         """
         bins, low = [], 1
         while low < len(self.count):
             high = min(1 << (low - 1).bit_length(), len(self.count) - 1)
-            count, nats, squares = (float(x[low : high + 1].sum()) for x in (self.count, self.nats, self.squares))
+            count, nll, squares = (float(x[low : high + 1].sum()) for x in (self.count, self.nll, self.squares))
             if count:
-                variance = max(squares - nats**2 / count, 0.0) / max(count - 1, 1)
+                variance = max(squares - nll**2 / count, 0.0) / max(count - 1, 1)
                 error = math.sqrt(variance / count) if count > 1 else None
-                bins.append({"from": low, "to": high, "tokens": int(count), "loss": nats / count, "error": error})
+                bins.append({"from": low, "to": high, "tokens": int(count), "loss": nll / count, "error": error})
             low = high + 1
         return bins
 
@@ -245,58 +250,68 @@ class LossTotals:
 def evaluate_texts(
     scorer: Scorer, documents: Iterable[str], stride: int | None = None, window: int | None = None
 ) -> LossTotals:
-    """Scores documents, each by itself from its beginning; the end_of_text after it is not asked for.
+    """Scores documents, each independently from its beginning; the EOS token after it is not scored.
 
-    Bytes are those of the documents in UTF-8, less those of a first token that is not scored, so that bits a byte do
-    not depend on the tokenizer.
+    Bytes are those of the documents in UTF-8, without those of a first token that is not scored, so that bits_per_byte
+    does not depend on the tokenizer.
     """
-    totals = LossTotals(scorer.window(window, stride)[0])
-    num_bytes: deque[int] = deque()  # of each text on its way
+    totals = LossTotals(scorer.resolve_window(window, stride)[0])
+    num_bytes: deque[int] = deque()  # of the texts that are not yet scored
 
     def encoded() -> Iterator[np.ndarray]:
         for text in documents:
             ids = scorer.tokenizer.encode(text)
-            left_out = scorer.tokenizer.decode_bytes(ids[: first_token(scorer.tokenizer) is None])
-            num_bytes.append(len(text.encode()) - len(left_out))
+            unscored = scorer.tokenizer.decode_bytes(ids[: first_token(scorer.tokenizer) is None])
+            num_bytes.append(len(text.encode()) - len(unscored))
             yield ids
 
-    for scored in scorer.texts(encoded(), stride, window):
-        totals.add(scored, num_bytes.popleft())
+    for scores in scorer.texts(encoded(), stride, window):
+        totals.add(scores, num_bytes.popleft())
     return totals
 
 
-@partial(jax.jit, static_argnames="model")
-def _nats(
-    params: Any, tokens: Array, rows: Array, places: Array, targets: Array, *, model: config.ModelConfig
-) -> tuple[Array, Array]:
-    """Reads tokens [B, L]; for each question [A] the nats of its target after the token at its row and place, and
-    whether it is the likeliest. Logits are made for the questions only, and never more than `LOGITS` at once.
-    """
-    assert model.vocab_size
-    x: Any = GPT(model).apply({"params": params}, tokens, method="hidden_states")
-    x = x[rows, places]
+@partial(jax.jit, static_argnames="config")
+def _token_scores(
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    rows: Int[Array, " targets"],
+    positions: Int[Array, " targets"],
+    targets: Int[Array, " targets"],
+    *,
+    config: ModelConfig,
+) -> tuple[Float[Array, " targets"], Bool[Array, " targets"]]:
+    """The negative log-likelihood of each target after the token at its row and position, and whether it is the argmax.
 
-    def of(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+    Logits are computed for the targets only, and at most `MAX_LOGITS` at once.
+    """
+    assert config.vocab_size
+    x: Any = GPT(config).apply({"params": params}, tokens, method="hidden_states")
+    x = x[rows, positions]
+
+    def score_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         x, targets = chunk
-        logits: Any = GPT(model).apply({"params": params}, x[None], method="logits")
+        logits: Any = GPT(config).apply({"params": params}, x[None], method="logits")
         return ops.cross_entropy(logits[0], targets)[0], logits[0].argmax(-1) == targets
 
-    chunks = num_chunks(len(targets), model.vocab_size, LOGITS)
-    nats, likeliest = map_in_chunks(of, (x, targets), chunks, axis=0)
-    return nats, likeliest
+    chunks = num_chunks(len(targets), config.vocab_size, MAX_LOGITS)
+    nll, is_argmax = map_in_chunks(score_chunk, (x, targets), chunks, axis=0)
+    return nll, is_argmax
 
 
-def _hand_out(
-    parts: Sequence[Part], numbers: Sequence[int], computed: tuple[Array, Array], answers: list[TokenScores | None]
+def _distribute(
+    requests: Sequence[ScoreRequest],
+    indices: Sequence[int],
+    computed: tuple[Array, Array],
+    scores: list[TokenScores | None],
 ) -> None:
-    """Gives each part its share of what was computed."""
-    nats, likeliest = (np.asarray(x) for x in computed)
-    done = 0
-    for number in numbers:
-        here = slice(done, done + parts[number].asked)
-        answers[number] = TokenScores(nats[here], likeliest[here])
-        done = here.stop
+    """Splits the results of a batch by request."""
+    nll, is_argmax = (np.asarray(x) for x in computed)
+    start = 0
+    for index in indices:
+        here = slice(start, start + requests[index].num_targets)
+        scores[index] = TokenScores(nll[here], is_argmax[here])
+        start = here.stop
 
 
-def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)

@@ -25,7 +25,7 @@ from gptjax.errors import DataError, GptjaxError, PromptError
 from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained, check_is_generative
 from gptjax.inference.sampling import SamplingParams
-from gptjax.inference.scoring import Part, Scorer, first_token
+from gptjax.inference.scoring import Scorer, ScoreRequest, first_token
 
 DEFAULT_NEW_TOKENS = 256  # if a task sets no limit
 LENGTHS = (
@@ -131,12 +131,12 @@ class GptjaxLM(TemplateLM):
     def _likelihoods(self, pairs: Iterable[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """The log-probability of each continuation, and whether greedy decoding generates it."""
 
-        def part(context: list[int], continuation: list[int]) -> Part:
+        def part(context: list[int], continuation: list[int]) -> ScoreRequest:
             ids = [*(context or [self._prefix_id]), *continuation]
-            return Part(np.array(ids[-(self.max_length + 1) :], np.int32), len(continuation))
+            return ScoreRequest(np.array(ids[-(self.max_length + 1) :], np.int32), len(continuation))
 
-        answers = self.scorer.answer(part(*pair) for pair in pairs)
-        return [(-float(a.nats.sum(dtype=np.float64)), bool(a.likeliest.all())) for a in answers]
+        answers = self.scorer.score_batch(part(*pair) for pair in pairs)
+        return [(-float(a.nll.sum(dtype=np.float64)), bool(a.is_argmax.all())) for a in answers]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-probability of each text: in windows of maximal length, with every token scored once."""
@@ -172,7 +172,7 @@ class GptjaxLM(TemplateLM):
             for start in range(0, len(numbers), self.batch_size):
                 chosen = numbers[start : start + self.batch_size]
                 # one seed per request, so that `repeats` of one context differ
-                made = self.generator.complete([prompts[n] for n in chosen], new_tokens, sampling, stop, seeds=chosen)
+                made = self.generator.generate([prompts[n] for n in chosen], new_tokens, sampling, stop, seeds=chosen)
                 for n, completion in zip(chosen, made, strict=True):
                     # decoding alone drops the space that such a tokenizer adds before every text
                     texts[n] = completion.text

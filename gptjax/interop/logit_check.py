@@ -21,7 +21,7 @@ from gptjax.interop.huggingface import read_config, read_weights
 from gptjax.model.gpt import GPT
 
 TOLERANCE = 1e-4  # for float32 sums in another order and logits up to 10; scaled up above
-TOKENS = 64  # in each of the two compared texts, or the context length if that is less
+TOKEN_LOSS = 64  # in each of the two compared texts, or the context length if that is less
 
 
 class Agreement(NamedTuple):
@@ -37,7 +37,7 @@ def compare_logits(pretrained: Pretrained, folder: Path, adapter: Path | None = 
 
     `adapter`: the folder of a PEFT adapter for the latter.
     """
-    length = min(TOKENS, pretrained.model.context_length)
+    length = min(TOKEN_LOSS, pretrained.model.context_length)
     tokens = np.random.default_rng(0).integers(0, pretrained.model.vocab_size or 1, (2, length))
     ours = logits(pretrained.model, pretrained.params, tokens)
     needed = ["transformers", "torch", *(["peft"] if adapter else [])]

@@ -13,8 +13,8 @@ from gptjax.inference.pretrained import Pretrained
 from gptjax.interop import adapter
 from gptjax.interop.files import CONFIG
 from gptjax.interop.huggingface import load_folder, read_config
+from gptjax.training.restore import open_trained
 from gptjax.training.run import EXPERIMENT, open_run
-from gptjax.training.train_setup import open_trained
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "vocab.*"]  # no pickles, no code
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -15,16 +15,8 @@ from gptjax.errors import ExchangeError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.files import fill_folder
 from gptjax.training import checkpoint
-from gptjax.training.run import (
-    EXPERIMENT,
-    PROVENANCE,
-    Run,
-    check_room,
-    new_provenance,
-    open_run,
-    write_generation,
-    write_json,
-)
+from gptjax.training.provenance import new_provenance
+from gptjax.training.run import EXPERIMENT, PROVENANCE, Run, check_room, open_run, write_generation, write_json
 from gptjax.training.state import Weights, leaf_name
 
 

@@ -20,7 +20,11 @@ def short_labels(names: Sequence[str]) -> list[str]:
         return list(names)
     fields = dict.fromkeys(field for _, values in parsed for field in values)
     varied = [field for field in fields if len({values.get(field) for _, values in parsed}) > 1]
-    labels = [", ".join(_part(field, values) for field in varied if field in values) or base for base, values in parsed]
+    named = [field for field in varied if not all(_explains_itself(field, values) for _, values in parsed)]
+    labels = []
+    for base, values in parsed:
+        parts = [f"{_short(f)} {values[f]}" if f in named else values[f] for f in varied if f in values]
+        labels.append(", ".join(parts) or base)
     return labels if len(set(labels)) == len(names) else list(names)
 
 
@@ -30,10 +34,12 @@ def _parse(name: str) -> tuple[str, Mapping[str, str]]:
     return base, dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _part(field: str, values: Mapping[str, str]) -> str:
-    """`lr 0.001`; a word alone, as in `swiglu`, if no other field of the variant has the same value."""
-    value = values[field]
-    is_word = re.fullmatch(r"[A-Za-z]\w*", value) and value not in ("True", "False", "None", "nan", "inf")
-    if is_word and list(values.values()).count(value) == 1:
-        return value
-    return f"{SHORT.get(field, field.replace('_', ' '))} {value}"
+def _explains_itself(field: str, values: Mapping[str, str]) -> bool:
+    """Whether a value needs no field name: a word such as `swiglu`, which no other field of the variant has."""
+    value = values.get(field, "")
+    is_word = re.fullmatch(r"([A-Za-z]\w*)?", value) and value not in ("True", "False", "None", "nan", "inf")
+    return bool(is_word) and list(values.values()).count(value) <= 1
+
+
+def _short(field: str) -> str:
+    return SHORT.get(field, field.replace("_", " "))

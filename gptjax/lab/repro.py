@@ -28,8 +28,8 @@ from gptjax.config import Experiment
 from gptjax.errors import GptjaxError, Interrupted, TrainingFailed
 from gptjax.lab.claims_page import page
 from gptjax.loading import read_attribute
-from gptjax.training.evaluation import Figures
-from gptjax.training.loop import say
+from gptjax.training.evaluation import ScalarMetrics
+from gptjax.training.loop import log
 from gptjax.training.train import train
 
 FORMAT_VERSION = 1
@@ -203,7 +203,7 @@ def _attempt(claim_file: ClaimFile, folder: Path) -> ClaimResult:
         return claim_file.result("not run", 0, Measurement("", False, note="needs a GPU; this machine has none"))
     own_folder = folder / claim_file.name
     own_folder.mkdir(parents=True, exist_ok=True)
-    say(f"{claim_file.name}: {claim.title} (about {claim.minutes:g} min)")
+    log(f"{claim_file.name}: {claim.title} (about {claim.minutes:g} min)")
     measurement = None
     verdict: ClaimVerdict
     with _clock(own_folder) as seconds:
@@ -216,7 +216,7 @@ def _attempt(claim_file: ClaimFile, folder: Path) -> ClaimResult:
             verdict = "crashed" if isinstance(e, TrainingFailed) else "not run"
             why = str(e)
         except Exception as e:  # a bug in this claim must not stop the others
-            say(traceback.format_exc())
+            log(traceback.format_exc())
             verdict = "crashed"
             why = f"{type(e).__name__}: {e}"
     return claim_file.result(verdict, seconds(), measurement or Measurement("", False, note=why))
@@ -253,6 +253,6 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def train_run(experiment: Experiment, folder: Path) -> Figures:
+def train_run(experiment: Experiment, folder: Path) -> ScalarMetrics:
     """Trains or resumes a run in FOLDER/NAME; returns its final metrics."""
     return train(experiment, folder / experiment.name)

@@ -42,25 +42,7 @@ class SearchPlan:
         self._workers = workers
         self._folder = folder
         self._space = {path: _distribution(optuna, values) for path, values in search.space.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
-        sampler = optuna.samplers.TPESampler if method == "tpe" else optuna.samplers.RandomSampler
-        halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, e.train.eval_every), reduction_factor=3)
-        self._study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
-            study_name=e.name,
-            load_if_exists=True,
-            pruner=halving if method == "halving" else optuna.pruners.NopPruner(),
-            direction="minimize" if search.lower_is_better else "maximize",
-        )
-        wanted = f"{'least' if search.lower_is_better else 'most'} {search.metric}"  # kept in the journal
-        existing = self._study.user_attrs.get("wanted", wanted)
-        if existing != wanted:
-            raise RunError(
-                f"{folder}: holds a search for the {existing}, not for the {wanted}; choose another --run-dir"
-            )
-        self._study.set_user_attr("wanted", wanted)
-        self._study.sampler = sampler(seed=e.seed + len(self._study.trials))  # a resumed search draws other values
+        self._study = _open_study(optuna, search, method, folder)
         self._states = optuna.trial.TrialState
         self._finished = optuna.exceptions.UpdateFinishedTrialError
         self._running: dict[str, Any] = {}  # name -> Optuna's trial, without a result yet
@@ -157,6 +139,29 @@ def _optuna() -> Any:
         raise GptjaxError("--search: needs Optuna, which is not installed; pip install 'gptjax[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
+
+
+def _open_study(optuna: Any, search: Search, method: Method, folder: Path) -> Any:
+    """Optuna's study in a folder. Raises `RunError` if the folder holds another search."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
+    e = search.experiment
+    sampler = optuna.samplers.TPESampler if method == "tpe" else optuna.samplers.RandomSampler
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, e.train.eval_every), reduction_factor=3)
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name=e.name,
+        load_if_exists=True,
+        pruner=halving if method == "halving" else optuna.pruners.NopPruner(),
+        direction="minimize" if search.lower_is_better else "maximize",
+    )
+    wanted = f"{'least' if search.lower_is_better else 'most'} {search.metric}"  # kept in the journal
+    existing = study.user_attrs.get("wanted", wanted)
+    if existing != wanted:
+        raise RunError(f"{folder}: holds a search for the {existing}, not for the {wanted}; choose another --run-dir")
+    study.set_user_attr("wanted", wanted)
+    study.sampler = sampler(seed=e.seed + len(study.trials))  # a resumed search draws other values
+    return study
 
 
 def _distribution(optuna: Any, values: Uniform | Sequence[Any]) -> Any:

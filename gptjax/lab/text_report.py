@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gptjax.checks import ON_POLICY
 from gptjax.lab.comparison import BITS, Comparison, Row
 from gptjax.lab.records import RunRecord
 from gptjax.lab.variants import seed_of
+from gptjax.objectives import OBJECTIVES
 from gptjax.tuning.intervals import BOOTSTRAP, STUDENT, Score
 
 LABELS = {
@@ -36,10 +36,15 @@ def loss_unit(c: Comparison) -> str:
     units = set()
     for row in c.rows:
         e = row.variant.experiment
-        if e is not None and e.objective.name in (*ON_POLICY, "dpo"):
+        if e is None:
+            continue
+        kind = OBJECTIVES.get(e.objective.name)  # an own objective is not imported for a report
+        if e.model.num_classes:
+            units.add("nats/label")
+        elif kind is not None and kind(e).is_token_nll():
+            units.add("nats/token")
+        else:
             units.add("")
-        elif e is not None:
-            units.add("nats/label" if e.model.num_classes else "nats/token")
     return units.pop() if len(units) == 1 else ""
 
 

@@ -1,1 +1,1 @@
-"""What a trained model can do and what it keeps, measured from outside."""
+"""Measurements of a trained model: what it can do, and what it has memorised."""

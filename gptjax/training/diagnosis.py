@@ -1,4 +1,4 @@
-"""Looking at one step again: which module first gave a number that is not finite, and on which examples."""
+"""Recomputing one step: the first module with a number that is not finite, and the examples that cause it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.data.objectives import Batch
+from gptjax.data.batches import Batch
 from gptjax.errors import RunError
 from gptjax.model import ops
 from gptjax.model.gpt import GPT
 from gptjax.sharding import CORES, on_one_device, one_device
 from gptjax.training import checkpoint
 from gptjax.training.initial import ModelLoader
-from gptjax.training.optim import trained
+from gptjax.training.optim import trainable_mask
 from gptjax.training.run import Run
 from gptjax.training.state import TrainState, leaf_name, named_key
-from gptjax.training.step import loss_and_gradient
+from gptjax.training.step import mean_gradient
 from gptjax.training.train_setup import TrainSetup, first_state, reopen
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is not finite in a step; None and () where everything is."""
+    """What is not finite in a step; None and () if everything is finite."""
 
     loss: float
     grad_norm: float
-    forward: str | None  # the first module, in the order in which they run, whose output is not finite
-    backward: str | None  # the first, from the loss down, whose weights have a gradient that is not finite
+    forward: str | None  # the first module, in order of execution, whose output is not finite
+    backward: str | None  # the first module, from the loss backwards, with a weight gradient that is not finite
     samples: tuple[int, ...]  # the examples whose own loss is not finite
 
     @property
@@ -41,38 +41,42 @@ class Diagnosis:
 
     def __str__(self) -> str:
         if self.healthy:
-            return "every module's output and gradient are finite"
+            return "the output and the gradient of every module are finite"
         if self.forward is None and self.backward is None:
-            return "every module's output and every gradient is finite, their norm overflows"
-        forward = f"the first module without a finite output is {self.forward or 'none'}"
-        backward = f"from the loss down, the first without a finite gradient is {self.backward or 'none'}"
-        return f"{forward}; {backward}; examples without a finite loss: {list(self.samples) or 'none alone'}"
+            return "the output and the gradient of every module are finite, but the gradient norm overflows"
+        forward = f"the first module with an output that is not finite is {self.forward or 'none'}"
+        backward = (
+            f"the first with a gradient that is not finite, from the loss backwards, is {self.backward or 'none'}"
+        )
+        return f"{forward}; {backward}; examples whose own loss is not finite: {list(self.samples) or 'none'}"
 
 
 def diagnose(setup: TrainSetup, state: TrainState, step: int) -> Diagnosis:
-    """Looks into the update from `step` to step + 1, made from this state; the state stays as it is."""
-    m, objective, learnt = setup.experiment.model, setup.objective, trained(setup.experiment)
-    weights = objective.reference.params if objective.reference and not objective.rollout else None
-    model = GPT(dataclasses.replace(m, remat="none"))  # the same numbers, and every module to be seen
+    """Inspects the update from `step` to step + 1 from this state, without changing the state."""
+    objective, config = setup.objective, setup.experiment.model
+    model = GPT(dataclasses.replace(config, remat="none"))  # the same numbers, and every module is visible
+    grad_fn = setup.grad_fn(model)
+    plain_grad = mean_gradient(model, objective.loss, trainable_mask(setup.experiment))
     order: dict[str, None] = {}  # of the modules, as they run
 
-    def look(state: TrainState, batch: Batch, weights: Any) -> Any:
-        shown, grads = loss_and_gradient(state, batch, model, objective.loss, learnt, weights, setup.noise)
+    def inspect(state: TrainState, batch: Batch, reference: Any) -> Any:
+        metrics, grads = grad_fn(state, batch, reference)
         norm = optax.tree.norm(grads)
-        if setup.noise is not None:  # clipping leaves nothing that is not finite to be found
-            grads = loss_and_gradient(state, batch, model, objective.loss, learnt, weights)[1]
-        parts = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(batch.tokens.shape[0])]
-        outputs, rows = zip(*[_forward(state, part, model, i, order) for i, part in enumerate(parts)], strict=True)
-        return shown["loss"], norm, _all(*outputs), _backward(grads), jnp.stack(rows)
+        if setup.privacy is not None:  # after clipping all gradients are finite
+            _, grads = plain_grad(state, batch, reference)
+        microbatches = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(batch.tokens.shape[0])]
+        outputs, rows = zip(*[_forward(state, x, model, i, order) for i, x in enumerate(microbatches)], strict=True)
+        return metrics["loss"], norm, _all(*outputs), _backward(grads), jnp.stack(rows)
 
     batch, _ = setup.batch(state, step)
-    mesh, given = setup.mesh, (state, batch, weights)
+    reference = objective.reference.params if objective.reference and not objective.rollout else None
+    mesh, arguments = setup.mesh, (state, batch, reference)
     if mesh.shape[CORES] > 1:
-        mesh, given = one_device(), on_one_device(given)
+        mesh, arguments = one_device(), on_one_device(arguments)
     with jax.set_mesh(mesh):
-        found = jax.jit(look, out_shardings=NamedSharding(mesh, PartitionSpec()))(*given)
+        found = jax.jit(inspect, out_shardings=NamedSharding(mesh, PartitionSpec()))(*arguments)
     loss, norm, outputs, grads, rows = jax.device_get(found)
-    sequence = _sequence(list(order), m.num_layers)
+    sequence = _sequence(list(order), config.num_layers)
     samples = setup.batches.example_ids(step)[~rows]
     return Diagnosis(
         float(loss), float(norm), _first(sequence, outputs), _first(sequence[::-1], grads), (*samples.tolist(),)
@@ -80,10 +84,10 @@ def diagnose(setup: TrainSetup, state: TrainState, step: int) -> Diagnosis:
 
 
 def replay(run: Run, step: int, open_init: ModelLoader | None = None) -> list[str]:
-    """Makes step number `step` of a run again, from the checkpoint before it; what was found, as lines of text.
+    """Recomputes step number `step` of a run from the checkpoint before it. Returns the findings as lines of text.
 
-    `open_init` is needed as for `train`, where the run began with another model and has no checkpoint before the step.
-    Raises `RunError` where the steps before it cannot be made again as they were.
+    `open_init`: as for `train`; needed if the run started from another model and has no checkpoint before the step.
+    Raises `RunError` if the steps before it cannot be recomputed exactly.
     """
     if not 1 <= step <= run.experiment.train.steps:
         raise RunError(f"--step {step}: the run has steps 1 to {run.experiment.train.steps}")
@@ -105,29 +109,28 @@ def replay(run: Run, step: int, open_init: ModelLoader | None = None) -> list[st
     examples = setup.batches.example_range(step - 1)
     origin = f"the checkpoint of step {first}" if chosen else "the start"
     text = [
-        f"step {step}, made again from {origin}: loss {found.loss:.6g}, gradient norm {found.grad_norm:.6g}",
+        f"step {step}, recomputed from {origin}: loss {found.loss:.6g}, gradient norm {found.grad_norm:.6g}",
         f"  examples  {' to '.join(map(str, examples)) or 'none'}",
     ]
     if logged := [line["loss"] for line in run.metrics() if line["step"] == step and "loss" in line]:
         same = np.isclose(logged[0], found.loss, rtol=1e-5)
-        text.append(
-            f"  the run   logged loss {logged[0]:.6g}: {'the same' if same else 'NOT the same: other devices?'}"
-        )
+        verdict = "the same" if same else "NOT the same: other devices?"
+        text.append(f"  the run   logged loss {logged[0]:.6g}: {verdict}")
     text.append(f"  numbers   {found}")
-    pieces = setup.store.tokenizer.decode
+    decode = setup.store.tokenizer.decode
     for number in found.samples[:3]:
         row = setup.batches.make_examples(np.array([number]))
-        text.append(f"  example {number}: {pieces(np.asarray(row.tokens[0]))[:200]!r}")
+        text.append(f"  example {number}: {decode(np.asarray(row.tokens[0]))[:200]!r}")
     return text
 
 
 def _forward(state: TrainState, part: Batch, model: GPT, index: int, order: dict[str, None]) -> tuple[Any, Array]:
-    """Whether each module's output is finite (by layer, where there are layers), and each row's loss.
+    """Whether the output of each module (of each layer) and the loss of each row are finite.
 
-    Notes in `order` which modules run, in their order.
+    Records in `order` the modules in order of execution.
     """
 
-    def watched(module: Any, method: str) -> bool:
+    def is_captured(module: Any, method: str) -> bool:
         name = ".".join(module.path) + ("" if method == "__call__" else f".{method}")
         chosen = bool(module.path) and type(module).__name__ != "Dropout" and method in ("__call__", "embed", "unembed")
         if chosen:
@@ -136,30 +139,30 @@ def _forward(state: TrainState, part: Batch, model: GPT, index: int, order: dict
 
     key = jax.random.fold_in(named_key(state.key, "dropout"), state.step)
     rngs = {"dropout": jax.random.fold_in(key, index)} if model.config.dropout else {}
-    reads = (part.tokens, part.positions, part.segment_ids, part.prefix_mask)
+    inputs = (part.tokens, part.positions, part.segment_ids, part.prefix_mask)
     logits, captured = model.apply(
-        {"params": state.params}, *reads, rngs=rngs, capture_intermediates=watched, mutable=["intermediates"]
+        {"params": state.params}, *inputs, rngs=rngs, capture_intermediates=is_captured, mutable=["intermediates"]
     )
-    nats, _ = ops.cross_entropy(logits, part.targets)
+    nll, _ = ops.cross_entropy(logits, part.targets)
     outputs: dict[str, Array] = {}
     for path, x in jax.tree.leaves_with_path(captured["intermediates"], is_leaf=lambda x: isinstance(x, tuple)):
         name = leaf_name(path).removesuffix(".__call__")
         outputs[name] = _all(*[_finite(y, name) for y in jax.tree.leaves(x)])
-    return outputs, jnp.isfinite((nats * part.loss_weights).sum(-1))
+    return outputs, jnp.isfinite((nll * part.loss_weights).sum(-1))
 
 
 def _backward(grads: Any) -> dict[str, Array]:
-    """Whether the gradient of each module's weights is finite (by layer, where there are layers)."""
+    """Whether the gradient of the weights of each module (of each layer) is finite."""
     found: dict[str, Array] = {}
     for path, x in jax.tree.leaves_with_path(grads):
         module = leaf_name(path).rpartition(".")[0]
-        module = f"{module}.embed" if module == "embedding" else module  # the last that it passes on its way back
+        module = f"{module}.embed" if module == "embedding" else module  # the last module of the backward pass
         found[module] = _all(*[found[module]] if module in found else [], _finite(x, module))
     return found
 
 
 def _finite(x: Array, module: str) -> Array:
-    """Whether all numbers are finite: of each layer, or of the whole."""
+    """Whether all numbers are finite: per layer for blocks, else one flag."""
     return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)) if module.startswith("blocks") else None)
 
 
@@ -168,7 +171,7 @@ def _all(*flags: Any) -> Any:
 
 
 def _sequence(modules: list[str], layers: int) -> list[tuple[str, int | None]]:
-    """(module, layer) in the order in which they run: what stands before the blocks, each layer, what comes after."""
+    """(module, layer) in order of execution: before the blocks, each layer, after the blocks."""
     inner = [name for name in modules if name.startswith("blocks")]
     outer: list[tuple[str, int | None]] = [(name, None) for name in modules if name not in inner]
     before = modules.index(inner[0])

@@ -1,7 +1,7 @@
-"""One process at a time writes a run folder. The lock names its holder, and is known to be stale when that has gone.
+"""The lock of a run folder: one process at a time writes it. The lock names its holder; a stale lock is recognized.
 
-On one machine the kernel knows: `flock` ends with the process that holds it, however that ends. To other machines,
-which a shared file system may not tell, the holder shows that it lives by touching the file.
+On one machine `flock` ends with the process that holds it. For other machines, on shared file systems without `flock`,
+the holder updates the modification time of the file as a heartbeat.
 """
 
 import fcntl
@@ -19,8 +19,8 @@ from typing import TextIO
 from gptjax.errors import RunError
 
 NAME = "lock.json"
-ALIVE_SECONDS = 60.0  # a lock of another machine that was touched within this time is held
-LOOKS = 5  # how often a lock that is held is tried again: `holder` of another process holds it for an instant
+ALIVE_SECONDS = 60.0  # the lock of another machine counts as held for this long after its last heartbeat
+ATTEMPTS = 5  # `holder` in another process may hold the lock for an instant
 
 
 class Lock:
@@ -30,15 +30,15 @@ class Lock:
         self._path, self._file = path, file
 
     def touch(self) -> None:
-        """Shows to other machines that the holder lives."""
+        """The heartbeat for other machines."""
         os.utime(self._file.fileno())
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[Lock]:
-    """Holds the lock of a run folder, which is made if need be, and taken away again if nothing was put in it.
+    """Holds the lock of a run folder. The folder is created if necessary, and removed again if it stays empty.
 
-    Raises `RunError` naming the host and the process that holds it.
+    Raises `RunError` naming the host and the process of the holder.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,56 +47,60 @@ def hold(folder: Path) -> Iterator[Lock]:
     try:
         yield Lock(path, file)
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who opened it in vain sees that it is no longer there
+        path.unlink(missing_ok=True)  # while held: a process that waits for it sees that the file is gone
         file.close()
         if new and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def holder(folder: Path) -> str | None:
-    """Who is training in a run folder, on this machine or another; None: nobody. Takes nothing over."""
+    """The process that is training in a run folder, on this machine or another; None if there is none."""
     try:
         file = os.fdopen(os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")
     except OSError:
         return None
     with file:
-        told = _holder(file)
+        owner = _holder(file)
         silent = time.time() - os.fstat(file.fileno()).st_mtime
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _name(told)
+            return _name(owner)
         except OSError:
-            return _name(told) if silent < ALIVE_SECONDS else None
-        return _name(told) if told.get("host") not in (None, socket.gethostname()) and silent < ALIVE_SECONDS else None
+            return _name(owner) if silent < ALIVE_SECONDS else None
+        return (
+            _name(owner) if owner.get("host") not in (None, socket.gethostname()) and silent < ALIVE_SECONDS else None
+        )
 
 
 def _acquire(path: Path) -> TextIO:
-    kernel_knows, looks = True, 0
+    has_flock = True
+    attempts = 0
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if (looks := looks + 1) < LOOKS:
+            attempts += 1
+            if attempts < ATTEMPTS:
                 file.close()
                 time.sleep(0.02)
                 continue
             raise _refusal(path, _holder(file)) from None
-        except OSError:  # the file system has no flock: only what the holder shows is left
-            kernel_knows = False
+        except OSError:  # the file system has no flock: only the heartbeat is left
+            has_flock = False
         if _is_at(path, file):
             break
-        file.close()  # its holder has just removed it
+        file.close()  # its holder has just removed the file
     before, here = _holder(file), socket.gethostname()
     silent = time.time() - os.fstat(file.fileno()).st_mtime
-    if before and (before.get("host") != here or not kernel_knows) and silent < ALIVE_SECONDS:
+    if before and (before.get("host") != here or not has_flock) and silent < ALIVE_SECONDS:
         file.close()
         raise _refusal(
-            path, before, f"it showed itself {silent:.0f} s ago; if it has ended, wait {ALIVE_SECONDS:.0f} s"
+            path, before, f"its last heartbeat was {silent:.0f} s ago; if it has ended, wait {ALIVE_SECONDS:.0f} s"
         )
     if before:
-        print(f"{path.parent}: the lock of {_name(before)}, which has ended without letting go, is taken over",
+        print(f"{path.parent}: took over the lock of {_name(before)}, which has ended without releasing it",
               file=sys.stderr, flush=True)  # fmt: skip
     file.seek(0)
     file.truncate()
@@ -115,7 +119,7 @@ def _is_at(path: Path, file: TextIO) -> bool:
 
 
 def _holder(file: TextIO) -> dict[str, object]:
-    """Who wrote the lock; empty for a new one."""
+    """The holder as written in the lock; empty for a new one."""
     try:
         found = json.loads(file.read(4096) or "{}")
     except ValueError:

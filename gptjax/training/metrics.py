@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl and its views, the progress line, and how much of the machine it uses."""
+"""Metrics of a run: metrics.jsonl, trackers, the progress line; parameters, FLOPs and memory."""
 
 import functools
 import json
@@ -23,8 +23,8 @@ from gptjax.model.gpt import init_params
 from gptjax.model.weights import TOKEN_EMBEDDING
 from gptjax.sharding import one_device
 
-# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets. The first that is a part of what JAX calls
-# a device is taken, so a name stands before those that it contains.
+# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets. The first name that is part of JAX's name
+# of the device is used, so a longer name comes before the shorter ones that it contains.
 PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -47,25 +47,26 @@ PEAKS = {
 }
 
 
-@functools.cache  # tracing a model takes a tenth of a second, and every line of the log asks for this
+@functools.cache  # tracing a model takes 0.1 s, and every log line needs it
 def num_params(model: ModelConfig) -> dict[str, int]:
-    """Weights of a model: `total`, and `multiplied`, those that take part in matrix products (6 FLOPs a token each)."""
+    """Parameters of a model: `total`, and `multiplied`, those in matrix products (6 FLOPs/token each)."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     sizes = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for name, part in shapes.items()}
     looked_up = sum(
         math.prod(x.shape)
         for name, x in shapes["embedding"].items()  # type: ignore[union-attr]
-        if name == "positions" or (name.startswith(TOKEN_EMBEDDING) and (model.num_classes > 0 or not model.tie_embeddings))
+        if name == "positions"
+        or (name.startswith(TOKEN_EMBEDDING) and (model.num_classes > 0 or not model.tie_embeddings))
     )
     total = sum(sizes.values())
     return {"total": total, "multiplied": total - looked_up}
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Training FLOPs a token: 6 N + 12 L D T (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
+    """Training FLOPs/token: 6 N + 12 L D T (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
 
-    N: weights in matrix products (the tied embedding once, as head); L layers, D = heads x head_dim, T context length.
-    Forward and backward, attention over the whole context without halving it for causality, recomputation not counted.
+    N: parameters in matrix products (a tied embedding counts once); L layers, D = heads x head_dim, T context length.
+    Forward and backward pass. Attention is not halved for causality, and recomputation is not counted.
     """
     m = model.resolved()
     attention = 12 * m.num_layers * m.num_heads * (m.head_dim or 0) * m.context_length
@@ -73,9 +74,9 @@ def flops_per_token(model: ModelConfig) -> float:
 
 
 def peak_flops() -> tuple[float, str]:
-    """FLOP/s that all devices could do, and where the figure is from: a data sheet, or a float32 product on one.
+    """The peak FLOP/s of all devices, and its source: a data sheet, or a measured float32 product on one device.
 
-    A CPU counts once: all of its cores help the first, whether the others are devices of their own or not.
+    A CPU counts once, since the product uses all its cores.
     """
     device = jax.devices()[0]
     for kind, peak in PEAKS.items():
@@ -97,7 +98,7 @@ def peak_flops() -> tuple[float, str]:
 
 
 def memory_bytes() -> int:
-    """Most memory used so far: of one device where it tells, else of this process."""
+    """Peak memory so far: of one device if it reports it, else of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
@@ -105,10 +106,10 @@ def memory_bytes() -> int:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, and to the trackers that were asked for."""
+    """Appends to metrics.jsonl and to the trackers of the experiment."""
 
     def __init__(self, folder: Path, experiment: Experiment, resume_step: int):
-        """Drops lines after `resume_step`: the steps that they tell of are about to be made again."""
+        """Drops the lines after `resume_step`, whose steps will be repeated."""
         self._trackers: list[Any] = []
         if jax.process_index() != 0:
             self._file = open(os.devnull, "a")  # noqa: SIM115 - one process writes for all
@@ -119,18 +120,18 @@ class MetricsLog:
         self._file = path.open("a")
         self._trackers = [TRACKERS[name](folder, experiment) for name in experiment.train.trackers]
 
-    def write(self, step: int, **figures: float) -> None:
-        """One line, and the same in the trackers."""
-        self._append(step, figures)
+    def write(self, step: int, **metrics: float) -> None:
+        """Writes one line, also to the trackers."""
+        self._append(step, metrics)
         for tracker in self._trackers:
-            tracker.write(step, figures)
+            tracker.write(step, metrics)
 
     def event(self, step: int, name: str, **details: Any) -> None:
-        """One line that tells of something out of the ordinary."""
+        """Writes one line about an unusual event."""
         self._append(step, {"event": name} | details)
 
     def sync(self) -> None:
-        """Returns when everything up to now is on disk: a checkpoint must not outlive the lines before it."""
+        """Waits until everything so far is on disk: a checkpoint must not survive without the lines before it."""
         with self._reporting():
             if self._file.name != os.devnull:
                 os.fsync(self._file.fileno())
@@ -152,15 +153,15 @@ class MetricsLog:
             yield
         except OSError as e:
             raise TrainingFailed(
-                f"{self._file.name}: cannot be written ({e.strerror}); the checkpoints are whole. Make room or mend "
-                "the disk; the same command goes on from the last of them"
+                f"{self._file.name}: cannot be written ({e.strerror}); the checkpoints are intact. Free some space or "
+                "repair the disk; the same command resumes from the last of them"
             ) from e
 
 
 def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a metrics.jsonl, as text and read; none where there is no file, and an unfinished last one left out.
+    """The lines of a metrics.jsonl, as text and parsed. An unfinished last line is left out; no file gives no lines.
 
-    Raises `RunError` naming a line that is damaged.
+    Raises `RunError` naming a damaged line.
     """
     if not path.exists():
         return
@@ -171,10 +172,10 @@ def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 values = json.loads(line)
                 if not isinstance(values["step"], int):
-                    raise ValueError("its step is no whole number")
+                    raise ValueError("its step is not an integer")
             except (ValueError, KeyError, TypeError, RecursionError) as e:
                 raise RunError(
-                    f"{path}, line {number}: is damaged ({e}); remove that line to go on without it"
+                    f"{path}, line {number}: is damaged ({e}); remove that line to continue without it"
                 ) from None
             yield line, values
 
@@ -186,11 +187,13 @@ class TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            raise GptjaxError("train.trackers = 'tensorboard': needs tensorboardX; pip install 'gptjax[track]'") from None
+            raise GptjaxError(
+                "train.trackers = 'tensorboard': needs tensorboardX; pip install 'gptjax[track]'"
+            ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -198,7 +201,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run; offline where WANDB_MODE says so."""
+    """A Weights & Biases run; offline if WANDB_MODE says so."""
 
     def __init__(self, folder: Path, experiment: Experiment):
         try:
@@ -208,8 +211,8 @@ class WandB:
         config = json.loads(experiment.to_json())
         self._run = wandb.init(project="gptjax", name=experiment.name, dir=str(folder), config=config, resume="allow")
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        self._run.log(figures, step=step)
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -219,22 +222,22 @@ TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 class Progress:
-    """One line that says where a run is: redrawn on a terminal, a new one every `seconds` elsewhere."""
+    """The progress line: redrawn on a terminal, else printed every `seconds`."""
 
     def __init__(self, total: int, initial: int, seconds: float = 10.0):
         self.shows = jax.process_index() == 0
         self.bar = tqdm(total=total, initial=initial, bar_format="{desc}", disable=not sys.stderr.isatty())
         self.total, self.seconds, self.last = total, seconds, 0.0
 
-    def show(self, step: int, figures: dict[str, float], always: bool = False) -> None:
-        """`figures`: loss, tokens_per_second, mfu, seconds_left; once evaluated val_loss, val_step, val_accuracy."""
-        val = f" | val {figures['val_loss']:.4f}" if figures.get("val_loss") is not None else ""
-        val += f" ({figures['val_accuracy']:.1%} right)" if figures.get("val_accuracy") is not None else ""
-        val += f" at {figures['val_step']}" if val and figures["val_step"] != step else ""
-        left = int(figures["seconds_left"])
+    def show(self, step: int, metrics: dict[str, float], always: bool = False) -> None:
+        """`metrics`: loss, tokens_per_second, mfu, seconds_left; once evaluated val_loss, val_step, val_accuracy."""
+        val = f" | val {metrics['val_loss']:.4f}" if metrics.get("val_loss") is not None else ""
+        val += f" (accuracy {metrics['val_accuracy']:.1%})" if metrics.get("val_accuracy") is not None else ""
+        val += f" at {metrics['val_step']}" if val and metrics["val_step"] != step else ""
+        left = int(metrics["seconds_left"])
         line = (
-            f"step {step:>{len(str(self.total))}}/{self.total} | loss {figures['loss']:.4f}{val}"
-            f" | {figures['tokens_per_second']:,.0f} tokens/s | MFU {figures['mfu']:.1%}"
+            f"step {step:>{len(str(self.total))}}/{self.total} | loss {metrics['loss']:.4f}{val}"
+            f" | {metrics['tokens_per_second']:,.0f} tokens/s | MFU {metrics['mfu']:.1%}"
             f" | {left // 60}:{left % 60:02d} left | {memory_bytes() / 1e9:.1f} GB"
         )
         if not self.shows:

@@ -1,7 +1,7 @@
-"""Optimisers, schedules and weight averages: `make_optimizer` turns `OptimConfig` into one optax transformation.
+"""Optimizers, schedules and weight averages: `make_optimizer` turns `OptimConfig` into one optax transformation.
 
-The weights of all layers are stacked, and heads have axes of their own, so whatever treats a weight as a matrix (Muon,
-Adafactor) is told by the names of the axes what its rows, columns and layers are.
+The weights of all layers are stacked, and attention heads have an axis of their own. Optimizers that treat a weight as
+a matrix (Muon, Adafactor) find its rows, columns and layers by the names of its axes.
 """
 
 import math
@@ -23,29 +23,30 @@ Tree = Any  # params, or anything in their shape
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
-    """Clipping, the update rule with decoupled decay on matrices, the schedule, and the average of the weights."""
-    o, learnt = experiment.optim, trained(experiment)
-    axes = pick(weight_axes(experiment.model), learnt)
-    clipped = o.noise_multiplier is not None  # already, window by window
+    """Clipping, the update rule with decoupled weight decay on matrices, the schedule, and the EMA of the weights."""
+    o = experiment.optim
+    trainable = trainable_mask(experiment)
+    axes = select_trainable(weight_axes(experiment.model), trainable)
+    clipped = o.noise_multiplier is not None  # DP-SGD has clipped each window's gradient
     parts = [clip(o.clip_norm)] if o.clip_norm and not clipped else []
     wider = experiment.model.width_multiplier if experiment.model.mup_base_width else None
     parts.append(_update_rule(o, make_schedule(o, experiment.train.steps), axes, wider))
     if o.layer_decay != 1:
-        parts.append(scale_layers(o.layer_decay, axes, experiment.model.num_layers))
+        parts.append(layerwise_lr_decay(o.layer_decay, axes, experiment.model.num_layers))
     if o.ema_decay:
-        parts.append(average_weights(o.ema_decay))
-    return only(optax.chain(*parts), learnt)
+        parts.append(ema(o.ema_decay))
+    return masked(optax.chain(*parts), trainable)
 
 
-def trained(experiment: Experiment) -> Tree:
-    """True for the weights that are learnt: all that match none of `optim.freeze`; with LoRA only what is new.
+def trainable_mask(experiment: Experiment) -> Tree:
+    """True for trainable weights: all that match no pattern of `optim.freeze`; with LoRA only the new weights.
 
-    Raises `ConfigError` for a pattern that no weight matches, and where nothing is left to learn.
+    Raises `ConfigError` for a pattern that no weight matches, and if no weight is trainable.
     """
     freeze, lora = experiment.optim.freeze, experiment.model.lora_rank > 0
     unused = set(freeze)
 
-    def learnt(path: tuple[Any, ...], _: Axes) -> bool:
+    def trainable(path: tuple[Any, ...], _: Axes) -> bool:
         keys = [part.key for part in path]
         name = ".".join(keys)
         matched = {pattern for pattern in freeze if matches(pattern, keys)}
@@ -53,40 +54,41 @@ def trained(experiment: Experiment) -> Tree:
         new = "_lora_" in name or name.startswith("classifier.")
         return (new or not lora) and not matched
 
-    chosen = jax.tree.map_with_path(learnt, weight_axes(experiment.model), is_leaf=_is_axes)
+    chosen = jax.tree.map_with_path(trainable, weight_axes(experiment.model), is_leaf=_is_axes)
     if unused:
         raise ConfigError([f"optim.freeze: no weight is called {min(unused)!r}; there is blocks.ffn.up, for instance"])
     if not any(jax.tree.leaves(chosen)):
-        raise ConfigError([f"optim.freeze = {freeze}: leaves nothing to learn; freeze less"])
+        raise ConfigError([f"optim.freeze = {freeze}: leaves no trainable weights; freeze fewer"])
     return chosen
 
 
-def num_trained(experiment: Experiment) -> int:
-    """How many numbers are learnt, of a resolved experiment."""
+def num_trainable(experiment: Experiment) -> int:
+    """The number of trainable parameters of a resolved experiment."""
     sizes = axis_sizes(experiment.model)
-    learnt = pick(weight_axes(experiment.model), trained(experiment))
-    return sum(math.prod(sizes[name] for name in names) for names in jax.tree.leaves(learnt, is_leaf=_is_axes))
+    trainable = select_trainable(weight_axes(experiment.model), trainable_mask(experiment))
+    return sum(math.prod(sizes[name] for name in names) for names in jax.tree.leaves(trainable, is_leaf=_is_axes))
 
 
-def pick(tree: Tree, learnt: Tree) -> Tree:
-    """A tree in the shape of the weights, with nothing where they are frozen."""
-    return jax.tree.map(lambda chosen, x: x if chosen else None, learnt, tree)
+def select_trainable(tree: Tree, trainable: Tree) -> Tree:
+    """A tree like the weights, with None for frozen weights."""
+    return jax.tree.map(lambda chosen, x: x if chosen else None, trainable, tree)
 
 
-def only(inner: optax.GradientTransformation, learnt: Tree) -> optax.GradientTransformation:
-    """A transformation that sees the weights to be learnt alone: the others have no moments and no updates."""
-    if all(jax.tree.leaves(learnt)):
+def masked(inner: optax.GradientTransformation, trainable: Tree) -> optax.GradientTransformation:
+    """A transformation of the trainable weights alone: frozen weights have no moments and no updates."""
+    if all(jax.tree.leaves(trainable)):
         return inner
 
     def update(updates: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
-        moved, state = inner.update(pick(updates, learnt), state, None if params is None else pick(params, learnt))
-        return jax.tree.map(lambda u, m: jnp.zeros_like(u) if m is None else m, updates, moved), state
+        own_params = None if params is None else select_trainable(params, trainable)
+        new, state = inner.update(select_trainable(updates, trainable), state, own_params)
+        return jax.tree.map(lambda u, n: jnp.zeros_like(u) if n is None else n, updates, new), state
 
-    return optax.GradientTransformation(lambda params: inner.init(pick(params, learnt)), update)
+    return optax.GradientTransformation(lambda params: inner.init(select_trainable(params, trainable)), update)
 
 
 def clip(norm: float) -> optax.GradientTransformation:
-    """Gradients with a global norm of at most `norm`, all times one factor (Pascanu et al. 2013).
+    """Scales gradients by one factor to a global norm of at most `norm` (Pascanu et al. 2013).
 
     optax divides every number by the norm, which makes XLA write a second copy of the gradients.
     """
@@ -98,10 +100,10 @@ def clip(norm: float) -> optax.GradientTransformation:
     return optax.stateless(scaled)
 
 
-def scale_layers(decay: float, axes: Tree, num_layers: int) -> optax.GradientTransformation:
-    """Updates of layer i of n times `decay` ** (n - 1 - i), those of the embedding times `decay` ** n.
+def layerwise_lr_decay(decay: float, axes: Tree, num_layers: int) -> optax.GradientTransformation:
+    """Layer-wise learning rates (Howard & Ruder 2018).
 
-    Rates that fall from the top down (Howard & Ruder 2018).
+    Multiplies the updates of layer i of n by `decay` ** (n - 1 - i), and those of the embedding by `decay` ** n.
     """
 
     def scale(path: tuple[Any, ...], names: Axes, update: Array) -> Array:
@@ -114,10 +116,11 @@ def scale_layers(decay: float, axes: Tree, num_layers: int) -> optax.GradientTra
     return optax.stateless(lambda updates, _: jax.tree.map_with_path(scale, axes, updates, is_leaf=_is_axes))
 
 
-def scale_hidden(wider: float, axes: Tree) -> optax.GradientTransformation:
-    """Updates of matrices whose two sides both grow with the width, over how many times wider the model is.
+def mup_scale(wider: float, axes: Tree) -> optax.GradientTransformation:
+    """The learning rates of muP for Adam (Yang et al. 2022, table 8).
 
-    The rates of muP for Adam (Yang et al. 2022, table 8); decay, which comes after, stays the same at every width.
+    Divides the updates of matrices whose two sides both grow with the width by the width multiplier. Weight decay is
+    applied later and does not depend on the width.
     """
 
     def scale(names: Axes, update: Array) -> Array:
@@ -128,11 +131,10 @@ def scale_hidden(wider: float, axes: Tree) -> optax.GradientTransformation:
 
 
 def make_schedule(o: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate of the update after s others: a linear warm-up to the peak, then the chosen decline.
+    """The learning rate as a function of the updates taken before: linear warmup to the peak, then the chosen decay.
 
-    It counts updates that were taken: one that was skipped leaves the next its rate.
-    The first update already moves (rate peak / (warmup + 1)) and the last one is made at the final rate. WSD falls like
-    1 - sqrt over the last `cooldown_fraction` of the run (Haegele et al. 2024).
+    Skipped updates do not count. The first update has rate peak / (warmup + 1), the last one the final rate. WSD decays
+    like 1 - sqrt over the last `cooldown_fraction` of the run (Haegele et al. 2024).
     """
     peak, final = o.learning_rate, o.final_learning_rate
 
@@ -154,7 +156,7 @@ def make_schedule(o: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def updates_taken(opt_state: Tree) -> Array:
-    """How far the schedule is: int32. A step that was skipped left its counter, as all of the state, as it was."""
+    """The number of updates taken, int32: the counter of the schedule. Skipped steps do not change it."""
     kind = optax.ScaleByScheduleState
     states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return next(s.count for s in states if isinstance(s, kind))
@@ -163,7 +165,7 @@ def updates_taken(opt_state: Tree) -> Array:
 def _update_rule(
     o: OptimConfig, rate: optax.Schedule, axes: Tree, wider: float | None = None
 ) -> optax.GradientTransformation:
-    matrices = decayed(axes)
+    matrices = weight_decay_mask(axes)
     decay = optax.add_decayed_weights(o.weight_decay, matrices) if o.weight_decay else optax.identity()
     step = optax.scale_by_learning_rate(rate)
     if o.name in ("adamw", "lion"):
@@ -172,7 +174,7 @@ def _update_rule(
             if o.name == "adamw"
             else optax.scale_by_lion(o.beta1, o.beta2)
         )
-        scaled = [scale_hidden(wider, axes)] if wider is not None else []
+        scaled = [mup_scale(wider, axes)] if wider is not None else []
         return optax.chain(direction, *scaled, decay, step)
     if o.name == "sgd":
         return optax.chain(optax.trace(o.beta1) if o.beta1 else optax.identity(), decay, step)
@@ -180,21 +182,21 @@ def _update_rule(
         factored = per_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)), axes)
         return optax.chain(factored, decay, step)
     if o.name == "muon":
-        directions = contrib.muon(  # at rate 1, so that decay and schedule are the same as everywhere
+        directions = contrib.muon(  # at rate 1: weight decay and schedule are those of all optimizers
             1.0,
             beta=o.beta1,
             adam_b1=o.beta1,
             adam_b2=o.beta2,
             muon_weight_dimension_numbers=muon_dimensions(axes),
-            consistent_rms=0.2,  # updates as large as AdamW's, so that one rate serves both (Liu et al. 2025)
+            consistent_rms=0.2,  # updates as large as AdamW's: one learning rate serves both (Liu et al. 2025)
         )
         return optax.chain(directions, optax.scale(-1.0), decay, step)
     base = optax.chain(optax.scale_by_adam(0.0, o.beta2, o.epsilon), decay, step)
     return contrib.schedule_free(base, rate, b1=o.beta1)
 
 
-def decayed(axes: Tree) -> Tree:
-    """True for the weights that decay: matrices and embeddings, not biases and scales."""
+def weight_decay_mask(axes: Tree) -> Tree:
+    """True for weights with weight decay: matrices and embeddings, not biases and scales."""
     return jax.tree.map_with_path(lambda path, _: is_matrix(path[-1].key), axes, is_leaf=_is_axes)
 
 
@@ -211,7 +213,7 @@ def muon_dimensions(axes: Tree) -> Tree:
 
 
 def per_layer(inner: optax.GradientTransformation, axes: Tree) -> optax.GradientTransformation:
-    """Lets a transformation see each layer's weights alone, the axes of a head joined: plain matrices and vectors."""
+    """Applies a transformation to each layer separately, as matrices and vectors: the axes of a head are joined."""
 
     def join(tree: Tree) -> Tree:
         def one(names: Axes, x: Array) -> Array:
@@ -232,7 +234,7 @@ def per_layer(inner: optax.GradientTransformation, axes: Tree) -> optax.Gradient
 
 
 def _sides(names: Axes) -> list[list[str]]:
-    """The axes of a weight, those of a head taken together: layers, rows and columns, where it has them."""
+    """The axes of a weight in groups (layers, rows, columns); a group has both axes of attention heads."""
     groups: list[list[str]] = []
     for name in names:
         if name == "head_dim" and groups and AXES[groups[-1][0]].counts_heads:
@@ -252,8 +254,8 @@ class EmaState(NamedTuple):
     params: Tree
 
 
-def average_weights(decay: float) -> optax.GradientTransformation:
-    """Keeps `a = decay a + (1 - decay) params` of the params after each update, starting from the initial ones."""
+def ema(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average a = decay a + (1 - decay) params, starting with the initial params."""
 
     def update(updates: Tree, state: EmaState, params: Tree) -> tuple[Tree, EmaState]:
         moved = jax.tree.map(lambda a, p, u: decay * a + (1 - decay) * (p + u), state.params, params, updates)
@@ -263,14 +265,39 @@ def average_weights(decay: float) -> optax.GradientTransformation:
 
 
 def evaluation_params(params: Tree, opt_state: Tree) -> Tree:
-    """The weights to evaluate and sample with: the average where there is one, else the params themselves."""
-    kinds = (EmaState, contrib.ScheduleFreeState)
-    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
-    if averages := [s for s in states if isinstance(s, EmaState)]:
-        found = averages[0].params
-    elif free := [s for s in states if isinstance(s, contrib.ScheduleFreeState)]:
-        learnt = jax.tree.map(lambda p, z: z is not None, params, free[0].z)
-        found = contrib.schedule_free_eval_params(free[0], pick(params, learnt))
-    else:
+    """The weights for evaluation and sampling: the average if there is one, else the params."""
+    average = _average(opt_state)
+    if average is None:
         return params
-    return jax.tree.map(lambda p, f: p if f is None else f, params, found)  # what is frozen has no average
+    if isinstance(average, EmaState):
+        found = average.params
+    else:
+        trainable = jax.tree.map(lambda p, z: z is not None, params, average.z)
+        found = contrib.schedule_free_eval_params(average, select_trainable(params, trainable))
+    return jax.tree.map(lambda p, f: p if f is None else f, params, found)  # frozen weights have no average
+
+
+def evaluation_leaves(params: Tree, opt_state: Tree, unread: Any) -> tuple[Tree, Tree]:
+    """The params and the optimizer state, with `unread` for every array that `evaluation_params` does not use."""
+    average = _average(opt_state)
+    if isinstance(average, EmaState):
+        params = jax.tree.map(lambda p, a: p if a is None else unread, params, average.params)
+
+    def used(state: Any) -> Any:
+        if isinstance(state, EmaState):
+            return state
+        skipped = jax.tree.map(lambda _: unread, state)
+        if isinstance(state, contrib.ScheduleFreeState):
+            return skipped._replace(b1=state.b1, z=state.z)
+        return skipped
+
+    return params, jax.tree.map(used, opt_state, is_leaf=_is_average)
+
+
+def _average(opt_state: Tree) -> EmaState | contrib.ScheduleFreeState | None:
+    states = filter(_is_average, jax.tree.leaves(opt_state, is_leaf=_is_average))
+    return min(states, key=lambda state: not isinstance(state, EmaState), default=None)  # an EMA comes first
+
+
+def _is_average(state: Any) -> bool:
+    return isinstance(state, EmaState | contrib.ScheduleFreeState)

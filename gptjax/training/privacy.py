@@ -1,19 +1,18 @@
-"""How little a model may tell of any one window that it read: DP-SGD and its accountant. The only file that needs them.
+"""Differential privacy: DP-SGD and its accountant.
 
-DP-SGD draws every window into a batch with the same probability, clips its gradient and adds Gaussian noise to the sum
-(Abadi et al. 2016). After so many steps the weights are (epsilon, delta)-differentially private: whether any one window
-was there or empty changes the probability of any outcome by a factor of at most e^epsilon, but for a probability of
-delta. Clipping and noise are those of jax-privacy, epsilon is dp-accounting's. Needs `pip install 'gptjax[private]'`.
+DP-SGD draws every window into a batch with the same probability, clips the gradient of each window and adds Gaussian
+noise to the sum (Abadi et al. 2016). The weights are then (epsilon, delta)-differentially private: replacing any one
+window by an empty one changes the probability of any outcome by a factor of at most e^epsilon, except with probability
+delta. Clipping and noise are from jax-privacy, epsilon is from dp-accounting. Needs `pip install 'gptjax[private]'`.
 
-What it does not cover: draws and noise follow from the seed of the experiment, so that whoever knows it (it stands in
-the run folder and in every checkpoint) knows the noise; losses, the tokenizer and the choice of settings look at the
-text as it is; and the weights of `init`, or of a teacher, may have read it before.
+Not covered: draws and noise follow from the seed of the experiment, which is saved in the run folder and in every
+checkpoint, so whoever knows the seed knows the noise. Losses, the tokenizer and the choice of settings use the text
+without noise. The weights of `init` or of a reference model may have been trained on the text before.
 """
 
 import functools
 import importlib
 import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,75 +23,99 @@ from jax import Array
 
 from gptjax import random_streams
 from gptjax.config import Experiment
-from gptjax.data.batches import PoissonSampler
-from gptjax.data.objectives import Batch
+from gptjax.data.batches import Batch, PoissonSampler
 from gptjax.errors import GptjaxError
+from gptjax.model.gpt import GPT
+from gptjax.objectives.losses import Loss, Metrics
+from gptjax.training.state import TrainState
+from gptjax.training.step import GradFn, MicrobatchGrad, accumulate, loss_sums
 
 
 class DPConfig(NamedTuple):
     """How the gradient of a batch is made private."""
 
-    clip_norm: float  # of each window's gradient, at most
-    multiplier: float  # standard deviation of the noise on the sum, over clip_norm
-    expected: float  # windows in a batch on average, which the sum is divided by
-    key: tuple[int, int]  # 64 bits: those of `jax.random.key` are the lower 32 of a seed, which can be guessed
+    clip_norm: float  # largest norm of the gradient of one window
+    multiplier: float  # standard deviation of the noise on the sum / clip_norm
+    expected: float  # average number of windows in a batch, by which the sum is divided
+    key: tuple[int, int]  # 64 bits: `jax.random.key` uses only 32 bits of a seed, which can be guessed
 
 
-def noise_of(experiment: Experiment, draws: PoissonSampler | None) -> DPConfig | None:
-    """What DP-SGD needs to know; None where it is not asked for."""
+def dp_config(experiment: Experiment, sampler: PoissonSampler | None) -> DPConfig | None:
+    """The parameters of DP-SGD; None if the experiment does not use it."""
     o = experiment.optim
-    if o.noise_multiplier is None or o.clip_norm is None or draws is None:
+    if o.noise_multiplier is None or o.clip_norm is None or sampler is None:
         return None
     first, second = np.random.SeedSequence((experiment.seed, random_streams.PRIVACY_NOISE)).generate_state(2).tolist()
-    return DPConfig(o.clip_norm, o.noise_multiplier, draws.expected_batch, (first, second))
+    return DPConfig(o.clip_norm, o.noise_multiplier, sampler.expected_batch, (first, second))
 
 
 def check_libraries() -> None:
-    """Raises `GptjaxError` where what DP-SGD needs is not installed."""
+    """Raises `GptjaxError` if a library that DP-SGD needs is not installed."""
     _library("jax_privacy")
     _library("dp_accounting")
 
 
-def private_gradient(
-    loss: Callable[[Any, Batch, Array], tuple[Array, Any]], params: Any, batch: Batch, key: Array, noise: DPConfig
-) -> tuple[Any, Any]:
-    """The sum of what `loss` shows, and the sum of its clipped gradients over `noise.expected`, without the noise.
+def private_gradient(model: GPT, loss: Loss, trainable: Any, config: DPConfig) -> GradFn:
+    """The gradient of DP-SGD: the mean loss of each window is differentiated and clipped by itself, and Gaussian noise
+    is added to the sum."""
+    clipped_sum = accumulate(_clipped_gradient(model, loss, trainable, config), loss)
 
-    `loss` takes params, a [1, length] window and a key of its own; `batch` is [rows, length].
-    """
-    clipped = _library("jax_privacy").clipped_grad(
-        lambda params, row, key: loss(params, jax.tree.map(lambda x: x[None], row), key),
-        has_aux=True,
-        l2_clip_norm=noise.clip_norm,
-        normalize_by=noise.expected,
-        keep_batch_dim=False,
-        prng_argnum=2,
-    )
-    grads, of_windows = clipped(params, batch, key)
-    return jax.tree.map(lambda x: x.sum(0), of_windows.aux), grads
+    def grad_fn(state: TrainState, batch: Batch, reference: Any) -> tuple[Metrics, Any]:
+        metrics, grads = clipped_sum(state, batch, reference)
+        noisy = add_noise(grads, state.step, config)
+        if trainable is None:
+            return metrics, noisy
+        return metrics, jax.tree.map(lambda x, n, moves: n if moves else x, grads, noisy, trainable)
+
+    return grad_fn
 
 
-def add_noise(grads: Any, step: Array | int, noise: DPConfig) -> Any:
-    """Gaussian noise on the gradient of the whole batch of a step."""
+def _clipped_gradient(model: GPT, loss: Loss, trainable: Any, config: DPConfig) -> MicrobatchGrad:
+    """The sum of the clipped gradients of a microbatch over `config.expected`, without the noise."""
+
+    def microbatch_grad(
+        params: Any, microbatch: Batch, key: Array, reference: Any, normalizer: Array
+    ) -> tuple[Metrics, Any]:
+        def window_loss(params: Any, row: Batch, key: Array) -> tuple[Array, Metrics]:
+            window = jax.tree.map(lambda x: x[None], row)
+            total, metrics = loss_sums(params, window, model, loss, key, trainable, reference)
+            return total / loss.normalizer(window), jax.tree.map(lambda x: x / normalizer, metrics)
+
+        clipped = _library("jax_privacy").clipped_grad(
+            window_loss,
+            has_aux=True,
+            l2_clip_norm=config.clip_norm,
+            normalize_by=config.expected,
+            keep_batch_dim=False,
+            prng_argnum=2,
+        )
+        grads, of_windows = clipped(params, microbatch, key)
+        return jax.tree.map(lambda x: x.sum(0), of_windows.aux), grads
+
+    return microbatch_grad
+
+
+def add_noise(grads: Any, step: Array | int, config: DPConfig) -> Any:
+    """Gaussian noise on the gradient of the batch of a step."""
     addition = _library("jax_privacy").noise_addition
-    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.array(noise.key, jnp.uint32)), step)
-    gaussian = addition.gaussian_privatizer(stddev=noise.multiplier * noise.clip_norm / noise.expected, prng_key=key)
+    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.array(config.key, jnp.uint32)), step)
+    gaussian = addition.gaussian_privatizer(stddev=config.multiplier * config.clip_norm / config.expected, prng_key=key)
     return gaussian.update(grads, gaussian.init(grads))[0]
 
 
 class PrivacySpent(NamedTuple):
-    """What is known of epsilon: two upper bounds, both valid."""
+    """Two upper bounds of epsilon, both valid."""
 
-    epsilon: float  # from the whole distribution of the privacy loss (Koskela et al. 2020): the tightest that is known
-    moments: float  # of the moments accountant (Abadi et al. 2016, theorem 2), which papers reported first
+    epsilon: float  # from the privacy loss distribution (Koskela et al. 2020): the tightest known
+    moments: float  # from the moments accountant (Abadi et al. 2016, theorem 2)
 
 
 def spent(sampling_rate: float, noise_multiplier: float, steps: int, delta: float) -> PrivacySpent:
-    """What `steps` of DP-SGD spend where a batch holds all that is drawn.
+    """The privacy that `steps` of DP-SGD spend if batches have no maximum size.
 
-    `sampling_rate` is the probability of an example to be in a batch, `noise_multiplier` the standard deviation of the
-    noise over the norm that gradients are clipped to. Neighbouring data sets differ in one example more or less.
-    Raises `GptjaxError` for values out of range, and where the library is missing.
+    `sampling_rate` is the probability that an example is in a batch, `noise_multiplier` the standard deviation of the
+    noise divided by the clipping norm. Neighbouring data sets differ by adding or removing one example. Raises
+    `GptjaxError` for values out of range, and if the library is missing.
     """
     for name, value, holds, wanted in [
         ("sampling_rate", sampling_rate, 0 < sampling_rate <= 1, "above 0 and at most 1"),
@@ -115,22 +138,24 @@ def spent(sampling_rate: float, noise_multiplier: float, steps: int, delta: floa
 
 
 @functools.cache
-def spent_by(draws: PoissonSampler, noise_multiplier: float, steps: int) -> tuple[float, float]:
-    """Epsilon of a run and the delta that it holds for, a tenth of one over the windows.
+def spent_by(sampler: PoissonSampler, noise_multiplier: float, steps: int) -> tuple[float, float]:
+    """Epsilon of a run, and its delta: 0.1 / number of windows.
 
-    Batches that could not hold all that was drawn are counted with their own, higher price.
+    Accounts for batches that were truncated because more windows were drawn than fit.
     """
-    delta = 0.1 / draws.num_windows
+    delta = 0.1 / sampler.num_windows
     events = _library("dp_accounting")
-    if draws.num_windows <= draws.max_batch:
+    if sampler.num_windows <= sampler.max_batch:
         one = events.GaussianDpEvent(noise_multiplier)
     else:
-        one = events.TruncatedSubsampledGaussianDpEvent(draws.num_windows, draws.sampling_rate, draws.max_batch, noise_multiplier)
+        one = events.TruncatedSubsampledGaussianDpEvent(
+            sampler.num_windows, sampler.sampling_rate, sampler.max_batch, noise_multiplier
+        )
     return _epsilon(one, steps, delta, 1e-4 * max(1.0, noise_multiplier**-2)), delta
 
 
 def _epsilon(one: Any, steps: int, delta: float, interval: float = 1e-4) -> float:
-    """An upper bound; losses are rounded up by `interval`, and a coarse one saves time where they are large."""
+    """An upper bound. Losses are rounded up to multiples of `interval`; a coarse one saves time for large losses."""
     from dp_accounting import SelfComposedDpEvent, pld
 
     accountant = pld.PLDAccountant(value_discretization_interval=interval)

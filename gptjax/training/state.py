@@ -1,4 +1,4 @@
-"""What a run is at a step: arrays only, each laid out over the mesh by the axes of the weight that it belongs to."""
+"""The train state: arrays only, each sharded over the mesh by the named axes of its weight."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -14,29 +14,29 @@ from gptjax.config import Experiment
 from gptjax.model.axes import AXES
 from gptjax.model.gpt import init_params, weight_axes
 
-RECENT = 128  # losses that a new one is compared with
+RECENT = 128  # losses that a new loss is compared with
 
 
 class Health(NamedTuple):
-    """What decides whether the next update is taken."""
+    """Decides whether the next update is taken."""
 
-    skipped: Array  # int32: updates not taken over the whole run, because the loss was not finite or a spike
-    in_row: Array  # int32: how many of them were the last ones
-    losses: Array  # float32 [RECENT]: of the last updates that were taken, a ring
+    skipped: Array  # int32: skipped updates of the whole run (loss not finite, or a spike)
+    in_row: Array  # int32: consecutive skipped updates up to now; checkpoints have this name
+    losses: Array  # float32 [RECENT]: a ring buffer of the losses of the last updates taken
 
 
 class TrainState(NamedTuple):
-    """Everything that the next update depends on, besides the data."""
+    """Everything that the next update depends on, except the data."""
 
-    step: Array  # int32: batches read so far
+    step: Array  # int32: number of batches so far
     params: Any  # float32 weights
     opt_state: Any
-    key: Array  # uint32: the run's random key, as data; each use folds in its own name and step
+    key: Array  # uint32: key data of the run; each use folds in its own name and the step
     health: Health
 
 
 class Weights(NamedTuple):
-    """All that an imported model has: nothing to train on from."""
+    """The state of an imported model, which has no optimizer state."""
 
     step: Array  # int32: 0
     params: Any  # float32 weights
@@ -60,10 +60,10 @@ def init_state(experiment: Experiment, tx: optax.GradientTransformation) -> Trai
 
 
 def abstract_state(experiment: Experiment, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and layout of the state, without making it: `jax.ShapeDtypeStruct`s with shardings.
+    """Shapes, dtypes and shardings of the state, as `jax.ShapeDtypeStruct`s; nothing is computed.
 
-    Whatever the optimiser keeps in the shape of a weight lies where the weight lies; the rest (counters, Adafactor's
-    rows and columns) is small and lies everywhere.
+    Optimizer arrays of the shape of a weight are sharded like the weight. The rest (counters, Adafactor's rows and
+    columns) is small, and is replicated.
     """
     shapes = jax.eval_shape(lambda: init_state(experiment, tx))
     axes = {
@@ -74,7 +74,7 @@ def abstract_state(experiment: Experiment, tx: optax.GradientTransformation, mes
     }
     weights = {_names(path): x.shape for path, x in jax.tree.leaves_with_path(shapes.params)}
 
-    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def with_sharding(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = _names(path)
         owner = next((names[i:] for i in range(len(names)) if weights.get(names[i:]) == x.shape), None)
         layout = NamedSharding(mesh, PartitionSpec())
@@ -82,19 +82,19 @@ def abstract_state(experiment: Experiment, tx: optax.GradientTransformation, mes
             layout = sharding.named_sharding(axes[owner], x.shape, mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
-    return jax.tree.map_with_path(place, shapes)
+    return jax.tree.map_with_path(with_sharding, shapes)
 
 
 def create_state(experiment: Experiment, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:
-    """`init_state`, each device making only its own part. The values do not depend on the mesh."""
+    """`init_state`, with each device computing only its own shards. The values do not depend on the mesh."""
     layout = jax.tree.map(lambda x: x.sharding, abstract)
-    # It runs once: on a CPU half the compile time is saved by optimising it less, and it is no slower for it.
+    # It runs once: on a CPU, less optimization halves the compile time, and it runs no slower.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(lambda: init_state(experiment, tx), out_shardings=layout, compiler_options=options)()
 
 
 def state_mismatches(saved: dict[str, jax.ShapeDtypeStruct], abstract: Any, experiment: Experiment) -> list[str]:
-    """How saved arrays differ from the state of an experiment: the leaf, both values, and the field that decides it."""
+    """How saved arrays differ from the state of an experiment: leaf, both shapes, and the field that decides it."""
     wanted = {leaf_name(path): x for path, x in jax.tree.leaves_with_path(abstract)}
     axes = {
         leaf_name(path): names
@@ -114,7 +114,7 @@ def state_mismatches(saved: dict[str, jax.ShapeDtypeStruct], abstract: Any, expe
             fields = ", ".join(f"model.{AXES[axis].field}" for axis, x, y in sizes if x != y) or "optim"
             found.append(f"{name}: {_form(there)} saved, {_form(here)} now; decided by {fields}")
         elif there.dtype != here.dtype:
-            found.append(f"{name}: {_form(there)} saved, {_form(here)} now; it would have to be rounded")
+            found.append(f"{name}: {_form(there)} saved, {_form(here)} now; it would need a cast")
     return found
 
 

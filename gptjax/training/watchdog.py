@@ -1,8 +1,8 @@
-"""A thread that ends this process, naming the cause, when it is stuck or when another process of the job is gone.
+"""A thread that ends this process, with the reason, when it is stuck or when another process of the job is gone.
 
-Each process of a job shows in RUN/processes/ what it is doing; the others read it every few seconds. One that failed is
-noticed at the next look, one that was killed or frozen after `GONE_SECONDS`, and whoever makes no progress for
-`train.watchdog_seconds` shows the stacks of its threads and ends.
+Each process of a job writes its activity to RUN/processes/, and reads those of the others every few seconds. A failed
+process is noticed at the next check, a killed or frozen one after `GONE_SECONDS`. A process without progress for
+`train.watchdog_seconds` prints the stacks of its threads and exits.
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from gptjax import sharding
 from gptjax.atomic_io import read_json
 from gptjax.errors import EXIT_FAILED, RunError
 
-LOOK_SECONDS = 2.0  # between two looks at the others
-GONE_SECONDS = 30.0  # of silence after which another process counts as gone
+CHECK_SECONDS = 2.0  # between two checks of the others
+GONE_SECONDS = 30.0  # without a heartbeat after which another process counts as gone
 FOLDER = "processes"
 
 
 class Watchdog:
-    """Watches over a run from its folder until `close`; `watchdog_seconds` counts from the first `heartbeat`."""
+    """Watches a run until `close`; `watchdog_seconds` counts from the first `heartbeat`."""
 
-    def __init__(self, folder: Path, watchdog_seconds: float, tick: Callable[[], None] | None = None):
-        self._folder, self._watchdog_seconds, self._tick = folder / FOLDER, watchdog_seconds, tick
+    def __init__(self, folder: Path, watchdog_seconds: float, on_tick: Callable[[], None] | None = None):
+        self._folder, self._watchdog_seconds, self._tick = folder / FOLDER, watchdog_seconds, on_tick
         self._me, self._count = jax.process_index(), jax.process_count()
-        self.doing = "starting"
+        self.activity = "starting"
         self._since: float | None = None
-        self._looks = 0
-        self._heard: dict[int, tuple[Any, float]] = {}  # peer -> (what it last showed, when that was new)
+        self._checks = 0
+        self._heard: dict[int, tuple[Any, float]] = {}  # peer -> (its last status, the time of its last change)
         self._over = threading.Event()
-        self._job = ""  # tells what the processes of this job show from what those of an earlier one left
+        self._job = ""  # distinguishes the status files of this job from those of an earlier one
         if self._count > 1:
             self._job = sharding.on_first_process(lambda: os.urandom(8).hex())
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -47,58 +47,58 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self._thread.start()
 
-    def heartbeat(self, doing: str) -> None:
-        """Progress: this is what is being done from now on."""
-        self.doing, self._since = doing, time.monotonic()
+    def heartbeat(self, activity: str) -> None:
+        """Reports progress, and the activity from now on."""
+        self.activity, self._since = activity, time.monotonic()
 
     def close(self, failure: BaseException | None = None) -> None:
-        """Stops watching; tells the others how it ended here."""
+        """Stops watching; tells the other processes how this one ended."""
         self._over.set()
         self._thread.join()
         if self._count > 1:
             self._show("failed" if failure else "ended", str(failure or ""))
-            self._linger(failure is not None)
+            self._grace_period(failure is not None)
 
     def explain(self) -> str:
-        """What became of the others, for an error in what is done together: waits until one is known to be gone."""
-        until = time.monotonic() + GONE_SECONDS + 2 * LOOK_SECONDS
+        """Why a collective failed: waits until another process is known to be gone."""
+        until = time.monotonic() + GONE_SECONDS + 2 * CHECK_SECONDS
         while time.monotonic() < until:
             if lost := self._lost():
                 return lost
-            time.sleep(LOOK_SECONDS / 4)
+            time.sleep(CHECK_SECONDS / 4)
         return "no other process is known to have failed"
 
     def _run(self) -> None:
-        while not self._over.wait(LOOK_SECONDS):
+        while not self._over.wait(CHECK_SECONDS):
             if self._tick:
-                with contextlib.suppress(OSError):  # a moment's trouble of the disk is no reason to stop watching
+                with contextlib.suppress(OSError):  # a temporary problem of the disk must not stop the watchdog
                     self._tick()
             silent = time.monotonic() - self._since if self._since is not None else 0.0
             if silent > self._watchdog_seconds:
                 self._end(
-                    f"stuck: no progress for {silent:.0f} s (train.watchdog_seconds), in {self.doing}; "
+                    f"stuck: no progress for {silent:.0f} s (train.watchdog_seconds), in {self.activity}; "
                     f"the stacks of all threads are above{self._others()}",
                     stacks=True,
                 )
             if self._count > 1:
                 self._show("running")
                 if lost := self._lost():
-                    time.sleep(LOOK_SECONDS)  # the error that it causes here, if there is one, says more
+                    time.sleep(CHECK_SECONDS)  # an error that it causes in this process says more
                     if not self._over.is_set():
                         self._end(lost)
 
     def _lost(self) -> str | None:
-        """The first of the others that has failed or fallen silent, and how."""
-        for peer, shown in self._look().items():
+        """The first other process that has failed or gone silent, with the reason."""
+        for peer, shown in self._read_status().items():
             name = f"process {peer} ({shown.get('host', 'never seen')}, pid {shown.get('pid', '?')})"
             if shown.get("state") == "failed":
                 return f"{name} failed in {shown['doing']}: {shown['error']}"
             silent = time.monotonic() - self._heard[peer][1]
             if silent > GONE_SECONDS and shown.get("state") != "ended":
-                return f"{name} is gone: nothing was heard of it for {silent:.0f} s, last in {shown.get('doing', '?')}"
+                return f"{name} is gone: no heartbeat for {silent:.0f} s, last in {shown.get('doing', '?')}"
         return None
 
-    def _look(self) -> dict[int, dict[str, Any]]:
+    def _read_status(self) -> dict[int, dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {}
         for peer in range(self._count):
             if peer == self._me:
@@ -112,30 +112,30 @@ class Watchdog:
         return found
 
     def _others(self) -> str:
-        lines = [f"process {peer} is in {shown.get('doing', '?')}" for peer, shown in self._look().items()]
+        lines = [f"process {peer} is in {shown.get('doing', '?')}" for peer, shown in self._read_status().items()]
         return "; " + ", ".join(lines) if lines else ""
 
     def _show(self, state: str, error: str = "") -> None:
-        self._looks += 1
+        self._checks += 1
         who = {"job": self._job, "host": socket.gethostname(), "pid": os.getpid()}
-        shown = who | {"state": state, "doing": self.doing, "error": error[:2000], "looks": self._looks}
+        shown = who | {"state": state, "doing": self.activity, "error": error[:2000], "looks": self._checks}
         scratch = self._folder / f".{self._me}.json"
-        with contextlib.suppress(OSError):  # a full disk shows itself where something is lost by it
+        with contextlib.suppress(OSError):  # a full disk is reported where something is lost
             scratch.write_text(json.dumps(shown))
             scratch.replace(self._folder / f"{self._me}.json")
 
     def _end(self, why: str, stacks: bool = False) -> None:
-        """Ends the process at once: its main thread is stuck in something that cannot be interrupted."""
+        """Exits at once: the main thread may be stuck in a call that cannot be interrupted."""
         if stacks:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         if self._count > 1:
             self._show("failed", why)
-        print(f"gptjax: process {self._me}: {why}. The last checkpoint is whole; the same command goes on from it",
+        print(f"gptjax: process {self._me}: {why}. The last checkpoint is intact; the same command resumes from it",
               file=sys.stderr, flush=True)  # fmt: skip
-        self._linger(self._count > 1)
+        self._grace_period(self._count > 1)
         os._exit(EXIT_FAILED)
 
-    def _linger(self, failed: bool) -> None:
-        """Lets the others say what they have to: when process 0 has gone, jax aborts them in the midst of a word."""
+    def _grace_period(self, failed: bool) -> None:
+        """Gives the others time for their messages: when process 0 is gone, jax aborts them."""
         if failed and self._me == 0:
-            time.sleep(2 * LOOK_SECONDS)
+            time.sleep(2 * CHECK_SECONDS)

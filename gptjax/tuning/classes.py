@@ -7,7 +7,7 @@ import numpy as np
 from gptjax.data.examples import token_classes
 from gptjax.data.tasks import Example, Task
 from gptjax.errors import DataError
-from gptjax.inference.classes import Question, log_probabilities
+from gptjax.inference.classes import ClassQuery, class_log_probs
 from gptjax.inference.pretrained import Pretrained
 
 Told = tuple[str, float, int, bool]  # the answer as text, nats of the true labels, how many they are, text shortened
@@ -41,11 +41,11 @@ def tell(
             )
     asked = [np.flatnonzero(truth >= 0) for truth in truths]
     questions = [
-        Question(np.concatenate(own)[start:].astype(np.int32), places - start)
+        ClassQuery(np.concatenate(own)[start:].astype(np.int32), places - start)
         for own, places, start in zip(pieces, asked, starts, strict=True)
     ]
     for example, truth, places, start, told in zip(
-        examples, truths, asked, starts, log_probabilities(pretrained, questions, batch_size, dtype), strict=True
+        examples, truths, asked, starts, class_log_probs(pretrained, questions, batch_size, dtype), strict=True
     ):
         labels = [pretrained.labels[i] for i in told.argmax(-1)]
         answer = task.tagging.answer(example.values, labels) if task.tagging else labels[0]

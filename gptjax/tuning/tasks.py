@@ -178,9 +178,9 @@ def _likelihoods(
     scorer: Scorer, task: Task, questions: Sequence[Example], prompts: Sequence[np.ndarray]
 ) -> Iterator[tuple[float, int, str]]:
     """Of each question the nats of the true answer, its tokens, and the likeliest label ("" where there are none)."""
-    context, lengths = scorer.model.context_length, []
+    context, lengths = scorer.config.context_length, []
 
-    def parts() -> Iterator[scoring.Part]:
+    def parts() -> Iterator[scoring.ScoreRequest]:
         for question, prompt in zip(questions, prompts, strict=True):
             for text in (question.answer, *(_around(question.answer, label) for label in task.labels)):
                 ids = _ids(scorer.tokenizer, question, text)[1]
@@ -190,9 +190,9 @@ def _likelihoods(
                         f"{scorer.pretrained.name}, can be scored"
                     )
                 lengths.append(len(ids))
-                yield scoring.Part(np.concatenate([prompt, ids])[-(context + 1) :], len(ids))
+                yield scoring.ScoreRequest(np.concatenate([prompt, ids])[-(context + 1) :], len(ids))
 
-    nats = [float(a.nats.sum(dtype=np.float64)) for a in scorer.answer(parts())]
+    nats = [float(a.nll.sum(dtype=np.float64)) for a in scorer.score_batch(parts())]
     every = 1 + len(task.labels)
     for first in range(0, len(nats), every):
         of_labels = nats[first + 1 : first + every]
@@ -217,7 +217,7 @@ def _written(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [seeds[i] for i in chosen]
-        made = writer.complete([prompts[i] for i in chosen], task.max_new_tokens, rule, stop, own)
+        made = writer.generate([prompts[i] for i in chosen], task.max_new_tokens, rule, stop, own)
         for i, completion in zip(chosen, made, strict=True):
             texts[i] = completion.text.strip()
     return texts

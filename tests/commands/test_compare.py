@@ -1,4 +1,4 @@
-"""`gptjax report`, `diff` and `runs` as a user meets them."""
+"""The commands `gptjax report`, `diff` and `runs`."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from gptjax.cli import main
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a verb in this process; exit code, stdout and stderr."""
+    """Runs a command in this process; exit code, stdout and stderr."""
 
     def one(*arguments):
         monkeypatch.setattr(sys, "argv", ["gptjax", *map(str, arguments)])
@@ -38,13 +38,13 @@ def test_a_report_prints_a_table_and_leaves_a_page_and_a_picture(run, sweep, tmp
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert re.match(r"high +3 +3\.5000 .* baseline$", lines[1]) and re.match(r"low +3 .* better$", lines[2])
-    assert "cannot tell" in lines[3] and "lowest-seed2: missing, has not begun" in out
+    assert "cannot tell" in lines[3] and "lowest-seed2: missing, has not started" in out
     assert (sweep / "report.html").exists() and (sweep / "report.png").read_bytes().startswith(b"\x89PNG")
     code, out, _ = run("report", sweep, "--json", "--out", tmp_path / "new" / "out", "--baseline", "low")
-    told = json.loads(out)
-    assert code == 0 and told["baseline"] == "low" and (tmp_path / "new" / "out" / "report.html").exists()
-    assert [v["verdict"] for v in told["variants"]] == ["worse", "baseline", "cannot tell"]
-    assert told["variants"][0]["difference"]["value"] == pytest.approx(0.29 / 3)
+    content = json.loads(out)
+    assert code == 0 and content["baseline"] == "low" and (tmp_path / "new" / "out" / "report.html").exists()
+    assert [v["verdict"] for v in content["variants"]] == ["worse", "baseline", "cannot tell"]
+    assert content["variants"][0]["difference"]["value"] == pytest.approx(0.29 / 3)
 
 
 def test_a_report_over_other_text_says_so_and_judges_nothing(run, tmp_path):
@@ -76,7 +76,7 @@ def test_runs_are_listed_filtered_and_sorted(run, sweep, tmp_path):
     assert names("--filter", "optim.name = AdamW", "seed>=2", "--sort", "val_loss", "--reverse") == [
         "high-seed2", "low-seed2", "lowest-seed2"
     ]  # fmt: skip
-    assert names("--sort", "val_loss")[-2:] == ["bad", "lowest-seed2"], "what has no figure comes last"
+    assert names("--sort", "val_loss")[-2:] == ["bad", "lowest-seed2"], "runs without the metric come last"
     assert names("--filter", "init=none", "state=missing") == ["lowest-seed2"]
     assert "2 of 10 runs" in run("runs", tmp_path, "--filter", "val_loss<3.3")[1]
     (tmp_path / "empty").mkdir()
@@ -90,20 +90,20 @@ def test_differences_of_two_runs(run, sweep, tmp_path):
     assert re.search(r"optim\.learning_rate +0\.01 +0\.001\n", out) and re.search(r"seed +0 +1\n", out)
     assert re.search(r"val_loss +3\.0000 +3\.4100 +\+0\.4100\n", out) and "environment: no difference" in out
     c = make_run(tmp_path / "c", BASE, 3.0, finished=False, provenance={"commit": "new", "versions": {"jax": "9"}})
-    told = json.loads(run("diff", a, c, "--json")[1])
-    assert told["environment"] == {"commit": ["abc", "new"], "versions.jax": ["0.10.2", "9"]}
-    assert told["metrics"]["val_loss"] == [3.0, None, None]
+    content = json.loads(run("diff", a, c, "--json")[1])
+    assert content["environment"] == {"commit": ["abc", "new"], "versions.jax": ["0.10.2", "9"]}
+    assert content["metrics"]["val_loss"] == [3.0, None, None]
     assert "is stopped: at step 3 of 6" in run("diff", a, c)[1]
 
 
 def test_differences_of_files_and_runs(run, sweep, tmp_path):
-    """What a run has written out and a file leaves to be derived is no difference."""
+    """Derived fields, which a run folder has and a file leaves out, are no difference."""
     e = BASE.override({"model.vocab_size": None, "model.ffn_dim": None, "model.head_dim": None})
     (tmp_path / "mine.py").write_text(
         f"from gptjax.config import Experiment\nexperiment = Experiment.from_json({e.to_json()!r})"
     )
-    told = json.loads(run("diff", tmp_path / "mine.py", sweep / "high-seed0", "--json")[1])
-    assert told["config"] == {"name": ["tiny", "high-seed0"]} and told["metrics"] == {}
+    content = json.loads(run("diff", tmp_path / "mine.py", sweep / "high-seed0", "--json")[1])
+    assert content["config"] == {"name": ["tiny", "high-seed0"]} and content["metrics"] == {}
     code, out, _ = run("diff", tmp_path / "mine.py", sweep / "low-seed0.json")
     assert code == 0 and "environment" not in out
     assert "config: no difference" in run("diff", sweep / "low-seed0.json", sweep / "low-seed0.json")[1]
@@ -119,13 +119,13 @@ def test_differences_of_files_and_runs(run, sweep, tmp_path):
     (["runs", "{0}/none"], "does not exist"),
     (["runs", "{0}", "--filter", "model.fnn=gelu"], "did you mean model.ffn?"),
     (["runs", "{0}", "--filter", "val_los<3"], "did you mean val_loss?"),
-    (["runs", "{0}", "--filter", "nonsense"], "is not FIELD=VALUE"),
+    (["runs", "{0}", "--filter", "nonsense"], "must be FIELD=VALUE"),
     (["runs", "{0}", "--filter", "val_loss<low"], "compare numbers"),
     (["runs", "{0}", "--sort", "qqq"], "no such field"),
     (["runs", "{0}", "--reverse"], "no effect without --sort"),
-    (["diff", "{0}/lr", "{0}/lr/high-seed0"], "is no run folder"),
+    (["diff", "{0}/lr", "{0}/lr/high-seed0"], "is not a run folder"),
     (["diff", "{0}/none.py", "{0}/lr/high-seed0"], "no such experiment file"),
 ])  # fmt: skip
-def test_what_cannot_be_done_gets_one_clear_message(run, sweep, arguments, message):
+def test_bad_input_gets_one_clear_message(run, sweep, arguments, message):
     code, out, err = run(*(a.format(sweep.parent) for a in arguments))
     assert code == 2 and message in err and out == "", (code, out, err)

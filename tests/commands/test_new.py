@@ -17,7 +17,7 @@ KINDS = ("quickstart", "sweep", "finetune", "claim")
 SMALL = {
     "model.num_layers": 1, "model.embed_dim": 16, "model.num_heads": 2, "model.context_length": 16,
     "data.tokenizer": "byte", "train.steps": 2, "optim.warmup_steps": 1, "train.batch_size": 4, "train.eval_every": 0,
-    "train.checkpoint_every": 2,
+    "train.checkpoint_every": 2, "train.sample_tokens": 0,
 }  # fmt: skip
 
 

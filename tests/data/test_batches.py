@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import sharding
-from gptjax.data.batches import CYCLE, DataLoader, mixture, prefetch
-from gptjax.data.objectives import Windows, causal, positions_within, supervised
+from gptjax.data.batches import CYCLE, DataLoader, mixture, positions_within
+from gptjax.data.prefetch import prefetch
 from gptjax.data.store import Store, Stream, open_store
 from gptjax.data.tokenizer import ByteTokenizer
-from gptjax.data.windows import PackedStream, WindowedStream, pack, permute
+from gptjax.data.windows import PackedStream, WindowedStream, Windows, pack, permute
 from gptjax.errors import DataError
+from gptjax.objectives import make_objective
+from gptjax.objectives.causal import causal_batch
+from gptjax.objectives.sft import answer_batch
 
 
 def numbered(size: int, documents=(0,), name="numbers") -> Stream:
@@ -49,7 +52,7 @@ def test_permutations_are_mixed_and_differ():
 def test_every_token_is_a_target_exactly_once_an_epoch(size, length, seed, epoch):
     stream = windows_of(numbered(size), length, (seed,))
     count = stream.windows_per_epoch
-    batch = causal(stream.shuffled(np.arange(epoch * count, (epoch + 1) * count)))
+    batch = causal_batch(stream.shuffled(np.arange(epoch * count, (epoch + 1) * count)))
     targets = batch.targets[batch.loss_weights > 0]
     assert sorted(targets) == list(range(1, size))
     assert np.array_equal(batch.tokens[batch.loss_weights > 0] + 1, targets), "each follows its input token"
@@ -59,7 +62,7 @@ def test_every_token_is_a_target_exactly_once_an_epoch(size, length, seed, epoch
 @settings(max_examples=50, deadline=None)
 def test_validation_is_one_plain_pass(size, length):
     stream = windows_of(numbered(size), length)
-    batch = causal(stream.in_order(np.arange(-(-stream.num_targets // length))))
+    batch = causal_batch(stream.in_order(np.arange(-(-stream.num_targets // length))))
     assert list(batch.targets[batch.loss_weights > 0]) == list(range(1, size))
 
 
@@ -77,7 +80,7 @@ def make_batches(sizes, weights=(), seed=0, **changes) -> DataLoader:
         Stream(f"s{i}", np.arange(size, dtype=np.uint32) + 10_000 * i, np.array([0])) for i, size in enumerate(sizes)
     )
     e = TINY.override({"data.source": tuple(s.name for s in streams), "data.weights": weights, "seed": seed, **changes})
-    return DataLoader(Store(None, "key", ByteTokenizer(), streams, streams), e)
+    return DataLoader(Store(None, "key", ByteTokenizer(), streams, streams), e, make_objective(e))
 
 
 @settings(max_examples=30, deadline=None)
@@ -144,7 +147,7 @@ def test_the_seed_changes_the_order():
 
 def test_document_masks_follow_the_documents():
     stream = windows_of(numbered(20, documents=(0, 5, 12)), 10, track=True)
-    batch = causal(stream.in_order(np.arange(2)))
+    batch = causal_batch(stream.in_order(np.arange(2)))
     assert batch.segment_ids.tolist() == [[1] * 5 + [2] * 5, [1, 1] + [2] * 7 + [2]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7]]
     assert batch.loss_weights.tolist() == [[1, 1, 1, 1, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1, 1, 1, 1, 0]]
@@ -152,7 +155,7 @@ def test_document_masks_follow_the_documents():
 
 def test_padding_is_a_separate_document():
     ids = np.array([[3, 4, 5, 0, 0]], np.int32)
-    batch = causal(Windows(ids, ids > 0, np.array([[1, 1, 1, 0, 0]], np.int32)))
+    batch = causal_batch(Windows(ids, ids > 0, np.array([[1, 1, 1, 0, 0]], np.int32)))
     assert batch.loss_weights.tolist() == [[1, 1, 0, 0]] and batch.segment_ids.tolist() == [[1, 1, 1, 0]]
 
 
@@ -175,7 +178,7 @@ def test_the_global_batch_is_the_same_on_every_mesh():
 def test_a_text_shorter_than_a_window_is_refused(tmp_path):
     e = TINY.override({"data.source": str(write_corpus(tmp_path, 100)), "model.context_length": 4096})
     with pytest.raises(DataError, match="fewer than one window of"):
-        DataLoader(open_store(e.data), e)
+        DataLoader(open_store(e.data), e, make_objective(e))
 
 
 def test_prefetch_keeps_the_order_runs_ahead_and_stops():
@@ -218,7 +221,7 @@ def test_a_run_resumes_at_its_next_example(tmp_path):
 
     def batches(**changes) -> DataLoader:
         e = TINY.override({"data.source": str(write_corpus(tmp_path))} | changes)
-        return DataLoader(open_store(e.data), e.resolved(257))
+        return DataLoader(open_store(e.data), e.resolved(257), make_objective(e))
 
     first = batches()
     position = first.position(10)
@@ -253,7 +256,7 @@ def test_an_epoch_has_every_example_once_unsplit_and_in_its_own_segment(lengths,
     windows = stream.shuffled(np.arange(epoch * count, (epoch + 1) * count))
     ids = windows.ids[windows.valid]
     assert sorted(ids) == list(range(sum(lengths)))
-    batch = supervised(windows)
+    batch = answer_batch(windows)
     is_target = batch.loss_weights > 0
     assert sorted(batch.targets[is_target]) == list(np.flatnonzero(stream.loss_mask)), "every answer token once"
     np.testing.assert_array_equal(batch.tokens[is_target] + 1, batch.targets[is_target])

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
 from gptjax.data import tasks
-from gptjax.data.batches import DataLoader
+from gptjax.data.batches import DataLoader, positions_within
 from gptjax.data.examples import class_labels, load_examples, token_classes
-from gptjax.data.objectives import Windows, positions_within, supervised
 from gptjax.data.store import Stream, open_store
 from gptjax.data.tasks import TASKS, Example, Tagging, Task, TextPart
 from gptjax.data.tasks.entities import TAGS, answer_of, tags_of
-from gptjax.data.windows import PackedStream
+from gptjax.data.windows import PackedStream, Windows
 from gptjax.errors import DataError
+from gptjax.objectives import make_objective
+from gptjax.objectives.sft import answer_batch
 
 LABELS = ("low", "high", "odd one")
 
@@ -73,7 +74,7 @@ def test_a_label_is_a_target_at_the_end_of_its_prompt_once_an_epoch(tmp_path):
     data = table(tmp_path, rows)
     e = e.override({f"data.{name}": getattr(data, name) for name in DataConfig.__dataclass_fields__})
     e = e.override({"objective.name": "sft"}).resolved(257, class_labels(data))
-    batches = DataLoader(open_store(e.data), e)
+    batches = DataLoader(open_store(e.data), e, make_objective(e))
     stream = batches.train_streams[0]
     parts = [example.parts[0] for example in load_examples(data.source, data, "train")]
     expected = collections.Counter((part.text, part.label) for part in parts)
@@ -110,7 +111,7 @@ def test_packed_windows_have_every_class_at_its_own_token(sizes, seed, data):
     ids = np.arange(starts[-1], dtype=np.uint32)  # every token is its own position
     stream = PackedStream(Stream("x", ids, starts[:-1], np.zeros(len(ids), bool), None, classes), 12, (seed,))
     assert stream.num_targets == (classes >= 0).sum()
-    batch = supervised(stream.shuffled(np.arange(stream.windows_per_epoch)))
+    batch = answer_batch(stream.shuffled(np.arange(stream.windows_per_epoch)))
     is_target = batch.loss_weights > 0
     found = dict(zip(batch.tokens[is_target].tolist(), batch.targets[is_target].tolist(), strict=True))
     assert found == {i: c for i, c in enumerate(classes) if c >= 0} and len(found) == is_target.sum()
@@ -126,7 +127,7 @@ def test_packed_windows_have_every_class_at_its_own_token(sizes, seed, data):
 def test_padding_has_no_class():
     ids = np.array([[5, 6, 0, 0]], np.int32)
     windows = Windows(ids, ids > 0, (ids > 0).astype(np.int32), ids < 0, np.array([[-1, 3, -1, -1]], np.int16))
-    batch = supervised(windows)
+    batch = answer_batch(windows)
     assert batch.targets.tolist() == [[0, 3, 0]] and batch.loss_weights.tolist() == [[0, 1, 0]]
     assert batch.targets.dtype == np.int32 and batch.segment_ids.tolist() == [[1, 1, 0]]
 
@@ -139,7 +140,7 @@ def test_a_long_text_loses_its_beginning_but_no_label(tmp_path):
 
     classes = np.full(30, -1, np.int16)
     classes[[4, 19, 29]] = 1  # the first 4 of 20 tokens are cut off
-    batch = supervised(stream(classes).in_order(np.arange(2)))
+    batch = answer_batch(stream(classes).in_order(np.arange(2)))
     assert sorted(batch.tokens[batch.loss_weights > 0]) == [4, 19, 29]
     classes[3] = 0
     with pytest.raises(DataError, match=r"rows.txt:1: its labelled words are 20 tokens long, and model.context_length"):

@@ -21,6 +21,7 @@ from gptjax.data import corpus, store
 from gptjax.data.batches import DataLoader
 from gptjax.data.store import open_store
 from gptjax.errors import DataError
+from gptjax.objectives import make_objective
 
 DOCUMENTS = [f"document {i}: " + "words and more " * (i % 5 + 1) for i in range(40)]
 
@@ -268,7 +269,7 @@ def test_an_id_outside_the_vocabulary_is_refused_at_the_start_or_when_it_is_read
     with pytest.raises(DataError, match=r"holds the id 32\d\d\d, and the vocabulary has only 257"):
         open_store(e.data)
     monkeypatch.setattr(store, "CHECKED_AT_OPEN", 10)  # as in a corpus too large to be checked at once
-    batches = DataLoader(open_store(e.data), e.resolved(257))
+    batches = DataLoader(open_store(e.data), e.resolved(257), make_objective(e))
     with pytest.raises(DataError, match=r"holds the id 32\d\d\d"):
         for step in range(50):
             batches.host_batch(step)

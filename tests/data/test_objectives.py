@@ -8,20 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import ObjectiveConfig
-from gptjax.data.objectives import (
-    Windows,
-    causal,
-    extra_ids,
-    extra_tokens,
-    make_objective,
-    needs_negatives,
-    prefix,
-    supervised,
-    vocabulary_of,
-)
+from gptjax.config import Experiment
 from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer, WordPieceTokenizer
+from gptjax.data.windows import Windows
 from gptjax.errors import DataError
+from gptjax.objectives import Objective, make_objective
+from gptjax.objectives.base import extra_ids
+from gptjax.objectives.causal import causal_batch
+from gptjax.objectives.mlm import mask_vocabulary
+from gptjax.objectives.prefix_lm import prefix_batch
+from gptjax.objectives.sft import answer_batch
 
 BYTES, END = ByteTokenizer(), 256
 TEXT = "The 2 quick brown foxes (all of them) jump over the lazy dog; naïve cats don't. "
@@ -29,6 +25,10 @@ TEXT = "The 2 quick brown foxes (all of them) jump over the lazy dog; naïve cat
 
 def rngs(rows, seed=0):
     return (np.random.default_rng((seed, row)) for row in range(rows))
+
+
+def objective_of(**fields) -> Objective:
+    return make_objective(Experiment().override(objective=fields))
 
 
 def text_windows(rows, length, seed=0) -> Windows:
@@ -67,7 +67,7 @@ def texts(windows):
 
 @given(packed(answers=True))
 def test_supervised_asks_for_the_answers_exactly(windows):
-    batch = supervised(windows)
+    batch = answer_batch(windows)
     expected = np.zeros(windows.ids.shape)
     for row, first, last in texts(windows):
         expected[row, first + 1 : last] = windows.loss_mask[row, first + 1 : last]  # nothing precedes the first token
@@ -77,12 +77,12 @@ def test_supervised_asks_for_the_answers_exactly(windows):
 
 def test_supervised_refuses_text_without_answers():
     with pytest.raises(DataError, match=r"no answers.*data\.answer"):
-        supervised(text_windows(1, 4))
+        answer_batch(text_windows(1, 4))
 
 
 @given(packed())
 def test_a_prefix_ends_inside_every_text_and_all_after_it_is_asked_for(windows):
-    batch = prefix(windows, rngs(len(windows.ids)))
+    batch = prefix_batch(windows, rngs(len(windows.ids)))
     asked = np.zeros(windows.ids.shape)
     for row, first, last in texts(windows):
         read = batch.prefix_mask[row, first:last]
@@ -92,13 +92,13 @@ def test_a_prefix_ends_inside_every_text_and_all_after_it_is_asked_for(windows):
         asked[row, first + count : last] = last - first > 1
     np.testing.assert_array_equal(batch.loss_weights, asked[:, 1:])
     assert not np.any(batch.prefix_mask & ~windows.valid[:, :-1]), "padding is no prefix"
-    plain = causal(windows)
+    plain = causal_batch(windows)
     for field in ("tokens", "targets", "segment_ids", "positions"):
         np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
 
 
 def test_prefixes_of_plain_text_end_everywhere_alike():
-    ends = prefix(text_windows(4000, 8), rngs(4000)).prefix_mask.sum(1)
+    ends = prefix_batch(text_windows(4000, 8), rngs(4000)).prefix_mask.sum(1)
     counts = np.bincount(ends, minlength=9)
     assert counts[0] == 0
     assert ((counts[1:] - 500) ** 2 / 500).sum() < 29.9  # chi-square, 7 degrees of freedom, p = 1e-4
@@ -106,7 +106,7 @@ def test_prefixes_of_plain_text_end_everywhere_alike():
 
 @given(packed(answers=True))
 def test_the_prefix_of_an_example_ends_where_its_first_answer_begins(windows):
-    batch = prefix(windows, rngs(len(windows.ids)))
+    batch = prefix_batch(windows, rngs(len(windows.ids)))
     for row, first, last in texts(windows):
         answers = np.flatnonzero(windows.loss_mask[row, first:last])
         end = first + answers[0] if len(answers) else last
@@ -114,12 +114,12 @@ def test_the_prefix_of_an_example_ends_where_its_first_answer_begins(windows):
         np.testing.assert_array_equal(
             batch.prefix_mask[row, first:last], expected[: len(batch.prefix_mask[row]) - first]
         )
-    np.testing.assert_array_equal(batch.loss_weights, supervised(windows).loss_weights)
+    np.testing.assert_array_equal(batch.loss_weights, answer_batch(windows).loss_weights)
 
 
 def masked_batch(windows, seed=0, tokenizer=BYTES, others=None, **fields):
-    objective = ObjectiveConfig(name="mlm", **fields)
-    return make_objective(objective, tokenizer)(windows, rngs(len(windows.ids), seed), others)
+    objective = objective_of(name="mlm", **fields)
+    return objective.batch_maker(tokenizer)(windows, rngs(len(windows.ids), seed), others)
 
 
 @settings(deadline=None)
@@ -209,8 +209,8 @@ WORDPIECE = json.dumps(
 
 def test_words_of_wordpiece_go_on_with_its_endings_only():
     tokenizer = WordPieceTokenizer(WORDPIECE)
-    objective = ObjectiveConfig(name="mlm", whole_words=True, next_sentence=True)
-    v = vocabulary_of(objective, tokenizer)
+    objective = objective_of(name="mlm", whole_words=True, next_sentence=True)
+    v = mask_vocabulary(tokenizer, objective.extra_tokens())
     assert np.flatnonzero(v.goes_on).tolist() == [5, 6]
     assert np.flatnonzero(v.text).tolist() == [4, 5, 6, 7, 8]
     assert v.extra == [3, 1, 2, 9 + 3, 9 + 4], "its own [MASK], [CLS] and [SEP], and new ids for the answers"
@@ -225,10 +225,10 @@ def test_next_sentence_takes_the_second_half_from_elsewhere_half_of_the_time():
     rows, length = 2000, 20
     here = np.tile(np.arange(length + 1, dtype=np.int32), (rows, 1))
     windows, others = (Windows(ids, np.ones(ids.shape, bool), None) for ids in (here, here + 100))
-    objective = ObjectiveConfig(name="mlm", next_sentence=True, mask_rate=0.2)
-    assert needs_negatives(objective) and not needs_negatives(ObjectiveConfig(name="mlm"))
-    _, classify, separate, follows, elsewhere = extra_ids(objective, BYTES)
-    batch = make_objective(objective, BYTES)(windows, rngs(rows), others)
+    objective = objective_of(name="mlm", next_sentence=True, mask_rate=0.2)
+    assert objective.needs_negatives() and not objective_of(name="mlm").needs_negatives()
+    _, classify, separate, follows, elsewhere = extra_ids(objective.extra_tokens(), BYTES)
+    batch = objective.batch_maker(BYTES)(windows, rngs(rows), others)
     assert np.all(batch.tokens[:, 0] == classify) and np.all(batch.tokens[:, 10] == separate), "never masked"
     assert np.all(batch.loss_weights[:, 0] == 1) and not np.any(batch.loss_weights[:, 10])
     np.testing.assert_array_equal(batch.targets[:, 1:10], here[:, :9])
@@ -255,11 +255,11 @@ def test_the_length_of_a_pair_does_not_tell_whether_it_is_one(windows, others, s
 @given(packed(), st.booleans(), st.integers(0, 1000))
 def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
     tokenizer = BYTES if has_end else CharTokenizer("".join(map(chr, range(256))), has_eos=False)
-    objective = ObjectiveConfig(name="fim", fim_rate=1.0)
-    marks = extra_ids(objective, tokenizer)
+    objective = objective_of(name="fim", fim_rate=1.0)
+    marks = extra_ids(objective.extra_tokens(), tokenizer)
     assert marks == [tokenizer.vocab_size + i for i in range(3)]
-    batch = make_objective(objective, tokenizer)(windows, rngs(len(windows.ids), seed), None)
-    plain = causal(windows)
+    batch = objective.batch_maker(tokenizer)(windows, rngs(len(windows.ids), seed), None)
+    plain = causal_batch(windows)
     for field in ("loss_weights", "segment_ids", "positions"):
         np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
     ids = np.concatenate([batch.tokens, batch.targets[:, -1:]], 1)
@@ -276,8 +276,8 @@ def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
 
 
 def test_fill_in_rearranges_its_share_and_cuts_everywhere():
-    objective = ObjectiveConfig(name="fim", fim_rate=0.3)
-    tokens = make_objective(objective, BYTES)(text_windows(3000, 12), rngs(3000), None).tokens
+    objective = objective_of(name="fim", fim_rate=0.3)
+    tokens = objective.batch_maker(BYTES)(text_windows(3000, 12), rngs(3000), None).tokens
     changed = tokens[:, 0] == 257
     assert abs(changed.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 3000)
     assert np.array_equal(changed, (tokens == 258).any(1)), "a text is rearranged or left as it is"
@@ -287,10 +287,10 @@ def test_fill_in_rearranges_its_share_and_cuts_everywhere():
 
 
 def test_every_objective_names_the_ids_it_needs():
-    assert extra_tokens(ObjectiveConfig()) == extra_tokens(ObjectiveConfig(name="prefix_lm")) == ()
-    assert extra_tokens(ObjectiveConfig(name="mlm")) == ("mask",)
+    assert objective_of().extra_tokens() == objective_of(name="prefix_lm").extra_tokens() == ()
+    assert objective_of(name="mlm").extra_tokens() == ("mask",)
     for name in ("causal", "sft"):
-        make = make_objective(ObjectiveConfig(name=name), BYTES)
+        make = objective_of(name=name).batch_maker(BYTES)
         windows = text_windows(2, 6)._replace(loss_mask=np.ones((2, 7), bool))
         unused = (pytest.fail("a generator was made for nothing") for _ in range(2))
         np.testing.assert_array_equal(make(windows, unused, None).targets, windows.ids[:, 1:])

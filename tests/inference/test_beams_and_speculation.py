@@ -1,4 +1,4 @@
-"""Beam search against brute force, and guessed tokens against exact probabilities."""
+"""Beam search against brute force, and speculative decoding against exact probabilities."""
 
 import itertools
 
@@ -28,13 +28,13 @@ def pretrained_of(model, tokenizer=None, scale=12.0, seed=0):
 
 @pytest.fixture(scope="module")
 def small():
-    """Five tokens, so that every text of four can be looked at."""
+    """Five tokens, so that every text of four can be enumerated."""
     model = tiny_model(vocab_size=5, context_length=32)
     return pretrained_of(model, CharTokenizer("abcde", False))
 
 
-def test_enough_beams_find_the_likeliest_text(small):
-    """5^3 beams follow everything: the best of all texts of four tokens, by its sum over all of them."""
+def test_enough_beams_find_the_most_likely_text(small):
+    """5^3 beams keep every prefix: the best of all texts of four tokens is found."""
     engine = make_engine(small)
     prompt = np.array([0, 1, 2], np.int32)
     found = beam_search(engine, Request(prompt, 4, GREEDY), BeamConfig(count=125))
@@ -66,7 +66,7 @@ def texts_of(steps, count):
 
 @pytest.mark.parametrize("changes", [{}, dict(positions="rope", sliding_window=4)], ids=["plain", "window"])
 @pytest.mark.parametrize("kind", ["lookup", "same", "other"])
-def test_guesses_change_no_likeliest_token(changes, kind):
+def test_speculative_decoding_changes_no_greedy_token(changes, kind):
     model = tiny_model(vocab_size=257, context_length=48, **changes)
     engine = make_engine(pretrained_of(model))
     drafter = {
@@ -76,13 +76,13 @@ def test_guesses_change_no_likeliest_token(changes, kind):
     }[kind]()
     requests = [Request(np.array(p, np.int32), n, GREEDY) for p, n in zip(PROMPTS, (25, 17, 25), strict=True)]
     tally = Tally(3)
-    guessed = texts_of(speculate(engine, requests, drafter, 3, tally), 3)
-    assert guessed == texts_of(generate(engine, requests), 3)
+    drafted = texts_of(speculate(engine, requests, drafter, 3, tally), 3)
+    assert drafted == texts_of(generate(engine, requests), 3)
     assert tally.calls and (kind != "same" or tally.acceptance == 1), "a model agrees with itself"
 
 
 def constant_model(logits):
-    """A model whose next token does not depend on the text: weights 0, and the answer in the last norm's bias."""
+    """A model whose next token does not depend on the text: weights 0, and the logits in the last norm's bias."""
     size = len(logits)
     model = tiny_model(vocab_size=size, context_length=4096, embed_dim=size, num_heads=1, positions="none", ffn_dim=4)
     params = jax.tree.map(jnp.zeros_like, init_params(model, jax.random.key(0)))
@@ -100,7 +100,7 @@ P, Q = np.log([0.5, 0.2, 0.15, 0.1, 0.05]), np.log([0.25, 0.3, 0.05, 0.2, 0.2])
     ids=["plain", "filtered"],
 )
 @pytest.mark.parametrize("kind", ["draft", "lookup"])
-def test_guessed_texts_have_the_models_probabilities(kind, sampling):
+def test_speculative_texts_have_the_models_probabilities(kind, sampling):
     engine = constant_model(P)
     drafter = DraftModel(constant_model(Q)) if kind == "draft" else PromptLookup()
     requests = [Request(np.array([0, 1], np.int32), 500, sampling, seed=i) for i in range(16)]
@@ -120,22 +120,22 @@ def test_guessed_texts_have_the_models_probabilities(kind, sampling):
     assert chosen.sum() > 1 and tally.acceptance < 1
 
 
-@pytest.mark.parametrize("guesses", [pytest.param(n, marks=[pytest.mark.slow] * (n != 3)) for n in (1, 3, 5)])
-def test_tokens_per_call_follow_leviathans_formula(guesses):
-    """Where every guess is accepted with the same probability: alpha = sum of min(p, q), exactly."""
+@pytest.mark.parametrize("num_draft_tokens", [pytest.param(n, marks=[pytest.mark.slow] * (n != 3)) for n in (1, 3, 5)])
+def test_tokens_per_call_follow_leviathans_formula(num_draft_tokens):
+    """Where every draft token is accepted with the same probability: alpha = sum of min(p, q), exactly."""
     engine, draft = constant_model(P), DraftModel(constant_model(Q))
     requests = [Request(np.array([0], np.int32), 600, SamplingParams(), seed=i) for i in range(24)]
-    tally = Tally(guesses)
-    list(speculate(engine, requests, draft, guesses, tally))
+    tally = Tally(num_draft_tokens)
+    list(speculate(engine, requests, draft, num_draft_tokens, tally))
     alpha = np.minimum(np.exp(P), np.exp(Q)).sum()
-    formula = (1 - alpha ** (guesses + 1)) / (1 - alpha)
+    formula = (1 - alpha ** (num_draft_tokens + 1)) / (1 - alpha)
     assert abs(tally.acceptance / alpha - 1) < 0.03
     assert abs(tally.tokens_per_call / formula - 1) < 0.03
     assert abs(tally.expected_tokens_per_call / formula - 1) < 0.03
 
 
 def test_a_draft_may_have_a_longer_table_of_the_same_tokens():
-    """As the sizes of Pythia have: what pads a table is no token on either side."""
+    """As the sizes of Pythia have: the padding of a table is never a token."""
     engine = make_engine(pretrained_of(MODEL))
     draft = make_engine(pretrained_of(tiny_model(vocab_size=270, context_length=48), seed=1))
     for sampling in (GREEDY, SamplingParams()):
@@ -146,10 +146,10 @@ def test_a_draft_may_have_a_longer_table_of_the_same_tokens():
             assert [text] == texts_of(generate(engine, [request]), 1)
 
 
-def test_what_cannot_go_together_is_refused():
+def test_unsupported_combinations_are_refused():
     engine = make_engine(pretrained_of(MODEL))
     request = Request(np.array([1], np.int32), 4, SamplingParams(repetition_penalty=1.2))
-    with pytest.raises(PromptError, match="look back at every token"):
+    with pytest.raises(PromptError, match="cannot be combined with speculative decoding"):
         speculate(engine, [request], PromptLookup(), 2)
     with pytest.raises(PromptError, match="draft_tokens = 0"):
         speculate(engine, [Request(np.array([1], np.int32), 4)], PromptLookup(), 0)

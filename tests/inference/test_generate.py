@@ -1,4 +1,4 @@
-"""Texts against the whole model read again for every token: greedy, ragged batches, rolling caches, seeds, limits."""
+"""Generated texts against a full forward pass for every token: greedy, ragged batches, ring buffers, seeds, limits."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.errors import PromptError
-from gptjax.inference.cache import bucket, slots_for
+from gptjax.inference.cache import bucket, cache_length_for
 from gptjax.inference.engine import make_engine
 from gptjax.inference.generate import Request, generate
 from gptjax.inference.pretrained import Pretrained
@@ -36,11 +36,11 @@ def made(engine, requests):
     return [[int(s.tokens[i]) for s in steps if s.live[i]] for i in range(len(requests))]
 
 
-def ask(prompt, new_tokens=10, **settings):
+def request_of(prompt, new_tokens=10, **settings):
     return Request(np.array(prompt, np.int32), new_tokens, **settings)
 
 
-def greedy_by_the_whole_model(model, params, prompt, new_tokens, length=64):
+def greedy_without_cache(model, params, prompt, new_tokens, length=64):
     apply = jax.jit(lambda t: GPT(model).apply({"params": params}, t))
     text = list(prompt)
     for _ in range(new_tokens):
@@ -56,32 +56,30 @@ def greedy_by_the_whole_model(model, params, prompt, new_tokens, length=64):
      dict(positions="rope", sliding_window=3, norm="rmsnorm"), dict(dtype="bfloat16")],
     ids=["plain", "gqa", "alibi-window", "rope-window", "bfloat16"],
 )  # fmt: skip
-def test_greedy_is_the_likeliest_token_of_the_whole_model(changes):
-    """Prompts of three lengths in one batch; a text with a window is longer than its cache."""
+def test_greedy_decoding_is_that_of_full_forward_passes(changes):
+    """Prompts of three lengths in one batch; with a sliding window a text is longer than its cache."""
     model = tiny_model(vocab_size=257, context_length=64, **changes)
     pretrained = pretrained_of(model)
     prompts = [[72, 101, 108, 108, 111], list(range(40)), [7]]
-    texts = made(make_engine(pretrained), [ask(p, 14, sampling=GREEDY) for p in prompts])
-    alike = [
-        greedy_by_the_whole_model(model, pretrained.params, p, 14) == t for p, t in zip(prompts, texts, strict=True)
-    ]
+    texts = made(make_engine(pretrained), [request_of(p, 14, sampling=GREEDY) for p in prompts])
+    alike = [greedy_without_cache(model, pretrained.params, p, 14) == t for p, t in zip(prompts, texts, strict=True)]
     assert all(alike) if model.dtype == "float32" else any(alike), "bfloat16 may break a tie differently"
 
 
-def test_a_model_of_attention_alone_writes():
-    made = generate(make_engine(pretrained_of(tiny_model(vocab_size=257, ffn="none"))), [ask([1, 2, 3], 4)])
+def test_a_model_of_attention_alone_generates():
+    made = generate(make_engine(pretrained_of(tiny_model(vocab_size=257, ffn="none"))), [request_of([1, 2, 3], 4)])
     assert len(list(made)) == 4
 
 
-def test_beyond_its_context_a_text_sees_the_last_tokens_only():
-    """A model without a table of positions goes on for ever: as one whose window is the context."""
+def test_beyond_the_context_a_text_attends_to_the_last_tokens_only():
+    """A model without learned positions has no length limit: beyond the context it has a sliding window."""
     model = tiny_model(vocab_size=257, context_length=16, positions="rope")
     pretrained = pretrained_of(model)
-    (text,) = made(make_engine(pretrained), [ask(range(20), 30, sampling=GREEDY)])
+    (text,) = made(make_engine(pretrained), [request_of(range(20), 30, sampling=GREEDY)])
     windowed = tiny_model(vocab_size=257, context_length=64, positions="rope", sliding_window=16)
-    assert text == greedy_by_the_whole_model(windowed, pretrained.params, list(range(20)), 30)
-    assert slots_for(model, 1000) == bucket(16) and slots_for(MODEL, 20) == 24
-    assert slots_for(model, 1000, at_once=30) >= 16 + 29
+    assert text == greedy_without_cache(windowed, pretrained.params, list(range(20)), 30)
+    assert cache_length_for(model, 1000) == bucket(16) and cache_length_for(MODEL, 20) == 24
+    assert cache_length_for(model, 1000, per_step=30) >= 16 + 29
 
 
 def test_few_lengths_are_compiled():
@@ -90,19 +88,25 @@ def test_few_lengths_are_compiled():
     assert len({bucket(n) for n in range(1, 4097)}) == 17
 
 
-def test_a_text_depends_on_its_seed_and_not_on_its_company(engine):
-    alone = made(engine, [ask([1, 2, 3], seed=5)])
-    many = made(engine, [ask([9] * 7, seed=1), ask([1, 2, 3], seed=5), ask([1, 2, 3], seed=5, copy=1)])
+def test_a_text_depends_on_its_seed_and_not_on_its_batch(engine):
+    alone = made(engine, [request_of([1, 2, 3], seed=5)])
+    many = made(
+        engine, [request_of([9] * 7, seed=1), request_of([1, 2, 3], seed=5), request_of([1, 2, 3], seed=5, copy=1)]
+    )
     assert many[1] == alone[0] and many[2] != alone[0]
-    assert made(engine, [ask([1, 2, 3], seed=6)]) != alone != made(engine, [ask([1, 2, 3], seed=5 + (1 << 40))])
-    assert made(engine, [ask([1, 2, 3], seed=5)]) == alone
+    assert (
+        made(engine, [request_of([1, 2, 3], seed=6)])
+        != alone
+        != made(engine, [request_of([1, 2, 3], seed=5 + (1 << 40))])
+    )
+    assert made(engine, [request_of([1, 2, 3], seed=5)]) == alone
 
 
-def test_each_text_has_rules_and_a_length_of_its_own(engine):
+def test_each_text_has_its_own_sampling_params_and_length(engine):
     requests = [
-        ask([1, 2, 3], 4, sampling=GREEDY),
-        ask([1, 2, 3], 9, sampling=SamplingParams(temperature=5.0, top_k=3), seed=2),
-        ask([1, 2, 3], 6, sampling=SamplingParams(temperature=0, logit_bias=((65, 1e4),))),
+        request_of([1, 2, 3], 4, sampling=GREEDY),
+        request_of([1, 2, 3], 9, sampling=SamplingParams(temperature=5.0, top_k=3), seed=2),
+        request_of([1, 2, 3], 6, sampling=SamplingParams(temperature=0, logit_bias=((65, 1e4),))),
     ]
     texts = made(engine, requests)
     assert [len(t) for t in texts] == [4, 9, 6] and texts[2] == [65] * 6
@@ -111,7 +115,7 @@ def test_each_text_has_rules_and_a_length_of_its_own(engine):
 
 
 def test_log_probabilities_are_those_of_the_model(engine):
-    request = ask([1, 2, 3], 6, sampling=SamplingParams(temperature=2.0, top_k=5, repetition_penalty=1.5))
+    request = request_of([1, 2, 3], 6, sampling=SamplingParams(temperature=2.0, top_k=5, repetition_penalty=1.5))
     steps = list(generate(engine, [request]))
     ids = [1, 2, 3] + [int(s.tokens[0]) for s in steps]
     logits = GPT(MODEL).apply({"params": pretrained_of(MODEL).params}, jnp.array([ids]))
@@ -120,41 +124,43 @@ def test_log_probabilities_are_those_of_the_model(engine):
 
 
 def test_nothing_is_compiled_for_a_token_or_a_prompt(engine):
-    from gptjax.inference.generate import _read_and_choose
+    from gptjax.inference.generate import _decode_and_sample
 
-    made(engine, [ask([1, 2, 3], 8)])
-    before = _read_and_choose._cache_size()
-    made(engine, [ask([5] * 11, 20, seed=9, sampling=SamplingParams(0.3))])
-    made(engine, [ask([5] * 11, 20, seed=9, sampling=SamplingParams(0.4))])
-    assert _read_and_choose._cache_size() == before + 2, "once to read and once to write, for the new rule alone"
+    made(engine, [request_of([1, 2, 3], 8)])
+    before = _decode_and_sample._cache_size()
+    made(engine, [request_of([5] * 11, 20, seed=9, sampling=SamplingParams(0.3))])
+    made(engine, [request_of([5] * 11, 20, seed=9, sampling=SamplingParams(0.4))])
+    assert _decode_and_sample._cache_size() == before + 2, (
+        "once for the prefill and once for the steps, with temperature"
+    )
 
 
-def test_what_cannot_be_continued_is_refused(engine):
+def test_invalid_requests_are_refused(engine):
     for request, message in [
-        (ask([], 3), "the prompt is empty"),
-        (ask([1] * 30, 3), r"more than the model's context of 32; .* ask for at most 2"),
-        (ask([1, 257], 3), "no tokens; there are ids 0 to 256"),
-        (ask([1], 3, seed=-1), "seed = -1"),
+        (request_of([], 3), "the prompt is empty"),
+        (request_of([1] * 30, 3), r"more than the model's context length of 32; .* generate at most 2 tokens"),
+        (request_of([1, 257], 3), "ids that are not tokens; ids are 0 to 256"),
+        (request_of([1], 3, seed=-1), "seed = -1"),
     ]:
         with pytest.raises(PromptError, match=message):
             generate(engine, [request])
-    assert [len(t) for t in made(engine, [ask([1] * 30, 2), ask([1], 0)])] == [2, 0]
-    with pytest.raises(PromptError, match="leave no token"):
-        made(engine, [ask([1], 5, sampling=SamplingParams(logit_bias=tuple((i, -np.inf) for i in range(257))))])
+    assert [len(t) for t in made(engine, [request_of([1] * 30, 2), request_of([1], 0)])] == [2, 0]
+    with pytest.raises(PromptError, match="allow no token"):
+        made(engine, [request_of([1], 5, sampling=SamplingParams(logit_bias=tuple((i, -np.inf) for i in range(257))))])
 
 
-def test_a_model_that_sees_everything_cannot_generate():
+def test_a_bidirectional_model_cannot_generate():
     with pytest.raises(PromptError, match=r"model.causal = False"):
         make_engine(pretrained_of(tiny_model(vocab_size=257, causal=False)))
 
 
-def test_eight_bits_change_little_and_take_a_quarter():
+def test_int8_changes_little_and_takes_a_quarter_of_the_bytes():
     model = tiny_model(vocab_size=257, context_length=32, embed_dim=64, num_heads=4, ffn="swiglu", tie_embeddings=False)
     pretrained = pretrained_of(model, 1.0)
     whole, small = make_engine(pretrained), make_engine(pretrained, "int8")
     assert small.weight_bytes < 0.3 * whole.weight_bytes
     assert small.params["blocks"][0]["ffn"]["up"].values.dtype == jnp.int8
-    prompt = ask(range(20), 1, sampling=GREEDY)
+    prompt = request_of(range(20), 1, sampling=GREEDY)
     a, b = (next(iter(generate(e, [prompt]))).logprobs[0] for e in (whole, small))
     assert abs(a - b) < 0.02
     with pytest.raises(PromptError, match=r"dtype = 'int4': must be one of float32, bfloat16, int8"):
@@ -163,32 +169,32 @@ def test_eight_bits_change_little_and_take_a_quarter():
 
 def test_bfloat16_is_near_float32():
     model = tiny_model(vocab_size=257, context_length=32, embed_dim=64, num_heads=4, ffn="swiglu", tie_embeddings=False)
-    whole, narrow = (make_engine(pretrained_of(model, 1.0), numbers) for numbers in (None, "bfloat16"))
+    whole, narrow = (make_engine(pretrained_of(model, 1.0), dtype) for dtype in (None, "bfloat16"))
     for texts in ([range(20)], [range(20), range(3)]):
-        requests = [ask(text, 1, sampling=GREEDY) for text in texts]
+        requests = [request_of(text, 1, sampling=GREEDY) for text in texts]
         a, b = (next(iter(generate(engine, requests))) for engine in (whole, narrow))
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=0.05)
 
 
 class EndsAfter:
-    """A guide that forbids nothing and ends a text after some tokens."""
+    """A constraint that allows every token and ends a text after some tokens."""
 
     def __init__(self, tokens):
-        self.left, self.seen = tokens, []
+        self.remaining, self.accepted = tokens, []
 
     def allowed(self):
         return None
 
-    def take(self, token):
-        self.seen.append(token)
-        self.left -= 1
-        return self.left == 0
+    def accept(self, token):
+        self.accepted.append(token)
+        self.remaining -= 1
+        return self.remaining == 0
 
 
-def test_a_text_may_end_early_and_its_company_goes_on(engine):
-    whole = made(engine, [ask([1, 2, 3], 9), ask([7, 8], 9)])
-    guide = EndsAfter(2)
-    early, late = made(engine, [ask([1, 2, 3], 9, guides=(guide,)), ask([7, 8], 9)])
-    assert (early, late) == (whole[0][:2], whole[1]) and guide.seen == early, "nothing is told after the end"
-    assert made(engine, [ask([1, 2, 3], 9, guides=(EndsAfter(3),))]) == [whole[0][:3]]
+def test_a_text_may_end_early_and_the_others_continue(engine):
+    whole = made(engine, [request_of([1, 2, 3], 9), request_of([7, 8], 9)])
+    constraint = EndsAfter(2)
+    early, late = made(engine, [request_of([1, 2, 3], 9, constraints=(constraint,)), request_of([7, 8], 9)])
+    assert (early, late) == (whole[0][:2], whole[1]) and constraint.accepted == early, "it gets no token after the end"
+    assert made(engine, [request_of([1, 2, 3], 9, constraints=(EndsAfter(3),))]) == [whole[0][:3]]

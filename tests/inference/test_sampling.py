@@ -1,4 +1,4 @@
-"""Every rule against an independent reference: transformers' own processors, definitions in NumPy, and chi-square."""
+"""Sampling against independent references: transformers' processors, definitions in NumPy, and chi-square."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.errors import PromptError
-from gptjax.inference.sampling import SamplingParams, TokenHistory, batch_params, choose, likeliest, penalised, warped
+from gptjax.inference.sampling import (
+    SamplingParams,
+    TokenHistory,
+    argmax,
+    batch_params,
+    process_logits,
+    sample_token,
+    warped,
+)
 
 VOCAB, ROWS, LENGTH = 23, 3, 12
 
@@ -20,7 +28,7 @@ def history_of(tokens, prompts, lengths):
 
 
 def case(seed):
-    """Random logits, and texts of several lengths that repeat themselves; what lies behind a text must not matter."""
+    """Random logits, and texts of several lengths that repeat themselves; what follows a text must not matter."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
     tokens = rng.integers(0, 5, (ROWS, LENGTH))
@@ -43,14 +51,14 @@ settings_drawn = st.builds(
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), samplings=st.lists(settings_drawn, min_size=ROWS, max_size=ROWS))
-def test_every_rule_is_that_of_transformers(seed, samplings):
+def test_every_processor_is_that_of_transformers(seed, samplings):
     torch = pytest.importorskip("torch")
     g = pytest.importorskip("transformers.generation")
 
     logits, tokens, prompts, lengths = case(seed)
-    rules = batch_params(samplings, VOCAB, VOCAB)
-    kept = penalised(jnp.asarray(logits), rules, history_of(tokens, prompts, lengths))
-    ours = np.array(warped(kept, rules))
+    sampling_batch = batch_params(samplings, VOCAB, VOCAB)
+    kept = process_logits(jnp.asarray(logits), sampling_batch, history_of(tokens, prompts, lengths))
+    ours = np.array(warped(kept, sampling_batch))
     for row, s in enumerate(samplings):
         ids = torch.tensor(tokens[row : row + 1, : lengths[row]])
         bias = {}
@@ -71,7 +79,7 @@ def test_every_rule_is_that_of_transformers(seed, samplings):
             theirs = processor(ids, theirs)
         theirs = theirs[0].numpy()
         if not np.isfinite(theirs).any():
-            continue  # every token was forbidden: told apart below
+            continue  # every token was forbidden: tested below
         if not _ends_between_tokens(s, before[0].numpy()):
             np.testing.assert_array_equal(np.isfinite(ours[row]), np.isfinite(theirs), str(s))
         both = np.isfinite(theirs) & np.isfinite(ours[row])
@@ -79,7 +87,7 @@ def test_every_rule_is_that_of_transformers(seed, samplings):
 
 
 def _ends_between_tokens(s, theirs):
-    """Whether the probability of the likeliest tokens is top_p itself, to float32's digits: either answer is right."""
+    """Whether the cumulative probability equals top_p within float32's precision: then either result is right."""
     if s.top_p is None:
         return False
     probabilities = np.sort(np.exp(np.float64(theirs) - theirs.max()))[::-1]
@@ -88,21 +96,21 @@ def _ends_between_tokens(s, theirs):
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), presence=st.floats(-2, 2), frequency=st.floats(-2, 2))
-def test_presence_and_frequency_count_what_was_made(seed, presence, frequency):
+def test_presence_and_frequency_count_the_continuation(seed, presence, frequency):
     logits, tokens, prompts, lengths = case(seed)
     sampling = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
-    rules = batch_params([sampling] * ROWS, VOCAB, VOCAB)
-    ours = np.array(penalised(jnp.asarray(logits), rules, history_of(tokens, prompts, lengths)))
+    sampling_batch = batch_params([sampling] * ROWS, VOCAB, VOCAB)
+    ours = np.array(process_logits(jnp.asarray(logits), sampling_batch, history_of(tokens, prompts, lengths)))
     for row in range(ROWS):
         made = np.bincount(tokens[row, prompts[row] : lengths[row]], minlength=VOCAB)
         np.testing.assert_allclose(ours[row], logits[row] - presence * (made > 0) - frequency * made, atol=1e-5)
 
 
-def test_tokens_are_drawn_with_their_probabilities():
+def test_tokens_are_sampled_with_their_probabilities():
     logits = np.array([2.0, 1.0, 0.0, -1.0, 3.0], np.float32)
-    rules = batch_params([SamplingParams(0.7, top_k=4, min_p=0.01)] * 20_000, 5, 5)
+    sampling_batch = batch_params([SamplingParams(0.7, top_k=4, min_p=0.01)] * 20_000, 5, 5)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = np.array(choose(jnp.tile(logits, (20_000, 1)), rules, keys))
+    drawn = np.array(sample_token(jnp.tile(logits, (20_000, 1)), sampling_batch, keys))
     expected = np.exp(np.where(logits >= 0, logits / 0.7, -np.inf))
     expected = np.where(expected / expected.max() >= 0.01, expected, 0)
     expected = expected / expected.sum() * 20_000
@@ -113,22 +121,25 @@ def test_tokens_are_drawn_with_their_probabilities():
     assert chi_square < 16.27, "beyond the 99.9% quantile for 3 degrees of freedom"
 
 
-def test_texts_of_all_temperatures_go_together():
+def test_a_batch_may_mix_temperatures():
     logits = np.array([[1.0, 5.0, 2.0], [1.0, 5.0, 2.0]], np.float32)
-    rules = batch_params([SamplingParams(temperature=0), SamplingParams(temperature=1e6)], 3, 3)
-    drawn = [np.array(choose(jnp.asarray(logits), rules, jax.random.split(jax.random.key(i), 2))) for i in range(30)]
-    assert {int(d[0]) for d in drawn} == {1}, "temperature 0 takes the likeliest"
+    sampling_batch = batch_params([SamplingParams(temperature=0), SamplingParams(temperature=1e6)], 3, 3)
+    drawn = [
+        np.array(sample_token(jnp.asarray(logits), sampling_batch, jax.random.split(jax.random.key(i), 2)))
+        for i in range(30)
+    ]
+    assert {int(d[0]) for d in drawn} == {1}, "temperature 0 is greedy"
     assert {int(d[1]) for d in drawn} == {0, 1, 2}
 
 
-def test_what_no_rule_allows_is_told_apart():
+def test_minus_one_where_no_token_is_allowed():
     logits = jnp.zeros((2, 3))
-    rules = batch_params([SamplingParams(temperature=0, no_repeat_ngram_size=1)] * 2, 3, 3)
+    sampling_batch = batch_params([SamplingParams(temperature=0, no_repeat_ngram_size=1)] * 2, 3, 3)
     history = history_of([[0, 1, 2], [0, 1, 1]], [1, 1], [3, 3])
-    assert choose(penalised(logits, rules, history), rules, None).tolist() == [-1, 2]
+    assert sample_token(process_logits(logits, sampling_batch, history), sampling_batch, None).tolist() == [-1, 2]
     allowed = jnp.array([[True, False, True], [False, False, True]])
-    plain = batch_params([SamplingParams(temperature=0)] * 2, 2, 3)  # the third id is no token
-    assert choose(penalised(logits, plain, history, allowed), plain, None).tolist() == [0, -1]
+    plain = batch_params([SamplingParams(temperature=0)] * 2, 2, 3)  # the third id is not a token
+    assert sample_token(process_logits(logits, plain, history, allowed), plain, None).tolist() == [0, -1]
 
 
 @pytest.mark.parametrize(
@@ -136,14 +147,14 @@ def test_what_no_rule_allows_is_told_apart():
     [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=1.5),
      dict(repetition_penalty=0.0), dict(no_repeat_ngram_size=-1)],
 )  # fmt: skip
-def test_settings_that_mean_nothing_are_refused(wrong):
+def test_invalid_sampling_params_are_refused(wrong):
     with pytest.raises(PromptError, match=next(iter(wrong))):
         SamplingParams(**wrong)
-    with pytest.raises(PromptError, match=r"logit_bias: 7 is no token; there are ids 0 to 4"):
+    with pytest.raises(PromptError, match=r"logit_bias: 7 is not a token id; ids are 0 to 4"):
         batch_params([SamplingParams(logit_bias=((7, 1.0),))], 5, 8)
 
 
-def test_of_equals_the_first_is_the_likeliest():
+def test_argmax_is_the_first_of_equals():
     logits = np.random.default_rng(0).integers(-2, 3, (50, VOCAB)).astype(np.float32)
     logits[0], logits[1, :5] = -np.inf, -np.inf
-    np.testing.assert_array_equal(likeliest(jnp.asarray(logits)), logits.argmax(-1) * (logits.max(-1) > -np.inf))
+    np.testing.assert_array_equal(argmax(jnp.asarray(logits)), logits.argmax(-1) * (logits.max(-1) > -np.inf))

@@ -107,4 +107,4 @@ def test_beams_are_those_of_transformers(pair, beams):
         )  # fmt: skip
         cut = [text[: text.index(stop) + 1] if stop in text else text for text in expected]
         assert [f.ids.tolist() for f in found] == cut
-        assert [f.ended for f in found] == [stop in text for text in expected]
+        assert [f.finished for f in found] == [stop in text for text in expected]

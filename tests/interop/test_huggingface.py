@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from conftest import tiny_model, tiny_run
 
+from gptjax.commands.exchange import import_
 from gptjax.config import Experiment, ModelConfig
 from gptjax.data.batches import DataPosition
 from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
-from gptjax.errors import Disagreement, ExchangeError, GptjaxError, RunError
+from gptjax.errors import DataError, Disagreement, ExchangeError, GptjaxError, RunError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.interop.huggingface import load_folder
 from gptjax.interop.layout import nested, weight_shapes
@@ -33,16 +34,12 @@ from gptjax.training import checkpoint
 from gptjax.training.diagnosis import replay
 from gptjax.training.evaluation import evaluate_run
 from gptjax.training.optim import evaluation_params
-from gptjax.training.run import open_run, start_run
+from gptjax.training.preflight import check_start
+from gptjax.training.provenance import start_run
+from gptjax.training.restore import load_params, restore_state
+from gptjax.training.run import open_run
 from gptjax.training.state import leaf_name
-from gptjax.training.train_setup import (
-    build_train_setup,
-    check_start,
-    create_state,
-    first_state,
-    load_params,
-    restore_state,
-)
+from gptjax.training.train_setup import build_train_setup, create_state, first_state
 
 VOCAB, CONTEXT = 260, 32  # of every model here; the byte tokenizer has 257 ids
 TEXT = np.random.default_rng(0).integers(0, VOCAB, (2, CONTEXT))
@@ -233,7 +230,7 @@ def test_transformers_has_the_logits_of_an_export(tmp_path, quiet, family, chang
     assert choose_family(ours.model).name == family
     save_folder(ours, tmp_path / "out")
     found = compare_logits(ours, tmp_path / "out")
-    assert found.difference < 1e-4 and found.other == "transformers"
+    assert found.difference < 1e-4 and found.reference == "transformers"
 
 
 def test_bfloat16_weights(tmp_path, quiet):
@@ -350,22 +347,22 @@ def test_the_old_and_the_new_form_of_rope_are_one(tmp_path):
     ("changes", "message"),
     [
         (dict(scale_attn_weights=False, novelty=1), r"novelty = 1: gptjax does not(.|\n)*"),
-        (dict(scale_attn_weights=False), r"scale_attn_weights = False: gptjax has it as True only"),
+        (dict(scale_attn_weights=False), r"scale_attn_weights = False: gptjax supports only True"),
         (dict(add_cross_attention=True), "add_cross_attention = True"),
-        (dict(activation_function="mish"), "activation_function = 'mish': gptjax knows gelu_new"),
-        (dict(n_embd="16"), "n_embd = '16': int is needed"),
+        (dict(activation_function="mish"), "activation_function = 'mish': gptjax supports gelu_new"),
+        (dict(n_embd="16"), "n_embd = '16': must be int"),
         (dict(n_embd=-16), "n_embd = -16: must be at least 1"),
         (dict(n_layer=None), "n_layer is missing"),
-        (dict(n_head=3), "makes model.num_heads = 3: does not divide"),
+        (dict(n_head=3), "gives model.num_heads = 3: does not divide"),
         (dict(n_layer=1 << 25), "has 33,554,432 layers"),
         (dict(n_inner=25), r"h.0.mlp.c_fc.weight has shape \[16, 24\]; by config.json it must be \[16, 25\]"),
         (dict(vocab_size=1 << 62), r"vocab_size = .*: must be at least 1 and at most 67,108,864"),
         (dict(vocab_size=1 << 26, n_embd=1 << 26, n_head=1), r"it must be \[67108864, 67108864\]"),
         (dict(model_type=[]), r"model_type = \[\]"),
         (dict(n_layer=3), r"transformer.h.2.* and 8 others are missing"),
-        (dict(n_layer=1), r"transformer.h.1.* are in the weights and no part of a gpt2"),
+        (dict(n_layer=1), r"transformer.h.1.* are in the weights but not part of a gpt2"),
         (dict(tie_word_embeddings=False), "lm_head.weight is missing"),
-        (dict(model_type="mamba"), "model_type = 'mamba': gptjax reads gpt2, gpt_neox, llama, bert"),
+        (dict(model_type="mamba"), "model_type = 'mamba': gptjax supports gpt2, gpt_neox, llama, bert"),
         (dict(auto_map={"AutoModel": "modeling.py"}), "auto_map"),
         (dict(eos_token_id="x"), None),
     ],
@@ -678,7 +675,7 @@ def test_disagreement_has_its_own_exit_code(folder):
 def test_without_transformers_gptjax_reads_the_folder_again(folder, monkeypatch):
     monkeypatch.setattr("gptjax.interop.logit_check.find_spec", lambda name: None)
     found = compare_logits(made({}), folder)
-    assert found.difference == 0 and "not installed" in found.other
+    assert found.difference == 0 and "not installed" in found.reference
     assert rounded(made({}), "bfloat16").params["final_norm"]["scale"].dtype == jnp.bfloat16
 
 
@@ -693,7 +690,7 @@ def test_names_that_are_not_models_are_explained(tmp_path, monkeypatch):
         (str(tmp_path / "file"), "is a file"),
         (str(tmp_path / "absent"), "does not exist"),
         (str(tmp_path / "other"), "holds neither experiment.json .* nor config.json"),
-        ("nobody/nothing", r"is no folder here \(train it first, if it is a run\), and could not be fetched"),
+        ("nobody/nothing", r"is not a folder here \(a run must be trained first\), and cannot be downloaded"),
     ]:
         with pytest.raises(GptjaxError, match=message):
             open_model(name)
@@ -721,3 +718,27 @@ def test_the_experiment_of_an_import_is_a_baseline(folder, tmp_path):
     run = import_run(load_folder(folder), tmp_path / "run", "x")
     assert Experiment.from_json(run.experiment.to_json()).model == load_folder(folder).model
     assert tiny_model().dtype == run.experiment.model.dtype == "float32"
+
+
+@pytest.mark.usefixtures("single_device")
+def test_a_tokenizer_can_be_named_for_an_import(folder, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("gptjax.commands.exchange.start_jax", lambda: None)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            (folder / name).rename(tokenizer / name)
+    with pytest.raises(DataError, match=r"has no tokenizer; .*or name one for gptjax import with --tokenizer"):
+        import_([str(folder), str(tmp_path / "none")])
+    for number, name in enumerate(("byte", str(tokenizer), str(finished_run), str(finished_run / "tokenizer"))):
+        import_([str(folder), str(tmp_path / f"run{number}"), "--tokenizer", name])
+        found = open_model(str(tmp_path / f"run{number}")).tokenizer
+        assert found.decode(found.encode("line 1")) == "line 1"
+    assert "largest difference of logits" in capsys.readouterr().out
+    with pytest.raises(ExchangeError, match="nowhere: does not exist"):
+        import_([str(folder), str(tmp_path / "none"), "--tokenizer", f"{tmp_path}/nowhere"])
+    edit(folder / "config.json", vocab_size=200)
+    edit_weights(folder, lambda t: t.update({"transformer.wte.weight": t["transformer.wte.weight"][:200]}))
+    with pytest.raises(ExchangeError, match="it is the wrong tokenizer"):
+        import_([str(folder), str(tmp_path / "none"), "--tokenizer", "byte"])
+    assert not (tmp_path / "none").exists()

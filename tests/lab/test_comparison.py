@@ -249,7 +249,7 @@ def test_a_folder_that_is_neither_and_a_seed_that_is_wrong_are_refused(tmp_path)
     (["sw-ffn=gelu-learning_rate=0.001", "sw-ffn=swiglu-learning_rate=1e-05"], ["gelu, lr 0.001", "swiglu, lr 1e-05"]),
     (["sw-ffn=gelu-num_layers=2", "sw-ffn=swiglu-num_layers=2"], ["gelu", "swiglu"]),
     (["sw-bias=True", "sw-bias=False"], ["bias True", "bias False"]),
-    (["sw-a=rope-b=rope", "sw-a=rope-b=alibi", "sw-a=none-b=rope"], ["a rope, b rope", "rope, alibi", "none, rope"]),
+    (["sw-a=rope-b=rope", "sw-a=rope-b=alibi", "sw-a=none-b=rope"], ["a rope, b rope", "a rope, b alibi", "a none, b rope"]),
     (["sw", "sw-ffn=relu"], ["sw", "relu"]),
     (["sw-ffn=relu", "other-ffn=relu"], ["sw-ffn=relu", "other-ffn=relu"]),
     (["baseline", "wide"], ["baseline", "wide"]),

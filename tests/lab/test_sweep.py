@@ -176,7 +176,7 @@ def test_a_trial_that_is_killed_has_failed_unless_we_killed_it(tmp_path, learner
     )
     trials = made(tmp_path / "s", ("bad", "good"), seeds=1)
     states = train_missing(FixedPlan(trials), Local(1), silent)
-    assert states["bad-seed0"].status == "failed" and "for want of memory" in states["bad-seed0"].why
+    assert states["bad-seed0"].status == "failed" and "out of memory" in states["bad-seed0"].why
     assert states["good-seed0"].done
     trial = made(tmp_path / "t", ("slow",), seeds=1, steps=4000)[0]
     job = Local(1).start([trial], {})[trial.name]

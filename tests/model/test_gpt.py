@@ -17,23 +17,21 @@ from gptjax.model.kernels import choose_kernel
 from gptjax.model.positions import AttentionMask, rope_table
 from gptjax.training.metrics import flops_per_token, num_params
 
+# each mechanism once at least; a compiled program is dear, so some share one
 VARIANTS = {
     "learned": {},
     "rope": dict(positions="rope"),
-    "yarn": dict(positions="rope", rope_scaling="yarn", rope_factor=2.0),
-    "alibi": dict(positions="alibi"),
-    "none": dict(positions="none"),
-    "rmsnorm-post": dict(norm="rmsnorm", norm_placement="post"),
-    "layernorm-post": dict(norm_placement="post", bias=False),
+    "yarn-rmsnorm-post": dict(
+        positions="rope", rope_scaling="yarn", rope_factor=2.0, norm="rmsnorm", norm_placement="post"
+    ),
+    "alibi-layernorm-post": dict(positions="alibi", norm_placement="post", bias=False),
+    "none-swiglu-untied": dict(positions="none", ffn="swiglu", tie_embeddings=False, bias=False),
     "gqa": dict(num_heads=4, num_kv_heads=2, positions="rope"),
-    "mqa": dict(num_heads=4, num_kv_heads=1, head_dim=6),
+    "mqa-geglu": dict(num_heads=4, num_kv_heads=1, head_dim=6, ffn="geglu"),
     "window": dict(sliding_window=3),
     "window-alibi-caps": dict(sliding_window=4, positions="alibi", attention_softcap=5.0, logit_softcap=3.0),
-    "qk-norm": dict(qk_norm=True, ffn="relu2"),
-    "swiglu-free-head": dict(ffn="swiglu", tie_embeddings=False, bias=False),
-    "geglu": dict(ffn="geglu"),
     "neox": dict(positions="rope", partial_rotary_factor=0.25, parallel_residual=True, ffn="gelu_exact"),
-    "llama3": dict(positions="rope", rope_scaling="llama3", rope_factor=2.0),
+    "llama3-qk-norm": dict(positions="rope", rope_scaling="llama3", rope_factor=2.0, qk_norm=True, ffn="relu2"),
     "bert": dict(norm_placement="post", embedding_norm=True, head="mlm", ffn="gelu_exact"),
     "mup": dict(mup_base_width=8, tie_embeddings=False),
     "attention-only": dict(ffn="none", positions="rope"),

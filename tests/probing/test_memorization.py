@@ -1,4 +1,4 @@
-"""Exposure: every secret is scored as the model scores it alone, and ranks are those of the definition."""
+"""Exposure: every secret is scored as the model scores it alone, and ranks follow the definition."""
 
 import dataclasses
 import math
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.pretrained import Pretrained
-from gptjax.inference.scoring import Part, Scorer
+from gptjax.inference.scoring import Scorer, ScoreRequest
 from gptjax.model.gpt import init_params
-from gptjax.probing.memorization import exposure, nats_of_all
+from gptjax.probing.memorization import exposure, secret_nll
 
 
 def pretrained(tokenizer, **changes):
@@ -25,35 +25,35 @@ def pretrained(tokenizer, **changes):
 
 def test_all_secrets_have_the_probabilities_that_they_have_alone():
     model = pretrained(CharTokenizer("ab 0123.", has_eos=False))
-    found = nats_of_all(model, "ab ", "0123", 3, batch_size=5)
+    found = secret_nll(model, "ab ", "0123", 3, batch_size=5)
     assert found.shape == (64,)
     texts = [f"ab {a}{b}{c}" for a in "0123" for b in "0123" for c in "0123"]
-    parts = [Part(model.tokenizer.encode(text), 3) for text in texts]
-    alone = [answer.nats.sum(dtype=np.float64) for answer in Scorer(model).answer(parts)]
+    requests = [ScoreRequest(model.tokenizer.encode(text), 3) for text in texts]
+    alone = [scores.nll.sum(dtype=np.float64) for scores in Scorer(model).score_batch(requests)]
     np.testing.assert_allclose(found, alone, rtol=1e-5)
     assert np.exp(-found).sum() < 1, "there are other symbols besides"
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.data())
 def test_exposure_is_that_of_the_definition(values, data):
-    nats, secret = np.array(values, float), data.draw(st.integers(0, len(values) - 1))
-    ranks = np.flatnonzero(np.sort(nats) == nats[secret]) + 1  # of all that are as likely
-    assert exposure(nats, secret) == pytest.approx(math.log2(len(nats)) - math.log2(ranks.mean()))
+    nll, secret = np.array(values, float), data.draw(st.integers(0, len(values) - 1))
+    ranks = np.flatnonzero(np.sort(nll) == nll[secret]) + 1  # of all that are as likely
+    assert exposure(nll, secret) == pytest.approx(math.log2(len(nll)) - math.log2(ranks.mean()))
 
 
-def test_what_is_never_seen_has_about_one_and_a_half_bits():
-    nats = np.random.default_rng(0).normal(size=100_000)
-    bits = [exposure(nats, i) for i in range(500)]
+def test_an_unseen_secret_has_about_one_and_a_half_bits():
+    nll = np.random.default_rng(0).normal(size=100_000)
+    bits = [exposure(nll, i) for i in range(500)]
     assert np.mean(bits) == pytest.approx(1 / math.log(2), abs=0.15)
-    assert exposure(nats, int(nats.argmin())) == pytest.approx(math.log2(100_000))
+    assert exposure(nll, int(nll.argmin())) == pytest.approx(math.log2(100_000))
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_unsupported_models_are_refused():
     model = pretrained(ByteTokenizer())
     with pytest.raises(PromptError, match="shorten the prefix"):
-        nats_of_all(model, "x" * 14, "01", 4)
+        secret_nll(model, "x" * 14, "01", 4)
     with pytest.raises(PromptError, match="does not make one token of 'é'"):
-        nats_of_all(model, "x", "éa", 2)
+        secret_nll(model, "x", "éa", 2)
     blind = dataclasses.replace(model, model=dataclasses.replace(model.model, causal=False))
-    with pytest.raises(PromptError, match="sees the whole text"):
-        nats_of_all(blind, "x", "01", 2)
+    with pytest.raises(PromptError, match="attention is bidirectional"):
+        secret_nll(blind, "x", "01", 2)

@@ -1,4 +1,4 @@
-"""A profile names what the step is made of, and changes nothing."""
+"""A profile names the modules of the step, and changes nothing."""
 
 import re
 from contextlib import nullcontext
@@ -8,8 +8,8 @@ import jax
 import pytest
 from conftest import one_device, tiny_run
 
-from gptjax.commands.profile import as_text
-from gptjax.commands.profile import profile as verb
+from gptjax.commands.profile import format_profile
+from gptjax.commands.profile import profile as command
 from gptjax.errors import GptjaxError
 from gptjax.probing import profiling
 from gptjax.probing.profiling import profile
@@ -30,14 +30,14 @@ def test_every_module_of_the_step_is_found_both_ways(tmp_path, layers):
     assert list(times.values()) == sorted(times.values(), reverse=True)
     assert all(o.calls >= 0.5 for o in found.operations)
     assert not [o.name for o in found.operations if re.fullmatch(r"(while|cond|conditional|call)[.\d]*", o.name)]
-    _, listed = as_text(found, 3, tmp_path).split("the 3 longest of ")
-    rows = listed.split("\n\n")[0].splitlines()[1:]
+    _, listed = format_profile(found, 3, tmp_path).split("the 3 slowest of ")
+    rows = listed.split("\n\n")[0].splitlines()[2:]
     assert [row.split()[0] for row in rows] == [o.name for o in found.operations[:3]]
 
 
 def test_steps_must_be_some():
     with pytest.raises(GptjaxError, match="--steps 0: must be at least 1"):
-        verb(["experiments/quickstart.py", "--steps", "0"])
+        command(["experiments/quickstart.py", "--steps", "0"])
 
 
 PROGRAM = """
@@ -58,7 +58,7 @@ def test_time_inside_an_operation_counts_once_and_over_the_devices_of_this_proce
     setup = SimpleNamespace(
         mesh=SimpleNamespace(size=4, local_devices=["a", "b"]),  # of two processes
         batch=lambda state, step: (None, {}),
-        lower=lambda *_: SimpleNamespace(compile=lambda: SimpleNamespace(as_text=lambda: PROGRAM)),
+        lower=lambda *_: SimpleNamespace(compile=lambda: SimpleNamespace(format_profile=lambda: PROGRAM)),
         train_step=lambda state, batch: (state, 0.0),
     )
     monkeypatch.setattr(jax, "set_mesh", lambda _: nullcontext())

@@ -1,4 +1,4 @@
-"""Recall: questions are what they are said to be, and are answered by models whose answers are known."""
+"""Recall: the questions have the stated form, and models with known answers get the expected scores."""
 
 import itertools
 import re
@@ -36,21 +36,22 @@ def test_a_question_can_be_answered_by_one_earlier_pair_at_its_distance_only(see
     text = question(seed, index, distance, length)
     assert text == question(seed, index, distance, length)
     assert len(text) == max(length, distance + 2)
-    (key, answer), told = pairs(text)[-1], pairs(text)
+    found_pairs = pairs(text)
+    key, answer = found_pairs[-1]
     assert text[-1 - distance] == answer
-    assert [value for k, value in told if k == key] == [answer, answer]
-    facts = dict(told)
-    for k, value in told:
+    assert [value for k, value in found_pairs if k == key] == [answer, answer]
+    facts = dict(found_pairs)
+    for k, value in found_pairs:
         assert value in VALUES[KEYS.index(k)]
         assert facts[k] == value  # no key has two values
 
 
-def test_texts_to_learn_from_hold_facts_that_stay_and_differ_from_text_to_text():
+def test_training_texts_have_constant_facts_that_differ_between_texts():
     texts = [document(0, i, 200) for i in range(40)]
     for text in texts:
-        told = pairs(text)
-        assert len(told) == 200
-        assert len(set(told)) == len({key for key, _ in told}) == len(KEYS)
+        found_pairs = pairs(text)
+        assert len(found_pairs) == 200
+        assert len(set(found_pairs)) == len({key for key, _ in found_pairs}) == len(KEYS)
     values = [dict(pairs(text))["!"] for text in texts]
     assert len(set(values)) > 4
     assert document(1, 0, 200) != texts[0] == document(0, 0, 200)
@@ -68,15 +69,15 @@ def test_an_untrained_model_is_right_by_chance_at_every_distance(causal):
     assert ((low <= right.sum(1)) & (right.sum(1) <= high)).all()
 
 
-def test_who_remembers_so_many_tokens_is_right_up_to_that_distance(monkeypatch):
-    """In the place of a model, a reader of text: it knows what the last 30 tokens say, else gives the first value."""
+def test_a_reader_with_limited_memory_is_right_up_to_that_distance(monkeypatch):
+    """Instead of a model, a function that knows the last 30 tokens, and otherwise answers the first value."""
     tokenizer = CharTokenizer("".join(map(chr, range(33, 123))), has_eos=False)
 
-    def reads(pretrained, gaps, allowed, batch_size):
+    def reads(pretrained, items, allowed, batch_size):
         answers = []
-        for gap, own in zip(gaps, allowed, strict=True):
-            assert gap.place == len(gap.ids) - 1
-            text = tokenizer.decode(gap.ids[: gap.place])
+        for item, own in zip(items, allowed, strict=True):
+            assert item.position == len(item.ids) - 1
+            text = tokenizer.decode(item.ids[: item.position])
             found = re.findall(re.escape(text[-1]) + "(.)", text[-30:])
             answers.append(tokenizer.encode(found[-1])[0] if found else own[0])
         return np.array(answers)

@@ -23,8 +23,9 @@ from gptjax.data.batches import DataPosition
 from gptjax.errors import RunError, TrainingFailed
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint, train
+from gptjax.training.restore import load_params, restore_state
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import build_train_setup, create_state, load_params, restore_state
+from gptjax.training.train_setup import build_train_setup, create_state
 
 pytestmark = pytest.mark.usefixtures("single_device")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -137,7 +138,7 @@ def test_what_is_no_checkpoint_is_never_taken_for_one(run, capfd):
 
 def test_going_back_sets_later_checkpoints_aside(run, capfd):
     before, whole = (run / "metrics.jsonl").read_text(), restored(run)
-    go_on(run, from_step=2)
+    go_on(run, rollback_to=2)
     errors = capfd.readouterr().err
     assert "step 6: the run goes back to step 2" in errors and "step 4: the run goes back to step 2" in errors
     aside = run / "checkpoints" / "set-aside"
@@ -146,17 +147,17 @@ def test_going_back_sets_later_checkpoints_aside(run, capfd):
     assert steps(run) == [2, 4, 6]
     assert_same(restored(run), whole)
     with pytest.raises(RunError, match=r"has no checkpoint of step 3 to go back to; there are 2, 4, 6"):
-        go_on(run, from_step=3)
+        go_on(run, rollback_to=3)
 
 
 def test_a_refused_command_moves_nothing(run):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     e = open_run(run).experiment
     for changes, options in [
-        ({"model.ffn_dim": 32}, {"from_step": 2, "allow_changes": True}),
+        ({"model.ffn_dim": 32}, {"rollback_to": 2, "allow_changes": True}),
         ({"train.steps": 4, "optim.warmup_steps": 1}, {"allow_changes": True}),
-        ({"seed": 1}, {"from_step": 2}),
-        ({}, {"from_step": 3}),
+        ({"seed": 1}, {"rollback_to": 2}),
+        ({}, {"rollback_to": 3}),
     ]:
         with pytest.raises(RunError):
             train.train(e.override(changes), run, **options)
@@ -180,7 +181,7 @@ def test_a_run_killed_amid_its_first_save_begins_again_and_one_that_lost_its_fol
     with pytest.raises(RunError, match=r"holds no checkpoint, and the run has logged step 6 already.*--rollback-to 0"):
         go_on(run)
     assert metrics.read_text() == before
-    go_on(run, from_step=0)
+    go_on(run, rollback_to=0)
     assert_same(restored(run), whole)
     assert (run / "metrics-before-step-0-again-1.jsonl").read_text() == before
 
@@ -323,7 +324,8 @@ from gptjax.data.batches import DataPosition
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import build_train_setup, restore_state
+from gptjax.training.restore import restore_state
+from gptjax.training.train_setup import build_train_setup
 source, target, how = sys.argv[1:]
 e = open_run(Path(source)).experiment
 setup = build_train_setup(e, one_device())

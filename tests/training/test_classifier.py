@@ -12,29 +12,25 @@ import pytest
 from conftest import TINY, assert_same, restored, tiny_model
 
 from gptjax import sharding
-from gptjax.data.objectives import Batch, positions_within
+from gptjax.data.batches import Batch, positions_within
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.errors import ConfigError, DataError, Interrupted, PromptError, RunError
-from gptjax.inference.generator import CheckpointWriter
+from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.scoring import Scorer
 from gptjax.interop.saving import save_folder
 from gptjax.model.gpt import GPT, init_params
+from gptjax.objectives.losses import batch_loss
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint, loop, train
 from gptjax.training.evaluation import evaluate_run
-from gptjax.training.initial import backbone_params, merge_params, weight_mismatches
-from gptjax.training.optim import make_optimizer, trained
+from gptjax.training.initial import backbone_params, init_mismatches, merge_params
+from gptjax.training.optim import make_optimizer, trainable_mask
+from gptjax.training.preflight import check_start
+from gptjax.training.restore import open_trained, restore_state
 from gptjax.training.run import open_run
 from gptjax.training.state import create_state, leaf_name
-from gptjax.training.step import batch_loss
-from gptjax.training.train_setup import (
-    build_train_setup,
-    check_start,
-    first_state,
-    open_trained,
-    restore_state,
-)
+from gptjax.training.train_setup import build_train_setup, first_state
 
 LABELS = ("first", "second", "third")
 
@@ -186,8 +182,8 @@ def test_lora_learns_the_head_besides_and_frozen_patterns_hold(tmp_path, letters
         for path, x in before.items():
             np.testing.assert_array_equal(x, after[path], err_msg=f"{path} is not to be learnt")
         assert np.all(after["classifier.bias"] != 0)
-        learnt = {path for path, moves in names(trained(run.experiment)).items() if moves}
-        assert {"classifier.weight", "classifier.bias"} == {path for path in learnt if "_lora_" not in path}
+        trainable = {path for path, moves in names(trainable_mask(run.experiment)).items() if moves}
+        assert {"classifier.weight", "classifier.bias"} == {path for path in trainable if "_lora_" not in path}
         merged = open_trained(run)
         assert merged.model.lora_rank == 0 and names(merged.params).keys() == before.keys() | {
             "classifier.weight", "classifier.bias"}  # fmt: skip
@@ -238,20 +234,20 @@ def test_a_head_stays_where_the_labels_do(letters):
         params = names(merge_params(backbone_params(theirs, e), ours))
         head = "classifier.weight"
         np.testing.assert_array_equal(params[head], names(theirs.params if kept else ours)[head])
-        assert weight_mismatches(backbone_params(theirs, e), ours, theirs.model) == []
+        assert init_mismatches(backbone_params(theirs, e), ours, theirs.model) == []
     two = letters.override({"data.labels": LABELS[:2]})
     small = init_params(model_of(LABELS[:2]).model, jax.random.key(0))
-    assert weight_mismatches(backbone_params(theirs, two), small, model_of(LABELS[:2]).model) == []
+    assert init_mismatches(backbone_params(theirs, two), small, model_of(LABELS[:2]).model) == []
     text = letters.override({"data.answers": "text"})
     tokens = tiny_model(vocab_size=257)
     fresh = init_params(tokens, jax.random.key(0))
-    assert weight_mismatches(backbone_params(theirs, text), fresh, tokens) == [], "tokens may be told again"
+    assert init_mismatches(backbone_params(theirs, text), fresh, tokens) == [], "tokens may be told again"
     assert names(merge_params(backbone_params(theirs, text), fresh)).keys() == names(fresh).keys()
 
 
 def test_what_needs_tokens_refuses_a_model_of_classes(tmp_path):
-    message = r"ours: tells classes \(first, second, third\) in the place of tokens.* gptjax eval"
-    for refuses in (CheckpointWriter, Scorer, lambda model: save_folder(model, tmp_path / "out")):
+    message = r"ours: is a classifier \(first, second, third\).* gptjax eval"
+    for refuses in (Generator, Scorer, lambda model: save_folder(model, tmp_path / "out")):
         with pytest.raises(PromptError, match=message):
             refuses(model_of())
     assert not (tmp_path / "out").exists()
@@ -261,7 +257,7 @@ def test_the_tasks_of_lm_eval_refuse_a_model_of_classes():
     pytest.importorskip("lm_eval")
     from gptjax.interop.harness import GptjaxLM
 
-    with pytest.raises(PromptError, match="tells classes"):
+    with pytest.raises(PromptError, match="is a classifier"):
         GptjaxLM(model_of())
 
 

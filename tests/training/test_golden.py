@@ -15,7 +15,7 @@ from gptjax.data.store import open_store
 from gptjax.lab import scaling
 from gptjax.lab.comparison import compare
 from gptjax.lab.progress import state_of
-from gptjax.lab.trials import Trial, read_sweep, existing_trials
+from gptjax.lab.trials import Trial, existing_trials, read_sweep
 from gptjax.lab.variants import variants_of
 from gptjax.loading import load_experiment
 from gptjax.training import checkpoint, train

@@ -15,7 +15,7 @@ from gptjax.training.diagnosis import diagnose, replay
 from gptjax.training.optim import make_schedule
 from gptjax.training.run import open_run
 from gptjax.training.state import RECENT
-from gptjax.training.step import usual_loss
+from gptjax.training.step import recent_loss
 from gptjax.training.train_setup import build_train_setup, create_state
 
 pytestmark = pytest.mark.usefixtures("single_device")
@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_found_again(tmp_path, 
     for _ in range(2):
         told = {line["step"]: line["learning_rate"] for line in run.metrics() if "learning_rate" in line}
         assert told == pytest.approx(used)
-        train.train(e, run.folder, from_step=bad + 1)  # and it is the same after a resume
+        train.train(e, run.folder, rollback_to=bad + 1)  # and it is the same after a resume
 
     healthy = "\n".join(replay(run, bad + 2))
     assert "every module's output and gradient are finite" in healthy and "the same" in healthy
@@ -150,12 +150,12 @@ def test_usual_loss_is_the_mean_of_the_losses_taken_and_the_limit_is_in_sigma(tm
     e = tiny_run(tmp_path)
     setup = build_train_setup(e, one_device())
     state = create_state(setup.experiment, setup.tx, setup.abstract)
-    assert usual_loss(state, 6.0)[0] == np.inf and usual_loss(state, 6.0)[1] == np.inf
+    assert recent_loss(state, 6.0)[0] == np.inf and recent_loss(state, 6.0)[1] == np.inf
     losses = np.random.default_rng(0).normal(5, 0.1, RECENT).astype(np.float32)
     for taken in (3, RECENT - 1, RECENT, RECENT + 50):
         ring = np.where(np.arange(RECENT) < taken, losses, 0)
         health = state.health._replace(losses=jnp.asarray(ring), skipped=jnp.int32(2))
-        mean, limit = usual_loss(state._replace(step=jnp.int32(taken + 2), health=health), 6.0)
+        mean, limit = recent_loss(state._replace(step=jnp.int32(taken + 2), health=health), 6.0)
         assert mean == pytest.approx(losses[:taken].mean(), rel=1e-5)
         expected = losses.mean(dtype=np.float64) + 6 * losses.std(dtype=np.float64) if taken >= RECENT else np.inf
         assert limit == pytest.approx(expected, rel=1e-4)

@@ -19,11 +19,11 @@ from gptjax.model.weights import merge_lora
 from gptjax.training import loop, train
 from gptjax.training.diagnosis import replay
 from gptjax.training.evaluation import evaluate_run
-from gptjax.training.initial import inherit_config, merge_params, weight_mismatches
-from gptjax.training.optim import make_optimizer, trained
+from gptjax.training.initial import inherit_config, init_mismatches, merge_params
+from gptjax.training.optim import make_optimizer, trainable_mask
+from gptjax.training.restore import load_params, open_trained
 from gptjax.training.run import open_run
 from gptjax.training.state import leaf_name
-from gptjax.training.train_setup import load_params, open_trained
 
 
 def names(tree) -> dict:
@@ -49,7 +49,7 @@ def test_the_shape_is_that_of_the_model_it_starts_from():
 def test_weights_fit_where_they_can():
     theirs, ours = tiny_model(vocab_size=11), tiny_model(vocab_size=14, context_length=9, lora_rank=2)
     loaded, fresh = init_params(theirs, jax.random.key(0)), init_params(ours, jax.random.key(1))
-    assert weight_mismatches(loaded, fresh, ours) == []
+    assert init_mismatches(loaded, fresh, ours) == []
     params = merge_params(loaded, fresh)
     np.testing.assert_array_equal(params["embedding"]["tokens"][:11], loaded["embedding"]["tokens"])
     np.testing.assert_array_equal(params["embedding"]["tokens"][11:], fresh["embedding"]["tokens"][11:])
@@ -64,7 +64,7 @@ def test_weights_fit_where_they_can():
     after = GPT(ours).apply({"params": params}, tokens)
     np.testing.assert_allclose(before, after[..., :11], atol=1e-6, err_msg="LoRA changes nothing at the start")
     smaller = init_params(tiny_model(vocab_size=7, context_length=20, ffn_dim=8), jax.random.key(0))
-    assert [line.partition(":")[0] for line in weight_mismatches(loaded, smaller, tiny_model())] == [
+    assert [line.partition(":")[0] for line in init_mismatches(loaded, smaller, tiny_model())] == [
         "blocks.ffn.down", "blocks.ffn.up", "blocks.ffn.up_bias", "embedding.positions", "embedding.tokens",
     ]  # fmt: skip
 
@@ -76,10 +76,10 @@ def test_a_model_with_lora_is_the_merged_model():
     plain, whole = merge_lora(model, params)
     assert plain.lora_rank == 0 and names(whole).keys() == names(init_params(plain, jax.random.key(0))).keys()
     attention, ours = params["blocks"]["attention"], whole["blocks"]["attention"]
-    learnt = np.einsum(
+    trainable = np.einsum(
         "lnhr,lre->lnhe", *(np.float64(attention[f"out_lora_{side}"]) for side in ("down", "up"))
     )  # of a matrix with two axes to sum over
-    np.testing.assert_allclose(ours["out"], attention["out"] + 5 / 3 * learnt, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours["out"], attention["out"] + 5 / 3 * trainable, rtol=1e-5, atol=1e-6)
     tokens = jnp.arange(11)[None]
     a, b = (GPT(m).apply({"params": p}, tokens) for m, p in ((model, params), (plain, whole)))
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -92,14 +92,14 @@ def test_what_is_frozen_has_no_moments_and_does_not_move(name):
     e = TINY.override(model=dict(vocab_size=11), optim=optim | ({"ema_decay": 0.5} if name == "adamw" else {}))
     e = e.resolved(11)
     params = init_params(e.model, jax.random.key(0))
-    tx, learnt = make_optimizer(e), names(trained(e))
+    tx, trainable = make_optimizer(e), names(trainable_mask(e))
     state = tx.init(params)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
     for path, update in names(updates).items():
-        assert bool(learnt[path]) == bool(np.any(update)), path
-        assert learnt[path] != (path.startswith("embedding") or ("blocks" in path and path.endswith("bias")))
-    frozen = {names(params)[path].shape for path in learnt if not learnt[path]}
-    kept = {names(params)[path].shape for path in learnt if learnt[path]}
+        assert bool(trainable[path]) == bool(np.any(update)), path
+        assert trainable[path] != (path.startswith("embedding") or ("blocks" in path and path.endswith("bias")))
+    frozen = {names(params)[path].shape for path in trainable if not trainable[path]}
+    kept = {names(params)[path].shape for path in trainable if trainable[path]}
     assert not {x.shape for x in jax.tree.leaves(state) if x.ndim} & (frozen - kept)
 
 
@@ -121,7 +121,7 @@ HEAD = {
 def test_patterns_treat_the_output_head_as_a_module_outside_the_embedding(pattern, expected):
     model = dict(vocab_size=11, tie_embeddings=False, head="mlm", causal=False)
     e = TINY.override(model=model, optim=dict(freeze=(pattern,))).resolved(11)
-    assert {path for path, trains in names(trained(e)).items() if not trains} == expected
+    assert {path for path, trains in names(trainable_mask(e)).items() if not trains} == expected
 
 
 def test_rates_fall_from_layer_to_layer():
@@ -157,9 +157,9 @@ def test_lora_learns_saves_goes_on_and_is_merged_where_it_is_used(tmp_path, exam
     for path, x in before.items():
         np.testing.assert_array_equal(x, after[path], err_msg=f"{path} is not to be learnt")
     assert all(np.any(after[path]) for path in after if path.endswith(("lora_up", "tokens_lora_down")))
-    learnt, total = sum(x.size for path, x in after.items() if "_lora_" in path), sum(x.size for x in after.values())
-    assert (figures["num_trained"], figures["num_params"]) == (learnt, total) == (1122, 1122 + total - learnt)
-    assert f"{total:,} parameters ({learnt:,} of them learnt, {learnt / total:.2%})" in capfd.readouterr().err
+    trainable, total = sum(x.size for path, x in after.items() if "_lora_" in path), sum(x.size for x in after.values())
+    assert (figures["num_trained"], figures["num_params"]) == (trainable, total) == (1122, 1122 + total - trainable)
+    assert f"{total:,} parameters ({trainable:,} of them learnt, {trainable / total:.2%})" in capfd.readouterr().err
     logged = next(line["grad_norm"] for line in open_run(tmp_path / "whole").metrics() if line["step"] == 3)
     again = replay(open_run(tmp_path / "whole"), 3)[0].rpartition("gradient norm ")[2]
     assert float(again) == pytest.approx(logged, rel=1e-4), "of what is learnt alone"

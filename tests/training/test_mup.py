@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, tiny_run
 
 from gptjax.model.gpt import GPT, init_params
-from gptjax.probing.coordinates import growth, movement
+from gptjax.probing.coordinates import logit_changes, scaling_exponent
 from gptjax.training.optim import make_optimizer
 
 HIDDEN = ("query", "key", "value", "out", "up", "down", "gate")
@@ -92,11 +92,11 @@ def test_logits_move_less_with_width_than_in_the_standard_parametrisation(tmp_pa
     slopes = {}
     for base in (None, 16):
         e = tiny_run(tmp_path, **{"model.num_heads": 2, "optim.warmup_steps": 0, "train.batch_size": 4})
-        moved = [movement(e.override(model=dict(embed_dim=w, mup_base_width=base)), 2)[-1] for w in widths]
-        slopes[base] = growth(widths, moved)
+        moved = [logit_changes(e.override(model=dict(embed_dim=w, mup_base_width=base)), 2)[-1] for w in widths]
+        slopes[base] = scaling_exponent(widths, moved)
     assert slopes[16] < 0.25 < slopes[None]
 
 
 def test_growth_is_the_exponent():
-    assert growth((1, 2, 4), (3.0, 6.0, 12.0)) == pytest.approx(1)
-    assert growth((10, 100), (5.0, 5.0)) == pytest.approx(0, abs=1e-12)
+    assert scaling_exponent((1, 2, 4), (3.0, 6.0, 12.0)) == pytest.approx(1)
+    assert scaling_exponent((10, 100), (5.0, 5.0)) == pytest.approx(0, abs=1e-12)

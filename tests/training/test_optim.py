@@ -12,13 +12,13 @@ from optax import contrib
 
 from gptjax.config import OptimConfig
 from gptjax.training.optim import (
-    decayed,
     evaluation_params,
     make_optimizer,
     make_schedule,
     per_layer,
     updates_taken,
     weight_axes,
+    weight_decay_mask,
 )
 
 STEPS = 20
@@ -54,7 +54,7 @@ def test_adamw_is_the_float64_formula():
     e = experiment(name="adamw", clip_norm=0.5, weight_decay=0.3)
     params, *gradients = trees(e, 4)
     moved, _ = run(make_optimizer(e), params, gradients)
-    rate, masks = make_schedule(e.optim, STEPS), decayed(weight_axes(e.model))
+    rate, masks = make_schedule(e.optim, STEPS), weight_decay_mask(weight_axes(e.model))
     norms = [math.sqrt(sum(float((np.float64(g) ** 2).sum()) for g in jax.tree.leaves(t))) for t in gradients]
 
     def expected(p, masked, *gs):
@@ -71,7 +71,7 @@ def test_adamw_is_the_float64_formula():
 
 
 def test_only_matrices_and_embeddings_decay():
-    masks = decayed(weight_axes(experiment().model))
+    masks = weight_decay_mask(weight_axes(experiment().model))
     flat = {jax.tree_util.keystr(path, simple=True, separator="."): m for path, m in jax.tree.leaves_with_path(masks)}
     decays = {name for name, mask in flat.items() if mask}
     matrices = {f"blocks.attention.{name}" for name in ("query", "key", "value", "out")}
@@ -186,7 +186,7 @@ def test_with_no_gradient_only_what_decays_moves(name):
     e = experiment(name=name, weight_decay=0.5, learning_rate=0.1, warmup_steps=0)
     params, like = trees(e, 2)
     moved, _ = run(make_optimizer(e), params, [jax.tree.map(jnp.zeros_like, like)])
-    masks = decayed(weight_axes(e.model))
+    masks = weight_decay_mask(weight_axes(e.model))
     jax.tree.map(lambda p, q, m: np.testing.assert_allclose(q, p * (0.95 if m else 1), rtol=1e-5), params, moved, masks)
 
 

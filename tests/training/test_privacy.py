@@ -21,16 +21,15 @@ from scipy import stats
 
 from gptjax.checks import check
 from gptjax.config import Experiment
-from gptjax.data.batches import PoissonSampler
-from gptjax.data.objectives import Batch
+from gptjax.data.batches import Batch, PoissonSampler
 from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.model.gpt import GPT
 from gptjax.sharding import one_device
 from gptjax.training.diagnosis import replay
-from gptjax.training.privacy import DPConfig, add_noise, spent, spent_by
+from gptjax.training.privacy import DPConfig, add_noise, private_gradient, spent, spent_by
 from gptjax.training.run import open_run
 from gptjax.training.state import init_state
-from gptjax.training.step import TOKENS, loss_and_gradient, train_step
+from gptjax.training.step import TOKEN_LOSS, mean_gradient, train_step
 from gptjax.training.train import train
 from gptjax.training.train_setup import build_train_setup
 
@@ -114,7 +113,7 @@ def tiny():
 
 def private(tiny, batch, noise):
     model, state, _ = tiny
-    return jax.jit(lambda batch: loss_and_gradient(state, batch, model, TOKENS, noise=noise))(batch)
+    return jax.jit(private_gradient(model, TOKEN_LOSS, None, noise))(state, batch, None)
 
 
 def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
@@ -123,7 +122,7 @@ def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
     for part in range(2):
         for row in range(4):
             window = jax.tree.map(lambda x, p=part, r=row: x[p : p + 1, r : r + 1], batch)
-            shown, grads = loss_and_gradient(state, window, model, TOKENS)
+            shown, grads = mean_gradient(model, TOKEN_LOSS)(state, window, None)
             alone.append(grads)
             nats += float(shown["loss"] * window.loss_weights.sum())
     norms = np.array([optax.tree.norm(g) for g in alone])
@@ -163,12 +162,13 @@ def test_noise_is_normal_and_its_own_in_every_weight_and_step(library):
 
 def test_the_noise_is_in_every_update_and_on_what_is_learnt_alone(library, tiny):
     model, state, batch = tiny
-    learnt = jax.tree.map_with_path(lambda path, x: path[0].key != "embedding", state.params)
+    trainable = jax.tree.map_with_path(lambda path, x: path[0].key != "embedding", state.params)
     tx = optax.sgd(1.0)
     state = state._replace(opt_state=tx.init(state.params))
 
     def update(step, multiplier):
-        own = dict(model=model, tx=tx, learnt=learnt, noise=DPConfig(0.5, multiplier, 4.0, KEY))
+        grad_fn = private_gradient(model, TOKEN_LOSS, trainable, DPConfig(0.5, multiplier, 4.0, KEY))
+        own = dict(grad_fn=grad_fn, tx=tx, loss_decides=False)
         return jax.jit(partial(train_step, **own))(state._replace(step=jnp.int32(step)), batch)[0].params
 
     moved = []
@@ -274,7 +274,7 @@ def test_a_private_run_says_what_it_promises_and_goes_on_bitwise(library, tmp_pa
     assert (result["epsilon"], result["delta"]) == (epsilon, delta)
     assert f"privacy  epsilon {epsilon:.3g} at delta {delta:.2g}, for each of" in capfd.readouterr().err
     shutil.copytree(whole, halved)
-    train(e, halved, from_step=3)
+    train(e, halved, rollback_to=3)
     assert_same(restored(whole), restored(halved))
     with pytest.raises(RunError, match=r"train\.batch_size cannot change on the way"):
         train(e.override({"train.batch_size": 64, "train.steps": 9}), halved, allow_changes=True)

@@ -371,7 +371,8 @@ from gptjax import sharding
 sharding.join_cluster()
 from gptjax.training import checkpoint
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import build_train_setup, restore_state
+from gptjax.training.restore import restore_state
+from gptjax.training.train_setup import build_train_setup
 assert jax.process_count() == 2
 run = open_run(Path(sys.argv[1]))
 setup = build_train_setup(run.experiment)

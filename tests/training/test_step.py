@@ -12,20 +12,21 @@ import pytest
 from conftest import TINY, fine_tuning, tiny_run
 
 from gptjax import sharding
-from gptjax.data.objectives import Batch
+from gptjax.data.batches import Batch
 from gptjax.model import attention
 from gptjax.model.gpt import GPT
-from gptjax.training import step as step_module
+from gptjax.objectives import losses
+from gptjax.objectives.losses import batch_loss, token_loss
 from gptjax.training.optim import EmaState, evaluation_params, make_optimizer
 from gptjax.training.state import init_state, named_key
-from gptjax.training.step import batch_loss, eval_step, token_loss, train_step
+from gptjax.training.step import eval_step, mean_gradient, train_step
 from gptjax.training.train_setup import build_train_setup, first_state
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4)]
 
 
 def losses_on(e, data, model, steps=4, cores=1):
-    """The losses of the first steps on a data x model mesh, the state after them, and the workshop."""
+    """The losses of the first steps on a data x model mesh, the state after them, and the setup."""
     mesh = sharding.mesh_of(jax.devices()[: cores * data * model], data, model)
     setup = build_train_setup(e, mesh)
     with jax.set_mesh(mesh):
@@ -64,7 +65,7 @@ def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
 def test_parts_of_scores_and_logits_lose_the_same_on_every_mesh(tmp_path, monkeypatch, mesh):
     e = tiny_run(tmp_path, **{"model.dropout": 0.3})
     monkeypatch.setattr(attention, "MAX_SCORES", attention.DROPOUT_ROWS * 2 * 16 * 5)
-    monkeypatch.setattr(step_module, "LOGITS", 257 * 10)
+    monkeypatch.setattr(losses, "LOGITS", 257 * 10)
     expected, losses = losses_on(e, 1, 1, steps=2)[0], losses_on(e, **mesh, steps=2)[0]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
@@ -145,7 +146,7 @@ def test_microbatches_make_the_same_update_as_the_whole_batch():
     e = TINY.override({"model.vocab_size": 11})
     tx, batch = make_optimizer(e), random_batch(0)
     state = jax.jit(lambda: init_state(e, tx))()
-    step = jax.jit(partial(train_step, model=GPT(e.model), tx=tx, loss=token_loss(z_loss=1e-3)))
+    step = jax.jit(partial(train_step, grad_fn=mean_gradient(GPT(e.model), token_loss(z_loss=1e-3)), tx=tx))
     whole, metrics = step(state, batch)
     for parts in (2, 8):
         cut = jax.tree.map(lambda x: x.reshape(parts, 8 // parts, -1), batch)  # noqa: B023
@@ -182,7 +183,7 @@ def test_evaluation_uses_the_average_and_no_dropout():
     tx, batch = make_optimizer(e), random_batch(3)
     state = jax.jit(lambda: init_state(e, tx))()
     how = dict(model=GPT(e.model), loss=token_loss())
-    state, _ = jax.jit(partial(train_step, tx=tx, **how))(state, batch)
+    state, _ = jax.jit(partial(train_step, grad_fn=mean_gradient(**how), tx=tx))(state, batch)
     part = jax.tree.map(lambda x: x[0], batch)
     shown, count = jax.jit(partial(eval_step, **how))(state, part)
     still = GPT(dataclasses.replace(e.model, dropout=0.0))

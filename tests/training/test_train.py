@@ -14,8 +14,8 @@ from gptjax.errors import ConfigError, DataError, RunError
 from gptjax.training import checkpoint, metrics, train
 from gptjax.training.evaluation import evaluate_run
 from gptjax.training.metrics import flops_per_token, num_params, peak_flops
+from gptjax.training.restore import load_params
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import load_params
 
 ROOT = Path(__file__).parent.parent.parent
 

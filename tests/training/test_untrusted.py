@@ -15,8 +15,8 @@ from processes import QUICK, ROOT
 
 from gptjax.errors import GptjaxError, RunError
 from gptjax.training import checkpoint
+from gptjax.training.restore import load_params
 from gptjax.training.run import open_run
-from gptjax.training.train_setup import load_params
 
 pytestmark = pytest.mark.usefixtures("single_device")
 

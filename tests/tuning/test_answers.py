@@ -12,7 +12,7 @@ from conftest import tiny_model
 pytest.importorskip("sacrebleu", reason="the extra `tasks` is not installed")
 
 from gptjax.data import tasks
-from gptjax.data.tasks import TextPart, Task
+from gptjax.data.tasks import Task, TextPart
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.errors import DataError, PromptError
 from gptjax.inference.pretrained import Pretrained

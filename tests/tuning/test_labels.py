@@ -16,7 +16,7 @@ from gptjax.data.tasks import Task
 from gptjax.data.tasks.entities import TAGS, TASK, answer_of
 from gptjax.data.tokenizer import ByteTokenizer
 from gptjax.errors import DataError
-from gptjax.inference.classes import Question, log_probabilities
+from gptjax.inference.classes import ClassQuery, class_log_probs
 from gptjax.inference.pretrained import Pretrained
 from gptjax.model.gpt import GPT, init_params
 from gptjax.tuning.tasks import evaluate_task
@@ -112,11 +112,11 @@ def test_a_sentence_gets_the_likeliest_label(register):
 def test_texts_are_read_alone_whatever_is_read_beside_them():
     model = random_model(("a", "b"), causal=False)
     ids = [np.arange(size, dtype=np.int32) for size in (3, 48, 20, 21)]
-    together = log_probabilities(model, [Question(i, np.arange(len(i))) for i in ids], batch_size=4)
+    together = class_log_probs(model, [ClassQuery(i, np.arange(len(i))) for i in ids], batch_size=4)
     for own, found in zip(ids, together, strict=True):
         alone = logs_of(model, bytes(own.tolist()).decode())
         np.testing.assert_allclose(found, alone, atol=1e-4)
-    rounded = log_probabilities(model, [Question(ids[1], np.array([47]))], dtype="int8")[0]
+    rounded = class_log_probs(model, [ClassQuery(ids[1], np.array([47]))], dtype="int8")[0]
     np.testing.assert_allclose(rounded, together[1][47:], atol=0.5)
 
 

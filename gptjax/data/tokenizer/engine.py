@@ -29,10 +29,10 @@ class EngineTokenizer(Tokenizer):
         self._given = {"begin_of_text": bos_id, "end_of_text": eos_id}
         spec = json.loads(tokenizer_json)
         self._engine = make_engine(tokenizer_json)
-        self._word_cache = self._make_word_cache(spec)
         vocab = self._engine.get_vocab(with_added_tokens=True)
         if (largest := max(vocab.values(), default=0)) > LARGEST_ID:
             raise DataError(f"tokenizer.json: has an id of {largest:,}, above any vocabulary; the file is damaged")
+        self._word_cache = self._make_word_cache(spec)  # copies the engine, which takes minutes for a huge id
         added = spec.get("added_tokens") or []
         self.special_tokens = {t["content"]: t["id"] for t in added if t["special"]}
         self.bos_id = bos_id

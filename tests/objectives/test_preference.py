@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny_model
 
+from gptjax.data.batches import Batch
 from gptjax.data.examples import load_examples
-from gptjax.data.objectives import Batch
 from gptjax.errors import DataError
 from gptjax.model.gpt import GPT, init_params
+from gptjax.objectives.dpo import dpo_loss
 from gptjax.training import train
 from gptjax.training.run import open_run
-from gptjax.tuning.preference import preference_loss
 
 
 def random_batch(rows=6, length=9, vocab=11, seed=0) -> Batch:
@@ -34,16 +34,16 @@ def log_probabilities(model, params, batch) -> np.ndarray:
 def test_the_loss_is_the_formula_in_float64():
     model, beta, batch = tiny_model(), 0.3, random_batch()
     ours, theirs = (jax.tree.map(lambda x: 4 * x, init_params(model, jax.random.key(i))) for i in (0, 1))
-    loss = preference_loss(SimpleNamespace(gpt=GPT(model)), beta)
+    loss = dpo_loss(SimpleNamespace(gpt=GPT(model)), beta)
     minimised, shown = loss.sums(ours, batch, GPT(model), {}, theirs)
     ratio = log_probabilities(model, ours, batch) - log_probabilities(model, theirs, batch)
     margin = beta * (ratio[::2] - ratio[1::2])
     expected = np.log1p(np.exp(-margin))
     assert np.ptp(margin) > 0.5 and 0 < (margin > 0).mean() < 1
     np.testing.assert_allclose([minimised, shown["loss"]], expected.sum(), rtol=1e-4)
-    assert shown["accuracy"] == (margin > 0).sum() and loss.counted(batch) == 3
+    assert shown["accuracy"] == (margin > 0).sum() and loss.normalizer(batch) == 3
     empty = batch._replace(loss_weights=batch.loss_weights * (np.arange(6) < 4)[:, None])
-    assert loss.counted(empty) == 2
+    assert loss.normalizer(empty) == 2
     np.testing.assert_allclose(loss.sums(ours, empty, GPT(model), {}, theirs)[0], expected[:2].sum(), rtol=1e-4)
 
 
@@ -64,7 +64,7 @@ def test_over_all_pairs_of_all_answers_the_best_model_is_the_one_of_the_theorem(
     reference, reward = jnp.asarray(rng.normal(size=count)), rng.normal(size=count)
     pairs = list(itertools.permutations(range(count), 2))
     chance = np.array([1 / (1 + np.exp(reward[j] - reward[i])) for i, j in pairs])  # that i is preferred to j
-    loss = preference_loss(SimpleNamespace(gpt=Table()), beta)
+    loss = dpo_loss(SimpleNamespace(gpt=Table()), beta)
 
     def expected(params):
         def one(pair):

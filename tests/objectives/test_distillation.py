@@ -9,8 +9,8 @@ from conftest import TINY, tiny_model, write_corpus
 from test_preference import random_batch
 
 from gptjax.model.gpt import GPT, init_params
+from gptjax.objectives.distill import distillation_loss
 from gptjax.training import train
-from gptjax.tuning.distillation import distillation_loss
 
 
 def float64_logs(model, params, batch, common) -> np.ndarray:
@@ -33,7 +33,7 @@ def test_the_divergence_is_the_sum_over_all_tokens(divergence):
     np.testing.assert_allclose([minimised, shown["divergence"]], expected, rtol=1e-4)
     nats = -np.take_along_axis(q, batch.targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(shown["loss"], (nats * batch.loss_weights).sum(), rtol=1e-4)
-    assert loss.counted(batch) == batch.loss_weights.sum() and expected > 1
+    assert loss.normalizer(batch) == batch.loss_weights.sum() and expected > 1
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])

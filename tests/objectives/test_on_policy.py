@@ -12,17 +12,22 @@ from conftest import TINY, assert_same, restored, tiny_model
 
 from gptjax import sharding
 from gptjax.config import Experiment
-from gptjax.data.objectives import Batch
+from gptjax.data.batches import Batch
 from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.errors import ConfigError, GptjaxError, Interrupted, PromptError, RunError
 from gptjax.inference.pretrained import Pretrained
 from gptjax.model.gpt import GPT, init_params
+from gptjax.objectives.grpo import group_advantages
+from gptjax.objectives.losses import batch_loss, token_nll
+from gptjax.objectives.on_policy import Rollout, sampled_batch
+from gptjax.objectives.rewards import make_reward
+from gptjax.objectives.rloo import leave_one_out_advantages
 from gptjax.training import loop, train
 from gptjax.training.evaluation import evaluate_run
+from gptjax.training.preflight import check_start
 from gptjax.training.run import open_run
-from gptjax.training.step import batch_loss, token_nll
-from gptjax.training.train_setup import build_train_setup, check_start, first_state, summary
-from gptjax.tuning.on_policy import Rollout, as_batch, group_advantages, leave_one_out_advantages, make_scorer
+from gptjax.training.summary import summary
+from gptjax.training.train_setup import build_train_setup, first_state
 
 MODEL = tiny_model(vocab_size=4, context_length=6)
 LETTERS, END, MOST = CharTokenizer("abc", has_eos=True), 3, 2
@@ -36,7 +41,7 @@ def models():
 
 
 def all_answers() -> Batch:
-    return as_batch([PROMPT] * len(ANSWERS), ANSWERS, 6)
+    return sampled_batch([PROMPT] * len(ANSWERS), ANSWERS, 6)
 
 
 def log_probabilities(params):
@@ -84,7 +89,7 @@ def test_the_update_of_grpo_is_that_of_the_papers_objective():
     """The clipped objective at the model that wrote the answers, where nothing is clipped, by automatic derivatives."""
     (ours, theirs), beta = models(), 0.3
     group = [0, 3, 3, 7, 12]
-    batch = as_batch([PROMPT] * 5, [ANSWERS[i] for i in group], 6)
+    batch = sampled_batch([PROMPT] * 5, [ANSWERS[i] for i in group], 6)
     scores = np.random.default_rng(1).normal(size=(1, 5))
     nats = [np.asarray(token_nll(p, batch, GPT(MODEL), {})[0], np.float64) for p in (ours, theirs)]
     advantages = group_advantages(scores, (nats[1] - nats[0]) * batch.loss_weights, batch.loss_weights, beta)
@@ -104,37 +109,37 @@ def test_what_is_asked_and_what_was_written_are_told_apart():
     e = TINY.override({"objective.name": "rloo", "objective.max_new_tokens": MOST}).override(
         model=dict(vocab_size=4, context_length=6)
     )
-    rollout = Rollout(e.resolved(4), LETTERS, None, sharding.mesh_of(jax.devices()[:1], 1, 1))
+    rollout = Rollout(e.resolved(4), LETTERS, None, sharding.mesh_of(jax.devices()[:1], 1, 1), leave_one_out_advantages)
     ids = np.array([[0, 1, 2, 1, END, 0, 0], [2, 2, 0, 2, 1, 0, END], [0] * 7], np.int32)
     weights = np.array([[0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 1, 1], [0] * 6], np.float32)  # the second with two answers
-    asked = rollout.questions(Batch(ids[:, :-1], ids[:, 1:], weights))
+    asked = rollout.prompts(Batch(ids[:, :-1], ids[:, 1:], weights))
     assert [(q.prompt.tolist(), q.answer) for q in asked] == [([0, 1, 2], "b"), ([2, 0, 2, 1], "a")]  # 6 - 2 tokens
     params, _ = models()
-    made = rollout.write(params, asked * 300, (0, 6, 1))
-    again = rollout.write(params, asked * 300, (0, 6, 1))
+    made = rollout.sample(params, asked * 300, (0, 6, 1))
+    again = rollout.sample(params, asked * 300, (0, 6, 1))
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(made, again, strict=True))
     assert len({a.text for a in made}) > 3, "answers are drawn"
-    batch = as_batch([q.prompt for q in asked], [np.array([1, END]), np.array([2])], 6)
+    batch = sampled_batch([q.prompt for q in asked], [np.array([1, END]), np.array([2])], 6)
     assert batch.tokens[0].tolist() == [0, 1, 2, 1, 0, 0] and batch.targets[0].tolist() == [1, 2, 1, END, 0, 0]
     assert batch.loss_weights.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]
 
 
 def test_scores_are_metrics_with_more_for_better_or_functions():
     columns = (["p", "p"], ["right", "wring"], ["right", "wrong"])
-    assert make_scorer("exact_match")(*columns).tolist() == [1, 0]
-    assert make_scorer("edit_distance")(*columns).tolist() == [0, -0.2]
-    assert make_scorer("test_on_policy:likes_e")(["p"], ["eve"], ["x"]).tolist() == [2 / 3]
+    assert make_reward("exact_match")(*columns).tolist() == [1, 0]
+    assert make_reward("edit_distance")(*columns).tolist() == [0, -0.2]
+    assert make_reward("test_on_policy:likes_e")(["p"], ["eve"], ["x"]).tolist() == [2 / 3]
     with pytest.raises(
         ConfigError, match=r"objective.reward = 'exactmatch': must be one of accuracy, .*module:function"
     ):
-        make_scorer("exactmatch")
-    assert make_scorer("bleu")(["p"], ["yes it is"], ["yes it is"])[0] == pytest.approx(100), "without n-grams of four"
+        make_reward("exactmatch")
+    assert make_reward("bleu")(["p"], ["yes it is"], ["yes it is"])[0] == pytest.approx(100), "without n-grams of four"
     with pytest.raises(ConfigError, match="cannot be imported"):
-        make_scorer("nowhere:nothing")
-    with pytest.raises(ConfigError, match="is no function of"):
-        make_scorer("math:pi")
-    with pytest.raises(GptjaxError, match=r"gave None for the answer 'eve'; a finite number is needed"):
-        make_scorer("test_on_policy:forgets")(["p"], ["eve"], ["x"])
+        make_reward("nowhere:nothing")
+    with pytest.raises(ConfigError, match="must be a function of"):
+        make_reward("math:pi")
+    with pytest.raises(GptjaxError, match=r"returned None for the answer 'eve'; it must return a finite number"):
+        make_reward("test_on_policy:forgets")(["p"], ["eve"], ["x"])
 
 
 def likes_e(prompt: str, text: str, answer: str) -> float:
@@ -251,7 +256,7 @@ def test_models_that_cannot_stand_beside_are_refused(tmp_path, questions):
 
     refused({"context_length": 8}, "knows 8 positions, and the windows have model.context_length = 16")
     refused({"causal": False}, "has model.causal = False")
-    refused({"num_classes": 2}, "tells classes", labels=("a", "b"))
+    refused({"num_classes": 2}, "is a classifier", labels=("a", "b"))
 
 
 def test_pairs_that_are_too_long_are_read_after_the_same_prompt(tmp_path, questions):
@@ -262,7 +267,7 @@ def test_pairs_that_are_too_long_are_read_after_the_same_prompt(tmp_path, questi
         {"init": None, "objective.reference": "x", "data.rejected": "{b}", "data.tokenizer": "byte"}
         | {"model.lora_rank": 0}
     )
-    setup = build_train_setup(e, sharding.mesh_of(jax.devices()[:1], 1, 1))
+    setup = build_train_setup(e, sharding.mesh_of(jax.devices()[:1], 1, 1), leave_one_out_advantages)
     batch = setup.batches.make_examples(np.arange(4))
     prompts = [bytes(t[: int(w.argmax()) + 1].tolist()) for t, w in zip(batch.tokens, batch.loss_weights, strict=True)]
     assert len(set(prompts)) == 1 and b"very long question ".endswith(prompts[0]) and len(prompts[0]) == 7
