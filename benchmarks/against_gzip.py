@@ -26,9 +26,9 @@ def main() -> None:
     text = b"".join(store.tokenizer.decode_bytes(stream.ids) for stream in store.validation)
     packed = 8 * len(gzip.compress(text, 9)) / len(text)
     figures = evaluate_run(run)
-    print(f"validation text: {len(text):,} bytes, of which the model is asked for {figures['val_bytes']:,}")
-    print(f"gzip -9: {packed:.4f} bits a byte")
-    print(f"{run.experiment.name}: {figures['val_bits_per_byte']:.4f} bits a byte, step {figures['steps']}")
+    print(f"validation text: {len(text):,} bytes, of which the loss covers {figures['val_bytes']:,}")
+    print(f"gzip -9: {packed:.4f} bits/byte")
+    print(f"{run.experiment.name}: {figures['val_bits_per_byte']:.4f} bits/byte, step {figures['steps']}")
 
 
 if __name__ == "__main__":

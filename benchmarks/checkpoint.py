@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py [--seconds 10] [--saves 5]
 
 Trains with a save every `--seconds`, and compares with the same loop without saves, in turn. Prints for each save how
-long the loop stood still (the call that starts it), how much slower the steps beside it were, and the time that all
+long the loop was blocked (the call that starts it), how much slower the steps during the save were, and how long all
 checksums of a checkpoint took in the background.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
         print(f"  {name:<18} median {statistics.median(values):.3f} s ({min(values):.3f} to {max(values):.3f})")
     share = statistics.median(figures["stall_seconds"]) / options.seconds
     both = share + statistics.median(figures["slowdown_seconds"]) / options.seconds
-    print(f"  the loop stands still for {share:.2%} of the interval; with slower steps beside the save {both:.2%}")
+    print(f"  the loop is blocked for {share:.2%} of the interval; with slower steps during the save {both:.2%}")
     if options.json:
         print(json.dumps(figures | {"num_params": size, "stall_share": share, "all_share": both}))
 
@@ -77,10 +77,10 @@ def measure(setup, folder: Path, seconds: float, saves: int) -> dict:
         began = time.perf_counter()
         writer.save(state, setup.batches.position(step))
         stall = time.perf_counter() - began
-        beside, steps_beside = run(seconds - stall)
+        during, steps_during = run(seconds - stall)
         writer.wait()
         found["stall_seconds"].append(stall)
-        found["slowdown_seconds"].append(beside - steps_beside * alone / steps_alone)
+        found["slowdown_seconds"].append(during - steps_during * alone / steps_alone)
         found["checksum_seconds"].append(writer.checksum_seconds - before)
     writer.close()
     found["checkpoint_bytes"] = checkpoint.state_bytes(setup.abstract)

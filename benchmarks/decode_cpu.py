@@ -2,8 +2,8 @@
 
     python benchmarks/decode_cpu.py [--rounds 5] [--tiny] [--json]
 
-Both go on greedily with random prompts of 16 tokens, 64 new tokens each, with random weights in the shape of GPT-2
-(124 million). They take turns. A ratio is gptjax's tokens a second over those of transformers; the spread is that of
+Both continue random prompts of 16 tokens greedily, with 64 new tokens each and random weights in the shape of GPT-2
+(124 million). They take turns. A ratio is gptjax's tokens/s over those of transformers; the spread is that of
 the single rounds. Besides: the share of the machine's memory bandwidth, which bounds a batch of one (a sum over an
 array of 1 GB is taken as all of it), the time to the first token, and the size of the cache.
 """
@@ -31,7 +31,7 @@ def bandwidth() -> float:
 
 
 def compare(batch: int, dtype: str, tiny: bool, rounds: int) -> tuple[dict[str, list[float]], dict[str, dict]]:
-    """Seconds a round of gptjax (in this dtype and, beside bfloat16, in 8 bits) and of transformers."""
+    """Seconds a round of gptjax (in this dtype and, next to bfloat16, in 8 bits) and of transformers."""
     kinds = {"gptjax": ("gptjax", dtype), "transformers": ("transformers", dtype)}
     if dtype == "bfloat16":
         kinds["gptjax int8"] = ("gptjax", "int8")

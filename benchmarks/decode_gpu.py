@@ -14,7 +14,7 @@ import statistics
 from decoding import NEW, make
 from side_by_side import Worker, device_of, ratio, serve, take_turns
 
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.039e12}  # bytes a second; data sheets of the SXM cards, 80 GB
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.039e12}  # bytes/s; data sheets of the SXM cards, 80 GB
 
 
 def main() -> None:

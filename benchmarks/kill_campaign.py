@@ -4,7 +4,7 @@
 
 Every run is killed at random moments: anywhere between start and work, amid a save, amid a delete. After each kill
 every listed checkpoint is compared with its checksums, and the newest with the same step of an unbroken run, bit for
-bit; then the same command goes on. At the end state, losses and figures must equal the unbroken run's. Exits with 1
+bit; then the same command resumes it. At the end state, losses and metrics must equal the unbroken run's. Exits with 1
 where anything was corrupted, lost or different.
 """
 
@@ -30,8 +30,8 @@ import numpy as np
 from gptjax.config import Experiment
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
-from gptjax.training.run import open_run
 from gptjax.training.restore import restore_state
+from gptjax.training.run import open_run
 from gptjax.training.train_setup import build_train_setup
 
 MOMENTS = ["random", "start", "save", "delete"]

@@ -2,7 +2,7 @@
 
     python benchmarks/long_context.py [--contexts 1024 2048 4096 8192] [--peer eager] [--dtype float32] [--json]
 
-gptjax's memory is what the compiled step takes at once beside the state, and the peak of the process; the peer's
+gptjax's memory is what the compiled step takes in addition to the state, and the peak of the process; the peer's
 (transformers in PyTorch with SDPA attention, `--peer none`: leave it out) the peak alone. Memory that grows linearly
 doubles with the context, and the last column says how much it grew.
 """

@@ -1,10 +1,10 @@
-"""What LoRA saves: how many weights are learnt, the peak of memory and the time of a step, beside learning all of them.
+"""What LoRA saves in trainable parameters, peak memory and step time, compared with full fine-tuning.
 
     python benchmarks/lora.py [--rounds 5] [--rank 8] [--shapes quickstart gpt2] [--tiny] [--json]
 
 Each learns random tokens in a process of its own, so that its peak of memory is its own, and they take turns: a few
 steps of one, a few of the other, `--rounds` times. `peak` is that of the whole process, from its start, Python and the
-compiler included; `step` is the room that the compiled step takes beside weights and moments. A time ratio
+compiler included; `step` is the room that the compiled step takes in addition to weights and moments. A time ratio
 above 1 means that LoRA is faster; the spread is that of the single rounds.
 """
 
@@ -38,7 +38,7 @@ def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
     one, figures = step_of(e)
     for _ in range(2):
         one()
-    size = {"total": num_params(e.model)["total"], "learnt": num_trainable(e)}
+    size = {"total": num_params(e.model)["total"], "trainable": num_trainable(e)}
     side_by_side.serve(one, size | {"step": figures["step"]})
 
 
@@ -50,14 +50,14 @@ def compare(shape: str, rounds: int, rank: int, tiny: bool) -> dict[str, float]:
     print(f"{shape}, batch {SHAPES[shape][3]} x {SHAPES[shape][2]} tokens", flush=True)
     for kind, worker in workers.items():
         f, seconds = worker.figures, statistics.median(times[kind])
-        print(f"  {kind}  {f['learnt']:>11,} of {f['total']:,} learnt ({f['learnt'] / f['total']:.2%}), peak "
-              f"{f['peak'] / 1e6:,.0f} MB, step {f['step'] / 1e6:,.1f} MB, {seconds * 1e3:.1f} ms a step")  # fmt: skip
+        print(f"  {kind}  {f['trainable']:>11,} of {f['total']:,} trainable ({f['trainable'] / f['total']:.2%}), peak "
+              f"{f['peak'] / 1e6:,.0f} MB, step {f['step'] / 1e6:,.1f} MB, {seconds * 1e3:.1f} ms/step")  # fmt: skip
     full, lora = workers["full"], workers["lora"]
     faster, text = side_by_side.ratio(times["lora"], times["full"])
     found = {
         "time": faster,
         **{name: full.figures[name] / lora.figures[name] for name in ("peak", "step")},
-        "learnt_share": lora.figures["learnt"] / lora.figures["total"],
+        "trainable_share": lora.figures["trainable"] / lora.figures["total"],
     }
     print(f"  LoRA is {text} as fast; full takes "
           f"{found['peak']:.2f}x the peak, {found['step']:.2f}x the memory of a step", flush=True)  # fmt: skip

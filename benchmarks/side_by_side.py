@@ -1,7 +1,7 @@
 """Contestants in processes of their own that take turns (A B A B ...): what every comparison here is made with.
 
-A benchmark calls itself with `--serve` and the contestant's arguments. That process tells its figures as a line of
-JSON when it is ready, and then, for every number that it is sent, works so many times and tells how long that took.
+A benchmark calls itself with `--serve` and the contestant's arguments. That process prints its metrics as one line of
+JSON when it is ready. For every number that it is sent it then works that many times and prints the seconds it took.
 """
 
 import json
@@ -44,9 +44,9 @@ class Worker:
         assert self.process.stdin
         self.process.stdin.write(f"{times}\n")
         self.process.stdin.flush()
-        told = self._read()
-        self.figures |= {"peak": told["peak"]}
-        return told["seconds"] / times
+        reply = self._read()
+        self.figures |= {"peak": reply["peak"]}
+        return reply["seconds"] / times
 
     def close(self) -> None:
         self.process.kill()
@@ -79,7 +79,7 @@ def device_of(kind: str) -> tuple[str, str]:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process had so far, in bytes; on a GPU that of the device, where PyTorch or JAX tells."""
+    """Peak memory of this process so far, in bytes; on a GPU that of the device, if PyTorch or JAX reports it."""
     if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if "jax" in sys.modules and (stats := sys.modules["jax"].local_devices()[0].memory_stats()):

@@ -81,10 +81,10 @@ def main() -> None:
             seconds["help"].append(help_text())
             seconds["cold"].append(first_step(f"{scratch}/cache", f"{scratch}/cold"))
             seconds["warm"].append(first_step(f"{scratch}/cache", f"{scratch}/warm"))
-            told = subprocess.run(
+            ended = subprocess.run(
                 [sys.executable, __file__, "--compile"], check=True, stdout=subprocess.PIPE, text=True
             )
-            seconds["compile"].append(float(told.stdout.splitlines()[-1]))
+            seconds["compile"].append(float(ended.stdout.splitlines()[-1]))
     for name, each in seconds.items():
         print(f"{name:<8} median {statistics.median(each):.2f} s (from {min(each):.2f} to {max(each):.2f})")
     if options.json:

@@ -40,8 +40,8 @@ def gptjax_step(shape: Shape, dtype: str) -> tuple[Step, dict[str, float]]:
 
 
 def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
-    """An update of an experiment on random tokens, as `gptjax train` compiles it; the bytes that it takes beside the
-    state, and its FLOPs a token."""
+    """An update of an experiment on random tokens, as `gptjax train` compiles it; the bytes that it takes in addition
+    to the state, and its FLOPs/token."""
     from functools import partial
 
     import jax

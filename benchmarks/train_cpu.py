@@ -4,7 +4,7 @@
 
 They take turns: a few steps of one, a few of the other, `--rounds` times. A ratio is PyTorch's median step time over
 gptjax's, so more is better for gptjax; the spread is that of the single rounds. PyTorch is eager or compiled, with
-AdamW as it chooses it (nanoGPT's way on a CPU) or fused, which is quicker and must be asked for.
+AdamW as it chooses it (nanoGPT's way on a CPU) or fused, which is quicker and must be requested.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
             workers = {name: Worker(kind, shape, dtype) for name, kind in {"gptjax": "gptjax", **peers}.items()}
             times = take_turns(workers, STEPS[shape], options.rounds)
             ours = times.pop("gptjax")
-            print(f"{shape} {dtype}: gptjax {statistics.median(ours) * 1e3:.1f} ms a step", flush=True)
+            print(f"{shape} {dtype}: gptjax {statistics.median(ours) * 1e3:.1f} ms/step", flush=True)
             for name, theirs in times.items():
                 found, text = ratio(ours, theirs)
                 ratios[f"{dtype}_vs_{name}{'_large' if shape == 'large' else ''}".replace("-", "_")] = found

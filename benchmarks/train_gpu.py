@@ -1,4 +1,4 @@
-"""Tokens/s and MFU of GPT-2's shapes in bfloat16 on one GPU, beside the same model in PyTorch (transformers).
+"""Tokens/s and MFU of GPT-2's shapes in bfloat16 on one GPU, against the same model in PyTorch (transformers).
 
     python benchmarks/train_gpu.py [--shapes 124m 1b5] [--peers compile eager] [--rounds 5] [--batch N] [--tiny]
 
@@ -40,14 +40,17 @@ def main() -> None:
     if options.serve:
         kind, name = options.serve
         device, figures = device_of(kind)[0], {}
-        made, told = make(kind, sized(name), "bfloat16", device)
+        made, measured = make(kind, sized(name), "bfloat16", device)
         if kind == "gptjax":
             from gptjax.training.metrics import peak_flops
 
             figures = dict(zip(("peak_flops", "source"), peak_flops(), strict=True)) | {"device": device_of(kind)[1]}
-        serve(made, told | figures)
+        serve(made, measured | figures)
         return
-    worker_arguments = [*(["--tiny"] if options.tiny else []), *(["--batch", str(options.batch)] if options.batch else [])]
+    worker_arguments = [
+        *(["--tiny"] if options.tiny else []),
+        *(["--batch", str(options.batch)] if options.batch else []),
+    ]
     found = {}
     for name in options.shapes:
         shape = sized(name)
@@ -59,7 +62,7 @@ def main() -> None:
         found[name] = {"tokens_per_second": speed, "mfu": mfu, "peak_bytes": figures["peak"]}
         print(
             f"{figures['device']}, {name}, batch {shape.batch} x {shape.context}: "
-            f"{statistics.median(ours) * 1e3:.1f} ms a step ({min(ours) * 1e3:.1f} to {max(ours) * 1e3:.1f}), "
+            f"{statistics.median(ours) * 1e3:.1f} ms/step ({min(ours) * 1e3:.1f} to {max(ours) * 1e3:.1f}), "
             f"{speed:,.0f} tokens/s, MFU {mfu:.1%} of {figures['peak_flops'] / 1e12:.3g} TFLOP/s "
             f"({figures['source']}), {figures['peak'] / 1e9:.1f} GB",
             flush=True,

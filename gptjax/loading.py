@@ -87,6 +87,8 @@ def _import(path: Path) -> ModuleType:
         module = importlib.import_module(".".join(parts))
         if module.__file__ and Path(module.__file__).resolve() == path:
             return module
+    if len(parts) == 1 and str(root) not in sys.path:
+        sys.path.append(str(root))  # for the modules of one's own that it names: objectives, rewards, sources
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

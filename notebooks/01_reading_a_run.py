@@ -24,14 +24,14 @@ run = open_run(Path(os.environ.get("RUN", "runs/quickstart")))
 run.experiment
 
 # %% [markdown]
-# The final figures, and what it was trained with.
+# The final metrics, and what it was trained with.
 
 # %%
 print(run.result())
 print(run.provenance()["versions"])
 
 # %% [markdown]
-# `metrics.jsonl` is the source of truth: one line a logged step, and one an evaluation.
+# `metrics.jsonl` is the source of truth: one line per logged step, and one per evaluation.
 
 # %%
 lines = run.metrics()
@@ -54,8 +54,8 @@ print("step", step, jax.tree.map(lambda x: x.shape, params["embedding"]))
 tokenizer = run.tokenizer()
 ids = tokenizer.encode("The ")
 logits = GPT(run.experiment.model).apply({"params": params}, ids[None])
-likeliest = logits[0, -1].argsort()[::-1][:5]
-print("after 'The ':", [tokenizer.decode([int(i)]) for i in likeliest])
+top = logits[0, -1].argsort()[::-1][:5]
+print("after 'The ':", [tokenizer.decode([int(i)]) for i in top])
 
 # %% [markdown]
 # And a picture of the loss.

@@ -12,7 +12,7 @@
 
 # %% [markdown]
 # # An ablation's report, number by number
-# What `gptjax report` prints, made again by hand. Point `SWEEP` at a sweep's folder, for instance `runs/ffn` after
+# What `gptjax report` prints, computed by hand. Point `SWEEP` at a sweep's folder, for instance `runs/ffn` after
 # `gptjax sweep experiments/ablations/ffn.py --seeds 3 --workers 2`.
 
 # %%
@@ -47,9 +47,10 @@ base, *others = [v.by_seed("val_loss") for v in variants]
 for variant, losses in zip(variants[1:], others, strict=True):
     seeds = sorted(base.keys() & losses.keys())
     pairs = np.array([losses[s] - base[s] for s in seeds])
-    apart = np.hypot(*(np.std([x[s] for s in seeds], ddof=1) for x in (base, losses)))
+    unpaired = np.hypot(*(np.std([x[s] for s in seeds], ddof=1) for x in (base, losses)))
     print(
-        f"{variant.name}: differences {pairs.round(4)}; they vary by {pairs.std(ddof=1):.4f}, unpaired by {apart:.4f}"
+        f"{variant.name}: differences {pairs.round(4)}; they vary by {pairs.std(ddof=1):.4f}, "
+        f"unpaired by {unpaired:.4f}"
     )
 
 # %% [markdown]

@@ -65,8 +65,8 @@ def test_training_leaves_a_run_and_shows_what_it_does(finished):
     _, run, out, err = finished
     assert json.loads((run / "experiment.json").read_text())["train"]["steps"] == 8
     assert json.loads((run / "experiment.json").read_text())["seed"] == 1
-    for part in ("parameters", "mesh data 1 x model 1", "attention by xla (on cpu", "FLOPs", "tokens/s", "MFU", "left",
-                 "val ", "bits/byte", "first step done", "ms/step", "peak memory", "loss curve"):  # fmt: skip
+    for part in ("parameters", "mesh data 1 x model 1", "xla attention (on cpu", "FLOPs", "tokens/s", "MFU", "left",
+                 "val ", "bits/byte", "first step after", "ms/step", "peak memory", "loss curve"):  # fmt: skip
         assert part in err, f"{part!r} is not in the output of training:\n{err}"
     assert out.count("--- sample") == 2 and (run / "samples.txt").read_text() == out
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -86,7 +86,7 @@ def test_the_default_folder_is_relative_and_works(finished, tmp_path):
 def test_the_same_command_again_has_nothing_to_do(finished, in_process):
     path, run, _, _ = finished
     code, _, err = gptjax("train", path, "--run-dir", run, "--train.steps", 8, "--seed", 1)
-    assert code == 0 and "finished already; nothing to do" in err
+    assert code == 0 and "is already finished; nothing to do" in err
     code, _, err = in_process("train", path, "--run-dir", run, "--train.steps", 9, "--seed", 1)
     assert code == 2 and "train.steps: 8 there, 9 now" in err
 
@@ -279,7 +279,7 @@ def test_verify_prints_a_line_for_each_checkpoint_and_fails_where_one_is_damaged
 def test_replay_recomputes_a_step(finished):
     _, run, _, _ = finished
     code, out, _ = gptjax("replay", run, "--step", "2")
-    assert code == 0 and "step 2, made again from" in out and "every module's output and gradient are finite" in out
+    assert code == 0 and "step 2, recomputed from" in out and "the output and the gradient of every module are finite" in out
     assert "the same" in out and "NOT" not in out
     code, _, err = gptjax("replay", run, "--step", "1000")
     assert code == 2 and "the run has steps 1 to" in err
@@ -291,7 +291,7 @@ def test_profile_shows_modules_and_operations_of_a_run_and_leaves_it_alone(finis
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     code, out, err = gptjax("profile", run, "--steps", "2", "--out", tmp_path / "trace")
     assert code == 0, err
-    assert "attention backward" in out and "optimiser update" in out and "ms a step" in out
+    assert "attention backward" in out and "optimiser update" in out and "ms/step" in out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -166,10 +166,10 @@ IMPOSSIBLE = [
     ({"objective.name": "mlm", "model.causal": False}, "train.sample_tokens = 200"),
     ({"objective.name": "sft"}, "objective.name = 'sft'"),
     ({"objective.name": "dpo", "data.source": "task:addition", "init": "x"}, "objective.name = 'dpo': compares two"),
-    ({"objective.name": "dpo", "data.source": "task:addition", "data.rejected": "{wrong}"}, "no model to stay near"),
+    ({"objective.name": "dpo", "data.source": "task:addition", "data.rejected": "{wrong}"}, "needs a reference model"),
     ({"objective.name": "dpo", "objective.beta": 0.0}, "objective.beta = 0"),
     ({"objective.name": "dpo", "train.batch_size": 9, "init": "x"}, "reads 2 rows together, in every microbatch"),
-    ({"data.rejected": "{b}"}, "data.rejected: is learnt from with objective.name = 'dpo' only"),
+    ({"data.rejected": "{b}"}, "data.rejected: is read with objective.name = 'dpo' only"),
     ({"objective.name": "grpo", "train.batch_size": 12, "init": "x"}, "reads 8 rows together"),
     ({"objective.name": "grpo", "objective.num_generations": 1, "init": "x"}, "objective.num_generations = 1"),
     ({"objective.name": "rloo", "objective.max_new_tokens": 256}, "objective.max_new_tokens = 256"),
@@ -183,24 +183,42 @@ IMPOSSIBLE = [
     ({"objective.name": "distill", "objective.reference": "x", "objective.z_loss": 0.1}, "objective.z_loss = 0.1"),
     (
         {"objective.num_generations": 4},
-        "objective.num_generations = 4: has no effect; set objective.name = 'rloo' or 'grpo'",
+        "has no effect with objective.name = 'causal'; set objective.name = 'rloo' or 'grpo'",
     ),
     ({"objective.reference": "x"}, "objective.reference = x: has no effect"),
     ({"model.num_classes": 2}, "model.num_classes = 2: has no effect; set data.answers = 'classes'"),
     (CLASSES | {"model.num_classes": -1}, "model.num_classes = -1: must not be negative"),
-    (CLASSES | {"data.prompt": "{a}", "data.answer": "{b}"}, "data.labels = (): with data.answers = 'classes'"),
-    (CLASSES | {"data.labels": ("a", "b", "a")}, "data.labels = ('a', 'b', 'a'): names a label twice"),
-    (CLASSES | {"objective.name": "causal"}, "objective.name = 'causal': with data.answers = 'classes' the labels"),
+    (
+        CLASSES | {"data.prompt": "{a}", "data.answer": "{b}"},
+        "data.labels = (): data.answers = 'classes' needs at least two labels",
+    ),
+    (CLASSES | {"data.labels": ("a", "b", "a")}, "data.labels = ('a', 'b', 'a'): has a label twice"),
+    (
+        CLASSES | {"objective.name": "causal"},
+        "objective.name = 'causal': with data.answers = 'classes' only the labels",
+    ),
     (CLASSES | {"model.causal": False, "objective.name": "mlm"}, "objective.name = 'mlm': with data.answers"),
     (CLASSES | {"objective.z_loss": 0.1}, "objective.z_loss = 0.1: has no effect with data.answers = 'classes'"),
-    (CLASSES | {"train.sample_tokens": 9}, "train.sample_tokens = 9: a model that tells classes cannot write; set 0"),
+    (
+        CLASSES | {"train.sample_tokens": 9},
+        "train.sample_tokens = 9: a classifier (data.answers = 'classes') cannot generate text; set 0",
+    ),
     (CLASSES | {"data.source": "pydoc"}, "objective.name = 'sft': needs examples with answers"),
+    ({"objective.name": "dpoo"}, "objective.name = 'dpoo': no such objective; did you mean 'dpo'?"),
+    ({"objective.name": "nowhere:Nothing"}, "objective.name = 'nowhere:Nothing': cannot be imported"),
+    ({"objective.name": "math:pi"}, "objective.name = 'math:pi': must be a subclass of"),
     ({"objective.mask_rate": 1.0}, "objective.mask_rate = 1.0: must lie between"),
     ({"objective.fim_rate": 1.5}, "objective.fim_rate = 1.5: must be"),
-    ({"objective.mask_rate": 0.3}, "objective.mask_rate = 0.3: has no effect; set objective.name = 'mlm'"),
+    (
+        {"objective.mask_rate": 0.3},
+        "objective.mask_rate = 0.3: has no effect with objective.name = 'causal'; set objective.name = 'mlm'",
+    ),
     ({"objective.next_sentence": True}, "objective.next_sentence = True: has no effect"),
     ({"objective.name": "fim", "model.context_length": 7}, "model.context_length = 7"),
-    ({"objective.next_sentence": True, "data.document_mask": True}, "set data.document_mask = False"),
+    (
+        {"objective.name": "mlm", "objective.next_sentence": True, "data.document_mask": True},
+        "set data.document_mask = False",
+    ),
     ({"optim.warmup_steps": 1000}, "optim.warmup_steps = 1000"),
     ({"optim.final_learning_rate": 1.0}, "optim.final_learning_rate = 1.0"),
     ({"optim.name": "schedule_free"}, "optim.schedule = 'cosine'"),
@@ -242,7 +260,7 @@ def test_cudnn_may_be_asked_for_where_some_gpu_can_do_it():
     check(BASE.override(CUDNN | {"model.context_length": 34, "model.sliding_window": 8, "data.document_mask": True}))
 
 
-def test_a_model_that_looks_ahead_may_tell_classes():
+def test_a_model_that_looks_ahead_may_be_a_classifier():
     for changes in ({}, {"model.causal": False}):
         check(BASE.override(CLASSES | changes))
 

@@ -34,7 +34,7 @@ FIELD_WORDS = {
     r"\bgo(es|ing)? on\b|\bwent on\b": "resume, continue",
     r"\btaken back\b|\btakes? back\b": "roll back",
     r"\bstands?\b(?! for\b)|\bstood\b": "is, is written",
-    r"\bwhole\b": "full, entire, intact, valid",
+    r"(?<!the )(?<!a )\bwhole\b": "full, intact, valid (but: the whole run)",
     r"\bnats a\b|\bbits a\b": "nats/token, bits/byte",
     r"\b(tokens|examples|bytes|steps|MB|GB|texts) a second\b|\bms a step\b": "tokens/s, ms/step",
     r"\btrivial answer\b": "baseline",
@@ -42,6 +42,12 @@ FIELD_WORDS = {
 }
 # (file, text of the line) where such a word is right, with the reason; both are regular expressions
 KEPT = [
+    (r"gptjax/lab/(comparison|page)\.py", r"cannot tell", "a verdict of a comparison: plain English, and in saved reports"),
+    (r"gptjax/lab/search\.py", r"\.tell\(", "the name of a method of Optuna"),
+    (r"gptjax/lab/comparison\.py|gptjax/tuning/intervals\.py", r"\btell\b", "to tell a difference from noise"),
+    (r"gptjax/data/store\.py", r"\"asked\"", "the name of an array in stores on disk"),
+    (r"gptjax/training/privacy\.py", r"can be guessed", "a secret key"),
+    (r"gptjax/interop/logit_check\.py", r"\bverb\b", "grammar: is or are"),
     (r".*", r"whole (number|word|document|head|character|byte|line|dollar)", "whole as in whole numbers"),
 ]
 FILES = sorted(

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gptjax.checks import check
 from gptjax.commands import parse, start_jax
 from gptjax.config import Experiment
-from gptjax.errors import GptjaxError
+from gptjax.errors import ConfigError, GptjaxError
 from gptjax.loading import load_experiment
 from gptjax.schema import type_problems
 
@@ -22,8 +21,8 @@ def train(arguments: list[str]) -> None:
     """FILE, options and overrides -> a finished run folder."""
     has_file = bool(arguments) and not arguments[0].startswith("-")
     loaded = load_experiment(arguments[0]) if has_file else Experiment()
-    if type_problems(loaded):
-        check(loaded)
+    if problems := type_problems(loaded):
+        raise ConfigError(list(problems.values()))
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -40,6 +39,8 @@ def train(arguments: list[str]) -> None:
     options = parse(Options, arguments[has_file:], f"train {arguments[0] if has_file else 'FILE'}")
     if not has_file:
         raise GptjaxError("no experiment file was given; for instance gptjax train experiments/quickstart.py")
+    from gptjax.checks import check  # only now: objectives import JAX and Flax, which takes more than a second
+
     experiment = check(options.experiment)
     start_jax()
     import jax

@@ -46,9 +46,7 @@ def _find(source: str) -> tuple[Callable[[int, int], Any], int]:
     module, name, *rest = [*source.removeprefix(PREFIX).split(":"), ""][:4]
     seed = rest[0] if rest else "0"
     if not (module and name) or not (seed or "0").isdecimal() or source.count(":") > 3:
-        raise DataError(
-            f"data.source = {source!r}: is not of the form function:PACKAGE.MODULE:NAME or ...:NAME:SEED"
-        )
+        raise DataError(f"data.source = {source!r}: is not of the form function:PACKAGE.MODULE:NAME or ...:NAME:SEED")
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as e:  # from the user's module

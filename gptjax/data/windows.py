@@ -1,4 +1,4 @@
-"""A stream of tokens as an endless sequence of windows: cut anew every epoch, or packed from examples.
+"""A stream of tokens as an endless sequence of windows, cut at new positions every epoch or packed from examples.
 
 An epoch cuts a stream into windows that do not overlap and shuffles them. The cuts move by a random phase from epoch
 to epoch, so that a token has another context each time. Within an epoch every token is a target exactly once, except

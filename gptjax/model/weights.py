@@ -52,7 +52,7 @@ def declare(module: nn.Module, name: str, axes: Axes, init: nn.initializers.Init
     config: ModelConfig = module.config  # type: ignore[attr-defined]
     sizes = axis_sizes(config)
     shape = [sizes[axis] for axis in axes]
-    value: Any = module.param(name, lambda key: AxisNamed(init(key, shape, jnp.float32), axes))
+    value = jnp.asarray(module.param(name, lambda key: AxisNamed(init(key, shape, jnp.float32), axes)))
     if name.rpartition("_")[2] == "scale":
         return value
     value = value.astype(config.dtype)

@@ -97,7 +97,7 @@ def choose(folder: Path, which: str = "last") -> Checkpoint:
     if not checkpoints:
         raise RunError(f"{folder}: has no checkpoint yet; train the run first")
     if which == "last":
-        return _newest_whole(folder, checkpoints, lambda c, why: warn(f"step {c.step} cannot be used: {why}"))
+        return _newest_intact(folder, checkpoints, lambda c, why: warn(f"step {c.step} cannot be used: {why}"))
     wanted = str([*_from_the_best(checkpoints), checkpoints[-1]][0].step) if which == "best" else which
     for checkpoint in checkpoints:
         if wanted == str(checkpoint.step):
@@ -128,7 +128,7 @@ def choose_to_resume(folder: Path, step: int | None = None) -> Checkpoint | None
         return chosen
     if not checkpoints and not any((folder / QUARANTINE).glob("*-damaged*")):
         return None
-    return _newest_whole(
+    return _newest_intact(
         folder, checkpoints, lambda c, why: _quarantine(c.folder, "damaged", f"step {c.step} cannot be used: {why}")
     )
 
@@ -336,7 +336,7 @@ def _from_the_best(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     return sorted(same, key=lambda c: c.val_loss or 0.0)
 
 
-def _newest_whole(
+def _newest_intact(
     folder: Path, checkpoints: list[Checkpoint], on_damage: Callable[[Checkpoint, str], None]
 ) -> Checkpoint:
     for checkpoint in reversed(checkpoints):

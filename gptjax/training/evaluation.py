@@ -43,11 +43,11 @@ def evaluate(setup: TrainSetup, state: TrainState, heartbeat: Callable[[], None]
         normalizers.append(normalizer)
         num_bytes += _num_bytes(setup, batch)
     total = _total(normalizers)
-    metrics = {f"val_{name}": _total([part[name] for part in sums]) / total for name in sums[0]}
+    means: ScalarMetrics = {f"val_{name}": _total([part[name] for part in sums]) / total for name in sums[0]}
     if setup.objective.is_token_nll:
-        bits = metrics["val_loss"] * total / math.log(2) / max(num_bytes, 1)
-        return metrics | {"val_bits_per_byte": bits, "val_tokens": int(total), "val_bytes": num_bytes}
-    return metrics | {"val_answers": int(total)}
+        bits = means["val_loss"] * total / math.log(2) / max(num_bytes, 1)
+        return means | {"val_bits_per_byte": bits, "val_tokens": int(total), "val_bytes": num_bytes}
+    return means | {"val_answers": int(total)}
 
 
 def _num_bytes(setup: TrainSetup, batch: Batch) -> int:

@@ -158,7 +158,7 @@ def _compiled(setup: TrainSetup) -> TrainSetup:
     state_shardings = jax.tree.map(lambda x: x.sharding, setup.abstract)
     step = compiled(update, donate_argnums=0, out_shardings=(state_shardings, replicated))
     evaluate = compiled(partial(eval_step, model=model, loss=setup.objective.loss), out_shardings=per_core)
-    functions = {"train_step": step, "eval_step": evaluate, "lower": step.lower}
+    functions: dict[str, Any] = {"train_step": step, "eval_step": evaluate, "lower": step.lower}
     if reference is not None and setup.objective.rollout is None:  # the loss needs the reference model's weights
         functions = {name: _with_reference(f, reference.params) for name, f in functions.items()}
     return replace(setup, **functions)

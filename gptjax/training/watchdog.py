@@ -52,7 +52,7 @@ class Watchdog:
         self.activity, self._since = activity, time.monotonic()
 
     def close(self, failure: BaseException | None = None) -> None:
-        """Stops watching; tells the other processes how this one ended."""
+        """Stops watching, and reports to the other processes how this one ended."""
         self._over.set()
         self._thread.join()
         if self._count > 1:

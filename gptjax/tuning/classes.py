@@ -1,6 +1,7 @@
-"""What a model with a head for classes answers on a task: a label for the prompt, or one for each word of it."""
+"""The predictions of a classifier on a task: a label for the prompt, or one for each word of it."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,25 +11,32 @@ from gptjax.errors import DataError
 from gptjax.inference.classes import ClassQuery, class_log_probs
 from gptjax.inference.pretrained import Pretrained
 
-Told = tuple[str, float, int, bool]  # the answer as text, nats of the true labels, how many they are, text shortened
+
+class ScoredAnswer(NamedTuple):
+    """A model's answer to an example, and the loss of the true answer."""
+
+    text: str
+    nll: float  # of the true tokens or labels, summed, in nats
+    count: int  # of these tokens or labels
+    shortened: bool  # the model saw the end of the prompt only
 
 
 def check_labels(pretrained: Pretrained, task: Task) -> None:
-    """Raises `DataError` where a model tells other classes than a task asks for."""
+    """Raises `DataError` if a classifier was trained on other labels than those of the task."""
     if pretrained.labels != task.classes:
-        asked = f"the labels {', '.join(task.classes)}" if task.classes else "text"
+        expected = f"the labels {', '.join(task.classes)}" if task.classes else "text"
         raise DataError(
-            f"{pretrained.name}: tells {', '.join(pretrained.labels)}, and task:{task.name} asks for {asked}; take a "
-            "model that was trained on this task"
+            f"{pretrained.name}: predicts {', '.join(pretrained.labels)}, but task:{task.name} expects {expected}; use "
+            "a model that was trained on this task"
         )
 
 
-def tell(
+def classify(
     pretrained: Pretrained, task: Task, examples: Sequence[Example], batch_size: int, dtype: str | None = None
-) -> Iterator[Told]:
-    """The likeliest labels of examples that hold the true ones, as the task's answers in text.
+) -> Iterator[ScoredAnswer]:
+    """The most probable labels of examples with true labels, as the task's answers in text.
 
-    Of a text longer than the context the end is read, as in training. Raises `DataError` where labels stand before.
+    Of a text longer than the context the end is used, as in training. Raises `DataError` if a label is before that.
     """
     pieces = [pretrained.tokenizer.encode_parts([part.text for part in example.parts]) for example in examples]
     truths = [token_classes(example, own, pretrained.labels) for example, own in zip(examples, pieces, strict=True)]
@@ -37,17 +45,18 @@ def tell(
         if (truth[:start] >= 0).any():
             raise DataError(
                 f"{example.where}: its labelled words are {len(truth)} tokens long, and the context of "
-                f"{pretrained.name} holds {pretrained.model.context_length}; take a model with a longer context"
+                f"{pretrained.name} is {pretrained.model.context_length}; use a model with a longer context"
             )
-    asked = [np.flatnonzero(truth >= 0) for truth in truths]
-    questions = [
-        ClassQuery(np.concatenate(own)[start:].astype(np.int32), places - start)
-        for own, places, start in zip(pieces, asked, starts, strict=True)
+    positions = [np.flatnonzero(truth >= 0) for truth in truths]
+    queries = [
+        ClassQuery(np.concatenate(own)[start:].astype(np.int32), own_positions - start)
+        for own, own_positions, start in zip(pieces, positions, starts, strict=True)
     ]
-    for example, truth, places, start, told in zip(
-        examples, truths, asked, starts, class_log_probs(pretrained, questions, batch_size, dtype), strict=True
+    results = class_log_probs(pretrained, queries, batch_size, dtype)
+    for example, truth, own_positions, start, log_probs in zip(
+        examples, truths, positions, starts, results, strict=True
     ):
-        labels = [pretrained.labels[i] for i in told.argmax(-1)]
+        labels = [pretrained.labels[i] for i in log_probs.argmax(-1)]
         answer = task.tagging.answer(example.values, labels) if task.tagging else labels[0]
-        nats = -told[np.arange(len(places)), truth[places]].sum(dtype=np.float64)
-        yield answer, float(nats), len(places), start > 0
+        nll = -log_probs[np.arange(len(own_positions)), truth[own_positions]].sum(dtype=np.float64)
+        yield ScoredAnswer(answer, float(nll), len(own_positions), start > 0)

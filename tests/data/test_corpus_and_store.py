@@ -166,9 +166,7 @@ def test_a_store_is_built_once_and_found_again(tmp_path):
     assert (first.folder / "store.json").stat().st_mtime_ns == before
     elsewhere = tmp_path / "copy.txt"
     elsewhere.write_bytes((tmp_path / "corpus.txt").read_bytes())
-    assert store.open_store(DataConfig(source=str(elsewhere))).key == first.key, (
-        "the path has no effect"
-    )
+    assert store.open_store(DataConfig(source=str(elsewhere))).key == first.key, "the path has no effect"
     elsewhere.write_bytes(elsewhere.read_bytes()[:-1] + b"!")
     assert store.open_store(DataConfig(source=str(elsewhere))).key != first.key, "one changed byte gives another key"
 

@@ -56,9 +56,9 @@ def test_all_bad_rows_are_reported_together_and_a_missing_column_once(tmp_path):
     ("changes", "message"),
     [
         ({"prompt": "{a}"}, "an example needs both"),
-        ({"labels": ("x",)}, r"data.labels = \('x',\): there are no answers; set data.answer"),
+        ({"labels": ("x",)}, r"data.labels = \('x',\): the data has no answers; set data.answer"),
         ({"prompt": "a", "answer": "{b}"}, r"data.prompt = 'a': names no column"),
-        ({"prompt": "{a}", "answer": "{"}, r"data.answer = '\{': .*a column stands in braces, and \{\{ is a brace"),
+        ({"prompt": "{a}", "answer": "{"}, r"data.answer = '\{': .*a column is written in braces, and \{\{ is a lit"),
         ({"source": ("task:sentiment", "pydoc")}, "mixes tasks with other text"),
         ({"prompt": "{}", "answer": "{b}"}, r"data.prompt = '\{\}': names no column, or an empty one"),
     ],

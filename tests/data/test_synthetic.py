@@ -112,6 +112,6 @@ def test_a_run_folder_never_makes_a_function_run(module, tmp_path, single_device
     assert evaluate_run(run)["val_loss"] > 0
     shutil.rmtree(cache_folder() / "stores" / json.loads((run.folder / PROVENANCE).read_text())["data"])
     for read_data in (lambda: evaluate_run(run), lambda: replay(run, 1)):
-        with pytest.raises(RunError, match=r"data\.source = 'function:made_up:text' names a function"):
+        with pytest.raises(RunError, match=r"data\.source = 'function:made_up:text' names code"):
             read_data()
     assert "made_up" not in sys.modules

@@ -1,5 +1,7 @@
 """Generated texts against a full forward pass for every token: greedy, ragged batches, ring buffers, seeds, limits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,13 +42,17 @@ def request_of(prompt, new_tokens=10, **settings):
     return Request(np.array(prompt, np.int32), new_tokens, **settings)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens):
+    return GPT(model).apply({"params": params}, tokens)
+
+
 def greedy_without_cache(model, params, prompt, new_tokens, length=64):
-    apply = jax.jit(lambda t: GPT(model).apply({"params": params}, t))
     text = list(prompt)
     for _ in range(new_tokens):
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(text)] = text
-        text.append(int(apply(padded)[0, len(text) - 1].argmax()))
+        text.append(int(logits_of(model, params, padded)[0, len(text) - 1].argmax()))
     return text[len(prompt) :]
 
 

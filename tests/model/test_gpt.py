@@ -41,10 +41,10 @@ VARIANTS = {
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
 
-def random_params(model, seed=0):
+def random_params(config, seed=0):
     """Weights far from their small initial values, biases included, so that every path matters. Compiles nothing."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
     def draw(path, x):
         centre = 1.0 if path[-1].key.endswith("scale") else 0.0
@@ -53,29 +53,29 @@ def random_params(model, seed=0):
     return jax.tree.map_with_path(draw, shapes)
 
 
-def random_tokens(model, rows=2, length=12, seed=3):
-    return np.random.default_rng(seed).integers(0, model.vocab_size, (rows, length)).astype(np.int32)
+def random_tokens(config, rows=2, length=12, seed=3):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
 
 
-def logits_of(model, params, tokens, **inputs):
-    return jax.jit(lambda p, t: GPT(model).apply({"params": p}, t, **inputs))(params, tokens)
+def logits_of(config, params, tokens, **inputs):
+    return jax.jit(lambda p, t: GPT(config).apply({"params": p}, t, **inputs))(params, tokens)
 
 
-def influence(model, params, tokens, segment_ids=None, positions=None, prefix_mask=None):
+def influence(config, params, tokens, segment_ids=None, positions=None, prefix_mask=None):
     """|d logits at position i / d embedding at position j|, summed over everything else: [length, length]."""
     index = jnp.arange(tokens.shape[1])
     rope_positions = index if positions is None else positions
 
     def from_embeddings(module, x):
-        rope = rope_table(model, rope_positions) if model.positions == "rope" else None
+        rope = rope_table(config, rope_positions) if config.positions == "rope" else None
         y, _ = module.blocks(x, rope, AttentionMask(index, index, segment_ids, segment_ids, prefix_mask))
-        logits = module.logits(module.final_norm(y) if model.norm_placement == "pre" else y)
+        logits = module.logits(module.final_norm(y) if config.norm_placement == "pre" else y)
         return logits[0].astype(jnp.float32)
 
     @jax.jit
     def jacobian():
-        x = GPT(model).apply({"params": params}, tokens, index, method=lambda m, t, p: m.embedding.embed(t, p))
-        run = lambda x: GPT(model).apply({"params": params}, x, method=from_embeddings)  # noqa: E731
+        x = GPT(config).apply({"params": params}, tokens, index, method=lambda m, t, p: m.embedding.embed(t, p))
+        run = lambda x: GPT(config).apply({"params": params}, x, method=from_embeddings)  # noqa: E731
         return jnp.abs(jax.jacrev(run)(x).astype(jnp.float32)).sum((1, 2, 4))
 
     return np.array(jacobian())
@@ -83,35 +83,35 @@ def influence(model, params, tokens, segment_ids=None, positions=None, prefix_ma
 
 @every_variant
 def test_no_token_attends_to_a_later_one(changes):
-    model = tiny_model(**changes)
-    seen = influence(model, random_params(model), random_tokens(model, rows=1, length=8))
+    config = tiny_model(**changes)
+    seen = influence(config, random_params(config), random_tokens(config, rows=1, length=8))
     assert np.all(np.triu(seen, 1) == 0), "a later token changed an earlier logit"
     receptive_field = np.tril(np.ones((8, 8)))
-    if model.sliding_window:  # one layer reaches window - 1 back, two layers twice that
+    if config.sliding_window:  # one layer reaches window - 1 back, two layers twice that
         distance = np.arange(8)[:, None] - np.arange(8)
-        receptive_field *= distance <= model.num_layers * (model.sliding_window - 1)
+        receptive_field *= distance <= config.num_layers * (config.sliding_window - 1)
     assert np.all((seen > 0) == (receptive_field > 0)), "a token did not attend to all that it should"
 
 
 def test_a_bidirectional_model_attends_to_everything():
-    model = tiny_model(causal=False)
-    assert np.all(influence(model, random_params(model), random_tokens(model, rows=1, length=6)) > 0)
+    config = tiny_model(causal=False)
+    assert np.all(influence(config, random_params(config), random_tokens(config, rows=1, length=6)) > 0)
 
 
 @every_variant
 def test_documents_do_not_leak(changes):
-    model = tiny_model(**changes)
-    params = random_params(model)
+    config = tiny_model(**changes)
+    params = random_params(config)
     segment_ids = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3]])
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 0]])
-    seen = influence(model, params, random_tokens(model, rows=1, length=8), segment_ids, positions)
+    seen = influence(config, params, random_tokens(config, rows=1, length=8), segment_ids, positions)
     other_document = np.array(segment_ids[0][:, None] != segment_ids[0][None, :])
     assert np.all(seen[other_document] == 0)
 
-    tokens = random_tokens(model, rows=1, length=8)
-    packed = logits_of(model, params, tokens, segment_ids=segment_ids, positions=positions)
-    alone = logits_of(model, params, tokens[:, 3:7])
-    tolerance = 0.05 if model.dtype == "bfloat16" else 2e-5
+    tokens = random_tokens(config, rows=1, length=8)
+    packed = logits_of(config, params, tokens, segment_ids=segment_ids, positions=positions)
+    alone = logits_of(config, params, tokens[:, 3:7])
+    tolerance = 0.05 if config.dtype == "bfloat16" else 2e-5
     np.testing.assert_allclose(packed[:, 3:7], alone, atol=tolerance)
 
 
@@ -126,33 +126,33 @@ PACKED = dict(
 @some_variants
 def test_all_tokens_of_a_document_attend_to_its_prefix_and_no_others_do(name):
     """By gradient and by value: a target changes no logit before it, a prefix token all logits of its document."""
-    model = tiny_model(**VARIANTS[name])
-    params, tokens = random_params(model), random_tokens(model, rows=1, length=8)
-    seen = influence(model, params, tokens, **PACKED)
+    config = tiny_model(**VARIANTS[name])
+    params, tokens = random_params(config), random_tokens(config, rows=1, length=8)
+    seen = influence(config, params, tokens, **PACKED)
     later, in_prefix = np.triu(np.ones((8, 8), bool), 1), np.array(PACKED["prefix_mask"][0])[None, :]
     same = np.array(PACKED["segment_ids"][0][:, None] == PACKED["segment_ids"][0])
     assert np.all(seen[~same] == 0), "a token attended to another document"
     assert np.all(seen[later & ~in_prefix] == 0), "a token attended to a later target"
-    if model.sliding_window is None:
+    if config.sliding_window is None:
         assert np.all(seen[same & (~later | in_prefix)] > 0), "a token did not attend to the full prefix"
 
-    logits = np.array(logits_of(model, params, tokens, **PACKED))
+    logits = np.array(logits_of(config, params, tokens, **PACKED))
     for changed in range(8):
         other = tokens.copy()
-        other[0, changed] = (other[0, changed] + 1) % model.vocab_size
-        changed_logits = np.any(np.array(logits_of(model, params, other, **PACKED)) != logits, -1)[0]
+        other[0, changed] = (other[0, changed] + 1) % config.vocab_size
+        changed_logits = np.any(np.array(logits_of(config, params, other, **PACKED)) != logits, -1)[0]
         may_change = same[:, changed] & (~later[:, changed] | in_prefix[0, changed])
         assert not np.any(changed_logits & ~may_change), "other logits must stay bitwise equal"
-        assert changed_logits[changed] and (model.sliding_window or np.all(changed_logits == may_change))
+        assert changed_logits[changed] and (config.sliding_window or np.all(changed_logits == may_change))
 
 
 @some_variants
 def test_packed_documents_with_a_prefix_have_the_logits_of_single_documents(name):
-    model = tiny_model(**VARIANTS[name])
-    params, tokens = random_params(model), random_tokens(model, rows=1, length=8)
-    packed = logits_of(model, params, tokens, **PACKED)
+    config = tiny_model(**VARIANTS[name])
+    params, tokens = random_params(config), random_tokens(config, rows=1, length=8)
+    packed = logits_of(config, params, tokens, **PACKED)
     for here in (slice(0, 4), slice(4, 8)):
-        alone = logits_of(model, params, tokens[:, here], prefix_mask=PACKED["prefix_mask"][:, here])
+        alone = logits_of(config, params, tokens[:, here], prefix_mask=PACKED["prefix_mask"][:, here])
         np.testing.assert_allclose(packed[:, here], alone, atol=2e-5)
 
 
@@ -165,24 +165,24 @@ def test_a_prefix_of_everything_is_the_bidirectional_model():
 @every_variant
 def test_the_cache_changes_nothing(changes):
     """Two sequences, one two tokens longer, in several steps; with a sliding window the cache overwrites old tokens."""
-    model = tiny_model(**changes)
-    params, tokens = random_params(model), random_tokens(model)
-    expected = np.array(logits_of(model, params, tokens))
-    slots = 6 if model.sliding_window else 16
-    cache = empty_cache(model, 2, slots)
-    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == cache_bytes(model, 2, slots)
+    config = tiny_model(**changes)
+    params, tokens = random_params(config), random_tokens(config)
+    expected = np.array(logits_of(config, params, tokens))
+    slots = 6 if config.sliding_window else 16
+    cache = empty_cache(config, 2, slots)
+    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == cache_bytes(config, 2, slots)
 
     @partial(jax.jit, static_argnames="prefill")
     def step(params, tokens, positions, cache, prefill=False):
-        x, cache = decode_step(model, params, tokens, positions, cache, prefill)
-        return unembed(model, params, x), cache
+        x, cache = decode_step(config, params, tokens, positions, cache, prefill)
+        return unembed(config, params, x), cache
 
     params = unstack_layers(params)
     ahead = np.array([[2], [0]])
     positions = np.arange(7) + 0 * ahead
     positions[1, 5:] = -1
     first, cache = step(params, np.where(positions < 0, 0, tokens[:, :7]), positions, cache, prefill=True)
-    tolerance = 0.06 if model.dtype == "bfloat16" else 2e-5
+    tolerance = 0.06 if config.dtype == "bfloat16" else 2e-5
     np.testing.assert_allclose(first[0], expected[0, :7], atol=tolerance)
     np.testing.assert_allclose(first[1, :5], expected[1, :5], atol=tolerance)
     for i, width in [(5, 1), (6, 3), (9, 1)]:
@@ -197,12 +197,12 @@ RICH = dict(dropout=0.3, positions="rope", ffn="swiglu")
 @pytest.mark.parametrize("changes", [{}, pytest.param(RICH, marks=pytest.mark.slow)], ids=["plain", "dropout"])
 def test_scan_unrolled_and_remat_are_one_model(changes):
     def loss_and_gradient(**execution):
-        model = tiny_model(**changes, **execution)
-        tokens = random_tokens(model)
-        rngs = {"dropout": jax.random.key(7)} if model.dropout else {}
+        config = tiny_model(**changes, **execution)
+        tokens = random_tokens(config)
+        rngs = {"dropout": jax.random.key(7)} if config.dropout else {}
 
         def loss(p):
-            return ops.cross_entropy(GPT(model).apply({"params": p}, tokens, rngs=rngs), tokens)[0].mean()
+            return ops.cross_entropy(GPT(config).apply({"params": p}, tokens, rngs=rngs), tokens)[0].mean()
 
         return jax.jit(jax.value_and_grad(loss))(random_params(tiny_model(**changes)))
 
@@ -241,19 +241,19 @@ def test_a_window_as_long_as_the_sequence_is_full_attention():
 
 @every_variant
 def test_axes_name_the_shape_of_every_weight(changes):
-    model = tiny_model(**changes)
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    axes = weight_axes(model)
+    config = tiny_model(**changes)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    axes = weight_axes(config)
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     assert jax.tree.structure(params) == jax.tree.structure(jax.tree.map(lambda a: 0, axes, is_leaf=is_axes))
     for x, names in zip(jax.tree.leaves(params), jax.tree.leaves(axes, is_leaf=is_axes), strict=True):
         assert x.ndim == len(names) and x.dtype == jnp.float32
-    assert num_params(model)["total"] == sum(x.size for x in jax.tree.leaves(params))
+    assert num_params(config)["total"] == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_initial_weights_are_as_published():
-    model = tiny_model(embed_dim=128, num_layers=8, num_heads=4, vocab_size=1000)
-    params = init_params(model, jax.random.key(0))
+    config = tiny_model(embed_dim=128, num_layers=8, num_heads=4, vocab_size=1000)
+    params = init_params(config, jax.random.key(0))
     attention, ffn = params["blocks"]["attention"], params["blocks"]["ffn"]
     for weight in (attention["query"], attention["value"], ffn["up"], params["embedding"]["tokens"]):
         assert weight.std() == pytest.approx(0.02, rel=0.02)
@@ -265,13 +265,13 @@ def test_initial_weights_are_as_published():
 
 
 def test_dropout_needs_a_key():
-    model = tiny_model(dropout=0.5)
-    params, tokens = random_params(model), random_tokens(model)
-    apply = jax.jit(lambda seed: GPT(model).apply({"params": params}, tokens, rngs={"dropout": jax.random.key(seed)}))
+    config = tiny_model(dropout=0.5)
+    params, tokens = random_params(config), random_tokens(config)
+    apply = jax.jit(lambda seed: GPT(config).apply({"params": params}, tokens, rngs={"dropout": jax.random.key(seed)}))
     np.testing.assert_array_equal(apply(0), apply(0))
     assert not np.allclose(apply(0), apply(1))
     without_dropout = tiny_model()
-    np.testing.assert_array_equal(logits_of(model, params, tokens), logits_of(without_dropout, params, tokens))
+    np.testing.assert_array_equal(logits_of(config, params, tokens), logits_of(without_dropout, params, tokens))
 
 
 def on_gpu(monkeypatch, capability: str) -> None:
@@ -322,9 +322,9 @@ def test_training_with_a_mask_and_an_odd_length_uses_xla(monkeypatch):
     monkeypatch.setattr(attention, "choose_kernel", record)
 
     def kernel(length: int, *, segments: bool = False, **changes) -> tuple[str, str]:
-        model = tiny_model(dtype="bfloat16", **changes)
+        config = tiny_model(dtype="bfloat16", **changes)
         inputs = (None, jnp.ones((1, length), jnp.int32)) if segments else ()
-        GPT(model).apply({"params": random_params(model)}, random_tokens(model)[:1, :length], *inputs)
+        GPT(config).apply({"params": random_params(config)}, random_tokens(config)[:1, :length], *inputs)
         return chosen[-1]
 
     assert kernel(9)[0] == kernel(10, sliding_window=4)[0] == kernel(10, segments=True)[0] == "cudnn"

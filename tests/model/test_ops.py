@@ -138,20 +138,20 @@ def test_the_mask_of_every_pair_follows_the_rules(causal, window, documents, pre
 )
 def test_rope_scores_depend_on_relative_positions_only(scaling, base, shift, seed):
     factor = 1.0 if scaling == "none" else 4.0
-    model = tiny_model(positions="rope", rope_theta=base, rope_scaling=scaling, rope_factor=factor, head_dim=8)
+    config = tiny_model(positions="rope", rope_theta=base, rope_scaling=scaling, rope_factor=factor, head_dim=8)
     query, key = jax.random.normal(jax.random.key(seed), (2, 1, 6, 1, 8))
     index = jnp.arange(6)
     scores = [
         jnp.einsum("bqnh,bknh->bqk", positions.apply_rope(query, table), positions.apply_rope(key, table))
-        for table in (positions.rope_table(model, index), positions.rope_table(model, index + shift))
+        for table in (positions.rope_table(config, index), positions.rope_table(config, index + shift))
     ]
     np.testing.assert_allclose(scores[0], scores[1], atol=3e-4)
 
 
 def test_rope_keeps_norms_and_does_not_change_position_zero():
-    model = tiny_model(positions="rope")
+    config = tiny_model(positions="rope")
     x = jax.random.normal(jax.random.key(0), (1, 9, 2, 8))
-    rotated = positions.apply_rope(x, positions.rope_table(model, jnp.arange(9)))
+    rotated = positions.apply_rope(x, positions.rope_table(config, jnp.arange(9)))
     np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     np.testing.assert_array_equal(rotated[:, 0], x[:, 0])
 

@@ -1,6 +1,5 @@
 """Distillation against the sum over all tokens in float64."""
 
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +9,19 @@ from test_preference import random_batch
 
 from gptjax.model.gpt import GPT, init_params
 from gptjax.objectives.distill import distillation_loss
+from gptjax.objectives.reference import ReferenceModel
 from gptjax.training import train
+
+
+class Reference(ReferenceModel):
+    """A reference model that is there already."""
+
+    def __init__(self, gpt: GPT):
+        self._gpt = gpt
+
+    @property
+    def gpt(self) -> GPT:
+        return self._gpt
 
 
 def float64_logs(model, params, batch, common) -> np.ndarray:
@@ -25,7 +36,7 @@ def test_the_divergence_is_the_sum_over_all_tokens(divergence):
         jax.tree.map(lambda x: 4 * x, init_params(m, jax.random.key(i))) for i, m in enumerate((student, teacher))
     )
     batch = random_batch()
-    loss = distillation_loss(SimpleNamespace(gpt=GPT(teacher)), divergence)
+    loss = distillation_loss(Reference(GPT(teacher)), divergence)
     minimised, shown = loss.sums(ours, batch, GPT(student), {}, theirs)
     p, q = float64_logs(teacher, theirs, batch, 11), float64_logs(student, ours, batch, 11)
     first, second = (p, q) if divergence == "forward" else (q, p)
@@ -40,7 +51,7 @@ def test_the_divergence_is_the_sum_over_all_tokens(divergence):
 def test_a_model_that_is_its_teacher_has_nothing_to_learn(divergence):
     model = tiny_model()
     params = jax.tree.map(lambda x: 4 * x, init_params(model, jax.random.key(0)))
-    loss = distillation_loss(SimpleNamespace(gpt=GPT(model)), divergence)
+    loss = distillation_loss(Reference(GPT(model)), divergence)
     gradient = jax.grad(lambda p: loss.sums(p, random_batch(), GPT(model), {}, params)[0])(params)
     assert max(float(abs(x).max()) for x in jax.tree.leaves(gradient)) < 1e-5
 

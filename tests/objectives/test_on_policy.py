@@ -156,8 +156,9 @@ def questions(tmp_path):
     rows = [f'{{"q": "line {i}", "a": "is {i * i % 97}"}}' for i in range(100)]
     (tmp_path / "table.jsonl").write_text("\n".join(rows) + "\n")
     return {"data.source": str(tmp_path / "table.jsonl"), "data.prompt": "{q} ", "data.answer": "{a}",
-            "data.tokenizer": "init", "objective.num_generations": 4, "objective.max_new_tokens": 6, "train.batch_size": 16,
-            "objective.reward": "test_on_policy:likes_e", "data.val_fraction": 0.2, "train.sample_tokens": 0}  # fmt: skip
+            "data.tokenizer": "init", "objective.num_generations": 4, "objective.max_new_tokens": 6,
+            "objective.reward": "test_on_policy:likes_e", "data.val_fraction": 0.2, "train.sample_tokens": 0,
+            "train.batch_size": 16}  # fmt: skip
 
 
 @pytest.mark.usefixtures("single_device")

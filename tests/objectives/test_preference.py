@@ -14,8 +14,20 @@ from gptjax.data.examples import load_examples
 from gptjax.errors import DataError
 from gptjax.model.gpt import GPT, init_params
 from gptjax.objectives.dpo import dpo_loss
+from gptjax.objectives.reference import ReferenceModel
 from gptjax.training import train
 from gptjax.training.run import open_run
+
+
+class Reference(ReferenceModel):
+    """A reference model that is there already."""
+
+    def __init__(self, gpt: GPT):
+        self._gpt = gpt
+
+    @property
+    def gpt(self) -> GPT:
+        return self._gpt
 
 
 def random_batch(rows=6, length=9, vocab=11, seed=0) -> Batch:
@@ -34,7 +46,7 @@ def log_probabilities(model, params, batch) -> np.ndarray:
 def test_the_loss_is_the_formula_in_float64():
     model, beta, batch = tiny_model(), 0.3, random_batch()
     ours, theirs = (jax.tree.map(lambda x: 4 * x, init_params(model, jax.random.key(i))) for i in (0, 1))
-    loss = dpo_loss(SimpleNamespace(gpt=GPT(model)), beta)
+    loss = dpo_loss(Reference(GPT(model)), beta)
     minimised, shown = loss.sums(ours, batch, GPT(model), {}, theirs)
     ratio = log_probabilities(model, ours, batch) - log_probabilities(model, theirs, batch)
     margin = beta * (ratio[::2] - ratio[1::2])
@@ -50,6 +62,8 @@ def test_the_loss_is_the_formula_in_float64():
 class Table:
     """A model that is one row of logits: what follows any token."""
 
+    __class__ = GPT  # for the type checker of the tests
+
     config = SimpleNamespace(vocab_size=5)
 
     def apply(self, variables, x, *more, method, rngs=None):
@@ -64,7 +78,7 @@ def test_over_all_pairs_of_all_answers_the_best_model_is_the_one_of_the_theorem(
     reference, reward = jnp.asarray(rng.normal(size=count)), rng.normal(size=count)
     pairs = list(itertools.permutations(range(count), 2))
     chance = np.array([1 / (1 + np.exp(reward[j] - reward[i])) for i, j in pairs])  # that i is preferred to j
-    loss = dpo_loss(SimpleNamespace(gpt=Table()), beta)
+    loss = dpo_loss(Reference(Table()), beta)
 
     def expected(params):
         def one(pair):

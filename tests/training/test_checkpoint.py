@@ -1,4 +1,4 @@
-"""Checkpoints: what is whole loads bit for bit on any mesh; what is not is noticed, named and passed over."""
+"""Checkpoints: an intact one loads bit for bit on any mesh; damage is noticed, named and skipped."""
 
 import errno
 import hashlib
@@ -37,7 +37,7 @@ def run(finished_run, tmp_path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
-def go_on(run: Path, **options):
+def resume(run: Path, **options):
     """Trains on with the run's own experiment; without its result, so that it looks for its checkpoint."""
     (run / "result.json").unlink(missing_ok=True)
     return train.train(open_run(run).experiment, run, **options)
@@ -80,8 +80,8 @@ def test_every_single_flipped_bit_is_noticed(run):
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest", "unlisted"])
-def test_a_damaged_last_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(run, harm, capfd):
-    whole = restored(run)
+def test_a_damaged_last_checkpoint_is_quarantined_and_the_run_resumes_from_the_one_before(run, harm, capfd):
+    unbroken = restored(run)
     path = largest_file(run, 6)
     if harm == "flip":
         flip(path, 1000)
@@ -95,25 +95,25 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one
     else:
         path = path.with_name("stray")
         path.write_text("")
-    assert checkpoint.choose(run / "checkpoints").step == 4, "a reader passes over it too, and leaves it where it is"
+    assert checkpoint.choose(run / "checkpoints").step == 4, "a reader skips it too, and leaves it where it is"
     assert steps(run) == [2, 4, 6]
     with pytest.raises(RunError, match=f"step 6 cannot be used: .*{path.name}"):
         checkpoint.choose(run / "checkpoints", "6")
     capfd.readouterr()
-    go_on(run)
+    resume(run)
     errors = capfd.readouterr().err
     assert "warning: step 6 cannot be used" in errors and path.name in errors
     assert "falling back to step 4" in errors and "set-aside" in errors
     assert (run / "checkpoints" / "set-aside" / "00000006-damaged").is_dir()
-    assert_same(restored(run), whole)
+    assert_same(restored(run), unbroken)
 
 
-def test_a_run_without_a_whole_checkpoint_stops_and_never_starts_again_from_nothing(run):
+def test_a_run_without_an_intact_checkpoint_stops_and_never_starts_again_from_nothing(run):
     for step in (2, 4, 6):
         largest_file(run, step).unlink()
     for _ in range(2):
-        with pytest.raises(RunError, match="no whole checkpoint is left"):
-            go_on(run)
+        with pytest.raises(RunError, match="no intact checkpoint is left"):
+            resume(run)
     assert len(list((run / "checkpoints" / "set-aside").iterdir())) == 3
     with pytest.raises(RunError, match="no checkpoint yet"):
         load_params(open_run(run), "last")
@@ -127,7 +127,7 @@ def test_what_is_no_checkpoint_is_never_taken_for_one(run, capfd):
     shutil.copytree(folder / "00000002", folder / "00000001.deleting")
     (folder / "notes.txt").write_text("mine")
     assert steps(run) == [2, 4]
-    go_on(run)
+    resume(run)
     errors = capfd.readouterr().err
     for name in ("00000006", "00000009", "00000010", "notes.txt"):
         assert name in errors
@@ -136,18 +136,18 @@ def test_what_is_no_checkpoint_is_never_taken_for_one(run, capfd):
     assert [p.name for p in (folder / "set-aside").iterdir()] == ["00000006-uncommitted"], "what has data is kept"
 
 
-def test_going_back_sets_later_checkpoints_aside(run, capfd):
-    before, whole = (run / "metrics.jsonl").read_text(), restored(run)
-    go_on(run, rollback_to=2)
+def test_a_rollback_quarantines_later_checkpoints(run, capfd):
+    before, unbroken = (run / "metrics.jsonl").read_text(), restored(run)
+    resume(run, rollback_to=2)
     errors = capfd.readouterr().err
-    assert "step 6: the run goes back to step 2" in errors and "step 4: the run goes back to step 2" in errors
+    assert "step 6: the run is rolled back to step 2" in errors and "step 4: the run is rolled back to step 2" in errors
     aside = run / "checkpoints" / "set-aside"
     assert sorted(p.name for p in aside.iterdir()) == ["00000004-rolled-back-to-2", "00000006-rolled-back-to-2"]
     assert (run / "metrics-before-step-2-again-1.jsonl").read_text() == before
     assert steps(run) == [2, 4, 6]
-    assert_same(restored(run), whole)
-    with pytest.raises(RunError, match=r"has no checkpoint of step 3 to go back to; there are 2, 4, 6"):
-        go_on(run, rollback_to=3)
+    assert_same(restored(run), unbroken)
+    with pytest.raises(RunError, match=r"has no checkpoint of step 3 to roll back to; there are 2, 4, 6"):
+        resume(run, rollback_to=3)
 
 
 def test_a_refused_command_moves_nothing(run):
@@ -164,31 +164,31 @@ def test_a_refused_command_moves_nothing(run):
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, (changes, options)
 
 
-def test_a_run_killed_amid_its_first_save_begins_again_and_one_that_lost_its_folder_asks_first(run, capfd):
-    whole = restored(run)
+def test_a_run_killed_amid_its_first_save_starts_again_and_one_that_lost_its_folder_is_refused(run, capfd):
+    unbroken = restored(run)
     folder = run / "checkpoints"
     for step in (4, 6):
         shutil.rmtree(folder / f"{step:08d}")
     (folder / "00000002" / "committed").unlink()  # the moment before it was written
     metrics = run / "metrics.jsonl"
     metrics.write_text("".join(line for line in metrics.open() if json.loads(line)["step"] <= 3))
-    go_on(run)
+    resume(run)
     assert "00000002: was never committed" in capfd.readouterr().err
-    assert_same(restored(run), whole)
+    assert_same(restored(run), unbroken)
 
     shutil.rmtree(folder)
     before = metrics.read_text()
-    with pytest.raises(RunError, match=r"holds no checkpoint, and the run has logged step 6 already.*--rollback-to 0"):
-        go_on(run)
+    with pytest.raises(RunError, match=r"holds no checkpoint, but the run has logged step 6;.*--rollback-to 0"):
+        resume(run)
     assert metrics.read_text() == before
-    go_on(run, rollback_to=0)
-    assert_same(restored(run), whole)
+    resume(run, rollback_to=0)
+    assert_same(restored(run), unbroken)
     assert (run / "metrics-before-step-0-again-1.jsonl").read_text() == before
 
 
 def test_a_disk_that_cannot_read_or_remove_does_not_end_a_run(run, monkeypatch, capfd):
     """Both errors are raised by hand: a broken disk cannot be had."""
-    whole, digest = restored(run), checkpoint.digest
+    unbroken, digest = restored(run), checkpoint.digest
 
     def broken(path):
         if "00000006" in str(path):
@@ -206,7 +206,7 @@ def test_a_disk_that_cannot_read_or_remove_does_not_end_a_run(run, monkeypatch, 
         train.train(open_run(run).experiment.override({"train.keep_last": 1}), run, allow_changes=True)
     assert "could not be removed (Not empty)" in capfd.readouterr().err
     assert steps(run)[-1] == 6
-    assert_same(restored(run), whole)
+    assert_same(restored(run), unbroken)
 
 
 def test_other_shapes_and_dtypes_are_refused_by_name(run):
@@ -246,9 +246,9 @@ def test_numbers_that_are_not_finite_are_never_saved(run, tmp_path):
     up = state.params["blocks"]["ffn"]["up"].at[1, 2, 3].set(jnp.nan)
     params = state.params | {"blocks": state.params["blocks"] | {"ffn": state.params["blocks"]["ffn"] | {"up": up}}}
     later = state._replace(step=state.step + 1, params=params)
-    with pytest.raises(TrainingFailed, match=r"step 7: params\.blocks\.ffn\.up .* not finite; it is not saved"):
+    with pytest.raises(TrainingFailed, match=r"step 7: params\.blocks\.ffn\.up .* not finite; the step is not saved"):
         writer.save(later, DataPosition(step=7), 0.5)
-    with pytest.raises(TrainingFailed, match="step 6 is there already; step 5 is not saved beside it"):
+    with pytest.raises(TrainingFailed, match="already holds step 6; the earlier step 5 is not saved"):
         writer.save(state._replace(step=state.step - 1), DataPosition(step=5))
     writer.close()
     for which in ("last", "best"):
@@ -256,7 +256,7 @@ def test_numbers_that_are_not_finite_are_never_saved(run, tmp_path):
 
 
 def test_a_checkpoint_of_release_0_1_loads_and_trains_on(tmp_path, monkeypatch):
-    """Written by 0.1.0, format 1: a manifest without marker and place, a state without health."""
+    """Written by 0.1.0, format 1: a manifest without marker and position, a state without health."""
     shutil.copytree(GOLDEN / "0.1", tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("GOLDEN", str(tmp_path))
     state = restored(tmp_path / "run", "4")
@@ -270,8 +270,8 @@ def test_a_checkpoint_of_release_0_1_loads_and_trains_on(tmp_path, monkeypatch):
         for step in range(4, 8):
             made, metrics = setup.train_step(made, setup.batches.device_batch(step, setup.mesh))
             by_hand.append(float(metrics["loss"]))
-    figures = train.train(open_run(tmp_path / "run").experiment, tmp_path / "run")
-    assert figures["steps"] == 8 and figures["samples"] == 64
+    result = train.train(open_run(tmp_path / "run").experiment, tmp_path / "run")
+    assert result["steps"] == 8 and result["samples"] == 64
     again = {x["step"]: x["loss"] for x in open_run(tmp_path / "run").metrics() if "loss" in x}
     before = {x["step"]: x["loss"] for x in lines if "loss" in x}
     assert list(before) == list(range(1, 9)) and [again[step] for step in range(1, 5)] == [*before.values()][:4]

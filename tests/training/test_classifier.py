@@ -1,4 +1,4 @@
-"""A model that tells classes is trained by the same loop: it learns, is told apart by packs, goes on, and shards."""
+"""A classifier is trained by the same loop: it learns, keeps packed examples apart, resumes, and shards."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def names(tree) -> dict:
 
 @pytest.fixture
 def letters(tmp_path):
-    """A table with a rule that can be learnt: the label is decided by the letter before the number."""
+    """A table with a rule to learn: the label is decided by the letter before the number."""
     rows = [{"letter": chr(97 + i % 9), "number": i % 100, "label": LABELS[i % 9 // 3]} for i in range(300)]
     (tmp_path / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return TINY.override({
@@ -53,18 +53,18 @@ def letters(tmp_path):
 
 @pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_rule_is_learnt_and_the_figures_are_those_of_its_answers(tmp_path, letters, causal, capsys):
+def test_a_classifier_learns_a_rule_and_its_metrics_are_right(tmp_path, letters, causal, capsys):
     more = {"model.causal": causal, "train.steps": 60, "train.eval_every": 20, "train.checkpoint_every": 0}
-    figures = train.train(letters.override(more), tmp_path / "run")
-    assert figures["val_accuracy"] == 1.0 and figures["val_loss"] < 0.3
-    assert "val_bits_per_byte" not in figures and "val_bytes" not in figures
+    result = train.train(letters.override(more), tmp_path / "run")
+    assert result["val_accuracy"] == 1.0 and result["val_loss"] < 0.3
+    assert "val_bits_per_byte" not in result and "val_bytes" not in result
     assert "3 classes" in capsys.readouterr().err
     run = open_run(tmp_path / "run")
     assert run.experiment.model.num_classes == 3 and run.experiment.data.labels == LABELS
     lines = [line for line in run.metrics() if "val_loss" in line]
     assert lines[-1]["val_accuracy"] == 1.0 > lines[0]["val_accuracy"] - 1e-9
     again = evaluate_run(run)
-    assert (again["val_accuracy"], again["val_answers"]) == (1.0, figures["val_answers"])
+    assert (again["val_accuracy"], again["val_answers"]) == (1.0, result["val_answers"])
     assert train.train(letters.override(more), tmp_path / "run") == run.result(), "finished"
     pretrained = open_trained(run)
     assert pretrained.labels == LABELS
@@ -73,22 +73,22 @@ def test_a_rule_is_learnt_and_the_figures_are_those_of_its_answers(tmp_path, let
 
 
 @pytest.mark.usefixtures("single_device")
-def test_the_accuracy_is_counted_over_all_that_is_asked(tmp_path, letters):
+def test_the_accuracy_is_the_mean_over_all_targets(tmp_path, letters):
     e = letters.override({"train.steps": 2, "optim.warmup_steps": 0, "train.microbatches": 2})
-    figures = train.train(e, tmp_path / "run")
+    result = train.train(e, tmp_path / "run")
     run = open_run(tmp_path / "run")
     setup, model = build_train_setup(run.experiment), open_trained(run)
-    right, nats, asked = 0.0, 0.0, 0.0
+    correct, nll, num_targets = 0.0, 0.0, 0.0
     for batch in setup.batches.validation():
         logits = np.float64(GPT(model.model).apply({"params": model.params}, batch.tokens, batch.positions,
                                                    batch.segment_ids))  # fmt: skip
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         of_target = np.take_along_axis(logs, batch.targets[..., None], -1)[..., 0]
-        nats -= (of_target * batch.loss_weights).sum()
-        right += ((logits.argmax(-1) == batch.targets) * batch.loss_weights).sum()
-        asked += batch.loss_weights.sum()
-    assert figures["val_accuracy"] == right / asked and 0 < figures["val_accuracy"] < 1
-    assert figures["val_loss"] == pytest.approx(nats / asked, rel=1e-5)
+        nll -= (of_target * batch.loss_weights).sum()
+        correct += ((logits.argmax(-1) == batch.targets) * batch.loss_weights).sum()
+        num_targets += batch.loss_weights.sum()
+    assert result["val_accuracy"] == correct / num_targets and 0 < result["val_accuracy"] < 1
+    assert result["val_loss"] == pytest.approx(nll / num_targets, rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"causal": False}, {"positions": "alibi", "causal": False}])
@@ -123,7 +123,7 @@ def test_examples_of_one_window_do_not_touch_each_other(changes):
     other = rng.integers(0, 11, segments.shape).astype(np.int32)
     changed = only_first._replace(tokens=np.where(segments == 1, tokens, other))
     kept, moved = look(only_first)[0], look(changed)[0]
-    assert kept == moved, "the same bits beside other neighbours"
+    assert kept == moved, "the same bits with other neighbours"
 
 
 MASKED = tiny_model(vocab_size=258, causal=False, head="mlm", embedding_norm=True)  # with a row for <mask>
@@ -151,7 +151,7 @@ def test_the_body_of_any_model_gets_a_new_head(letters, model):
 
 
 @pytest.mark.usefixtures("single_device")
-def test_a_run_from_a_masked_model_goes_on_bit_for_bit(tmp_path, letters):
+def test_a_run_from_a_masked_model_resumes_bit_for_bit(tmp_path, letters):
     e = letters.override({"init": "theirs", "data.tokenizer": "init", "model.dropout": 0.1, "train.steps": 4})
     go = partial(train.train, e, open_init=lambda name: of_tokens(MASKED))
     go(tmp_path / "whole")
@@ -171,7 +171,7 @@ def stored(folder) -> dict:
 
 
 @pytest.mark.usefixtures("single_device")
-def test_lora_learns_the_head_besides_and_frozen_patterns_hold(tmp_path, letters, finished_run):
+def test_lora_trains_the_head_too_and_frozen_patterns_hold(tmp_path, letters, finished_run):
     begun = {"init": str(finished_run), "data.tokenizer": "init", "train.steps": 3, "optim.warmup_steps": 0}
     before = names(open_trained(open_run(finished_run)).params)
     for changes in ({"model.lora_rank": 2}, {"optim.freeze": ("embedding.*", "blocks.*", "final_norm.*")}):
@@ -180,7 +180,7 @@ def test_lora_learns_the_head_besides_and_frozen_patterns_hold(tmp_path, letters
         run = open_run(folder)
         after = {n.removeprefix("params."): x for n, x in restored(folder).items() if n.startswith("params.")}
         for path, x in before.items():
-            np.testing.assert_array_equal(x, after[path], err_msg=f"{path} is not to be learnt")
+            np.testing.assert_array_equal(x, after[path], err_msg=f"{path} is frozen")
         assert np.all(after["classifier.bias"] != 0)
         trainable = {path for path, moves in names(trainable_mask(run.experiment)).items() if moves}
         assert {"classifier.weight", "classifier.bias"} == {path for path in trainable if "_lora_" not in path}
@@ -241,7 +241,7 @@ def test_a_head_stays_where_the_labels_do(letters):
     text = letters.override({"data.answers": "text"})
     tokens = tiny_model(vocab_size=257)
     fresh = init_params(tokens, jax.random.key(0))
-    assert init_mismatches(backbone_params(theirs, text), fresh, tokens) == [], "tokens may be told again"
+    assert init_mismatches(backbone_params(theirs, text), fresh, tokens) == [], "it may predict tokens again"
     assert names(merge_params(backbone_params(theirs, text), fresh)).keys() == names(fresh).keys()
 
 
@@ -266,7 +266,9 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, letters, finished_r
     with pytest.raises(ConfigError, match=r"model.num_classes = 5: there are 3 labels; leave it out"):
         train.train(letters.override({"model.num_classes": 5}), tmp_path / "run")
     e = letters.override({"init": str(finished_run), "data.labels": LABELS[:2], "data.tokenizer": "init"})
-    with pytest.raises(DataError, match=r"line 7: the answer 'third' is none of the labels; the labels are first, second"):
+    with pytest.raises(
+        DataError, match=r"line 7: the answer 'third' is none of the labels; the labels are first, second"
+    ):
         train.train(e, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -279,5 +281,5 @@ def test_labels_that_were_lost_are_noticed(tmp_path, letters):
     values = json.loads(path.read_text())
     values["data"]["labels"] = ["first", "second"]
     path.write_text(json.dumps(values))
-    with pytest.raises(RunError, match=r"is damaged \(model.num_classes = 3, and data.labels has 2\)"):
+    with pytest.raises(RunError, match=r"is damaged \(model.num_classes = 3, but data.labels has 2\)"):
         open_trained(open_run(tmp_path / "damaged"))

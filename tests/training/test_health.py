@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and losses that jump: skipped, counted, told of, and looked at again."""
+"""Numbers that are not finite, and loss spikes: updates are skipped, counted, reported and diagnosed."""
 
 import dataclasses
 
@@ -55,32 +55,32 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_found_again(tmp_path, 
     e = e.override(
         {"train.steps": bad + 3, "optim.warmup_steps": 1, "train.checkpoint_every": 1, "train.keep_last": 99}
     )
-    figures = train.train(e, tmp_path / "run")
-    assert figures["skipped"] == 1 and figures["steps"] == bad + 3
+    result = train.train(e, tmp_path / "run")
+    assert result["skipped"] == 1 and result["steps"] == bad + 3
     run = open_run(tmp_path / "run")
     (event,) = [line for line in run.metrics() if "event" in line]
     first = (bad - 1) * 8
     assert event["step"] == bad and event["event"] == "skipped" and event["examples"] == [first, first + 7]
-    assert "loss nan" in event["why"] and f"step {bad} is skipped" in capfd.readouterr().err
+    assert "loss nan" in event["why"] and f"step {bad} was skipped" in capfd.readouterr().err
     before, after = restored(run.folder, str(bad - 1)), restored(run.folder, str(bad))
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
-    assert changed == {"step", "health.skipped", "health.in_row"}, "weights and optimiser are as they were"
+    assert changed == {"step", "health.skipped", "health.in_row"}, "weights and optimizer state are unchanged"
     assert restored(run.folder, str(bad + 1))["health.in_row"] == 0
 
     text = "\n".join(replay(run, bad))
     assert "loss nan" in text and f"{first} to {first + 7}" in text
-    assert "first module without a finite output is blocks.attention_norm of layer 0" in text
-    assert f"examples without a finite loss: {guilty}" in text and "~" in text
-    assert "from the loss down, the first without a finite gradient is" in text
+    assert "the first module with an output that is not finite is blocks.attention_norm of layer 0" in text
+    assert f"examples whose own loss is not finite: {guilty}" in text and "~" in text
+    assert "the first with a gradient that is not finite, from the loss backwards, is" in text
     rate = make_schedule(e.optim, bad + 3)
     used = {s: float(rate(s - 1 - (s > bad))) for s in range(1, bad + 4) if s != bad}  # no rate is left out for it
     for _ in range(2):
-        told = {line["step"]: line["learning_rate"] for line in run.metrics() if "learning_rate" in line}
-        assert told == pytest.approx(used)
+        logged = {line["step"]: line["learning_rate"] for line in run.metrics() if "learning_rate" in line}
+        assert logged == pytest.approx(used)
         train.train(e, run.folder, rollback_to=bad + 1)  # and it is the same after a resume
 
     healthy = "\n".join(replay(run, bad + 2))
-    assert "every module's output and gradient are finite" in healthy and "the same" in healthy
+    assert "the output and the gradient of every module are finite" in healthy and "the same" in healthy
     with pytest.raises(RunError, match=f"the run has steps 1 to {bad + 3}"):
         replay(run, bad + 4)
 
@@ -91,8 +91,9 @@ def test_after_some_skipped_in_a_row_the_run_stops_and_names_everything(tmp_path
     with pytest.raises(TrainingFailed) as caught:
         train.train(e, tmp_path / "run")
     message = str(caught.value)
-    for part in (f"step {bad}: 1 updates in a row", "loss nan", f"examples {8 * bad - 8} to {8 * bad - 1}",
-                 "blocks.attention_norm of layer 0", f"gptjax replay {tmp_path / 'run'} --step {bad}"):  # fmt: skip
+    for part in (f"step {bad}: 1 consecutive updates were skipped", "loss nan",
+                 f"examples {8 * bad - 8} to {8 * bad - 1}", "blocks.attention_norm of layer 0",
+                 f"gptjax replay {tmp_path / 'run'} --step {bad}"):  # fmt: skip
         assert part in message, part
     assert open_run(tmp_path / "run").result() is None
     found = checkpoint.listing(tmp_path / "run" / "checkpoints")
@@ -103,7 +104,7 @@ def test_after_some_skipped_in_a_row_the_run_stops_and_names_everything(tmp_path
 def test_a_run_that_diverges_stops_and_saves_nothing_that_is_not_finite(tmp_path):
     saves = {"train.checkpoint_every": 1, "train.eval_every": 0}
     changes = {"optim.learning_rate": 1e30, "optim.clip_norm": None, "optim.warmup_steps": 0, "train.steps": 30}
-    with pytest.raises(TrainingFailed, match=r"updates in a row were skipped|not finite; it is not saved"):
+    with pytest.raises(TrainingFailed, match=r"consecutive updates were skipped|not finite; the step is not saved"):
         train.train(tiny_run(tmp_path, **changes, **saves), tmp_path / "run")
     assert open_run(tmp_path / "run").result() is None
     for c in checkpoint.listing(tmp_path / "run" / "checkpoints"):
@@ -172,7 +173,7 @@ def spiking_run(folder, **changes):
 
 
 @pytest.mark.parametrize("skip", [pytest.param(None, marks=pytest.mark.slow), 6.0])
-def test_a_spike_is_told_of_and_skipped_where_that_is_asked_for(tmp_path, monkeypatch, capfd, skip):
+def test_a_spike_is_reported_and_skipped_if_requested(tmp_path, monkeypatch, capfd, skip):
     prepared = train.build_train_setup
     surprise = 140  # steps before it: the window of recent losses is full
 
@@ -188,20 +189,20 @@ def test_a_spike_is_told_of_and_skipped_where_that_is_asked_for(tmp_path, monkey
         return setup
 
     monkeypatch.setattr(train, "build_train_setup", surprising)
-    figures = train.train(spiking_run(tmp_path, **{"train.spike_sigma": skip}), tmp_path / "run")
+    result = train.train(spiking_run(tmp_path, **{"train.spike_sigma": skip}), tmp_path / "run")
     (event,) = [line for line in open_run(tmp_path / "run").metrics() if "event" in line]
     assert event["step"] == surprise + 1 and event["examples"] == [surprise * 8, surprise * 8 + 7]
     assert event["event"] == ("skipped" if skip else "spike")
-    assert figures["skipped"] == (1 if skip else 0)
-    told = f"step {surprise + 1} is skipped" if skip else f"step {surprise + 1}: the loss jumped"
-    assert told in capfd.readouterr().err
+    assert result["skipped"] == (1 if skip else 0)
+    warning = f"step {surprise + 1} was skipped" if skip else f"step {surprise + 1}: loss spike"
+    assert warning in capfd.readouterr().err
 
 
 def test_a_validation_loss_that_is_not_finite_never_becomes_the_best(tmp_path, monkeypatch, capfd):
     (tmp_path / "val.txt").write_text("line ~ is rare\n" * 10)
     e, _, _ = poisoned_run(tmp_path, monkeypatch, **{"data.val_source": str(tmp_path / "val.txt")})
-    figures = train.train(e.override({"train.steps": 4, "train.eval_every": 2}), tmp_path / "run")
-    assert figures["val_loss"] is None and figures["best_val_loss"] is None
+    result = train.train(e.override({"train.steps": 4, "train.eval_every": 2}), tmp_path / "run")
+    assert result["val_loss"] is None and result["best_val_loss"] is None
     assert "the validation loss is nan" in capfd.readouterr().err
     found = checkpoint.listing(tmp_path / "run" / "checkpoints")
     assert found and all(c.val_loss is None for c in found)

@@ -1,4 +1,4 @@
-"""Fine-tuning is training that starts from another model: its shape, its weights, and what of them is learnt."""
+"""Fine-tuning: the config and the weights of the initial model, and which of them are trainable."""
 
 import dataclasses
 import shutil
@@ -39,7 +39,7 @@ def test_the_shape_is_that_of_the_model_it_starts_from():
     assert e.model.resolved().rope_original_length == 8
     assert inherit_config(dataclasses.replace(e, model=e.model.resolved()), e.model.resolved()).model.resolved() == (
         e.model.resolved()
-    ), "a run that goes on finds itself"
+    ), "a resumed run inherits its own config"
     with pytest.raises(ConfigError) as caught:
         inherit_config(Experiment(init="x", model=ModelConfig(num_layers=7, ffn="relu")), theirs)
     assert "model.num_layers = 7: the model of init = 'x' has 2; leave it out" in str(caught.value)
@@ -73,15 +73,15 @@ def test_a_model_with_lora_is_the_merged_model():
     model = tiny_model(lora_rank=3, lora_alpha=5.0, lora_targets=("tokens", "query", "value", "out", "up", "down"))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), init_params(
         model, jax.random.key(0)))  # fmt: skip
-    plain, whole = merge_lora(model, params)
-    assert plain.lora_rank == 0 and names(whole).keys() == names(init_params(plain, jax.random.key(0))).keys()
-    attention, ours = params["blocks"]["attention"], whole["blocks"]["attention"]
+    plain, merged = merge_lora(model, params)
+    assert plain.lora_rank == 0 and names(merged).keys() == names(init_params(plain, jax.random.key(0))).keys()
+    attention, ours = params["blocks"]["attention"], merged["blocks"]["attention"]
     trainable = np.einsum(
         "lnhr,lre->lnhe", *(np.float64(attention[f"out_lora_{side}"]) for side in ("down", "up"))
     )  # of a matrix with two axes to sum over
     np.testing.assert_allclose(ours["out"], attention["out"] + 5 / 3 * trainable, rtol=1e-5, atol=1e-6)
     tokens = jnp.arange(11)[None]
-    a, b = (GPT(m).apply({"params": p}, tokens) for m, p in ((model, params), (plain, whole)))
+    a, b = (GPT(m).apply({"params": p}, tokens) for m, p in ((model, params), (plain, merged)))
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert float(abs(a).max()) > 0.1
 
@@ -140,7 +140,7 @@ def test_rates_fall_from_layer_to_layer():
 
 @pytest.fixture
 def examples(tmp_path):
-    """How to learn a table with a rule from any model."""
+    """Overrides to fine-tune any model on a table with a rule."""
     data = fine_tuning(tmp_path, tmp_path).data
     return {f"data.{name}": getattr(data, name) for name in ("source", "prompt", "answer", "val_fraction")} | {
         "objective.name": "sft"
@@ -148,24 +148,24 @@ def examples(tmp_path):
 
 
 @pytest.mark.usefixtures("single_device")
-def test_lora_learns_saves_goes_on_and_is_merged_where_it_is_used(tmp_path, examples, finished_run, capfd):
+def test_lora_trains_saves_resumes_and_is_merged_where_it_is_used(tmp_path, examples, finished_run, capfd):
     lora = {"init": str(finished_run), "data.tokenizer": "init", "model.lora_rank": 2, "train.steps": 8,
             "model.lora_targets": ("tokens", "query", "out", "up"), "optim.learning_rate": 3e-2}  # fmt: skip
     e = TINY.override(examples | lora)
-    figures = train.train(e, tmp_path / "whole")
+    result = train.train(e, tmp_path / "whole")
     before, after = (names(load_params(open_run(folder), "last")[0]) for folder in (finished_run, tmp_path / "whole"))
     for path, x in before.items():
-        np.testing.assert_array_equal(x, after[path], err_msg=f"{path} is not to be learnt")
+        np.testing.assert_array_equal(x, after[path], err_msg=f"{path} is frozen")
     assert all(np.any(after[path]) for path in after if path.endswith(("lora_up", "tokens_lora_down")))
     trainable, total = sum(x.size for path, x in after.items() if "_lora_" in path), sum(x.size for x in after.values())
-    assert (figures["num_trained"], figures["num_params"]) == (trainable, total) == (1122, 1122 + total - trainable)
-    assert f"{total:,} parameters ({trainable:,} of them learnt, {trainable / total:.2%})" in capfd.readouterr().err
+    assert (result["num_trained"], result["num_params"]) == (trainable, total) == (1122, 1122 + total - trainable)
+    assert f"{total:,} parameters ({trainable:,} trainable, {trainable / total:.2%})" in capfd.readouterr().err
     logged = next(line["grad_norm"] for line in open_run(tmp_path / "whole").metrics() if line["step"] == 3)
     again = replay(open_run(tmp_path / "whole"), 3)[0].rpartition("gradient norm ")[2]
-    assert float(again) == pytest.approx(logged, rel=1e-4), "of what is learnt alone"
+    assert float(again) == pytest.approx(logged, rel=1e-4), "of the trainable weights alone"
     pretrained = open_trained(open_run(tmp_path / "whole"))
     assert pretrained.model.lora_rank == 0 and names(pretrained.params).keys() == before.keys()
-    assert 0 < figures["val_loss"] < 6
+    assert 0 < result["val_loss"] < 6
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(loop, "stop_requests", lambda: nullcontext(lambda step: "SIGTERM" if step == 4 else None))

@@ -3,6 +3,7 @@
 Its accountant against what is known in closed form, and against quadrature in float64.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -111,18 +112,24 @@ def tiny():
     return GPT(e.model), init_state(e, optax.identity()), Batch(tokens, targets, weights)
 
 
+@functools.cache  # compiled once for all examples with the same noise
+def compiled_gradient(model, noise):
+    return jax.jit(private_gradient(model, TOKEN_LOSS, None, noise))
+
+
 def private(tiny, batch, noise):
     model, state, _ = tiny
-    return jax.jit(private_gradient(model, TOKEN_LOSS, None, noise))(state, batch, None)
+    return compiled_gradient(model, noise)(state, batch, None)
 
 
 def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
     model, state, batch = tiny
     alone, nats = [], 0.0
+    gradient = jax.jit(mean_gradient(model, TOKEN_LOSS))
     for part in range(2):
         for row in range(4):
             window = jax.tree.map(lambda x, p=part, r=row: x[p : p + 1, r : r + 1], batch)
-            shown, grads = mean_gradient(model, TOKEN_LOSS)(state, window, None)
+            shown, grads = gradient(state, window, None)
             alone.append(grads)
             nats += float(shown["loss"] * window.loss_weights.sum())
     norms = np.array([optax.tree.norm(g) for g in alone])
@@ -166,10 +173,13 @@ def test_the_noise_is_in_every_update_and_on_what_is_learnt_alone(library, tiny)
     tx = optax.sgd(1.0)
     state = state._replace(opt_state=tx.init(state.params))
 
-    def update(step, multiplier):
+    @functools.cache
+    def step_function(multiplier):
         grad_fn = private_gradient(model, TOKEN_LOSS, trainable, DPConfig(0.5, multiplier, 4.0, KEY))
-        own = dict(grad_fn=grad_fn, tx=tx, loss_decides=False)
-        return jax.jit(partial(train_step, **own))(state._replace(step=jnp.int32(step)), batch)[0].params
+        return jax.jit(partial(train_step, grad_fn=grad_fn, tx=tx, loss_decides=False))
+
+    def update(step, multiplier):
+        return step_function(multiplier)(state._replace(step=jnp.int32(step)), batch)[0].params
 
     moved = []
     for step in (3, 4):
@@ -207,7 +217,7 @@ def test_what_is_left_over_asks_for_nothing_also_of_masked_text(length, tmp_path
     every = batches.make_examples(np.arange(batches.sampler.num_windows))
     assert (every.loss_weights > 0).any(1).all(), "each window of both sources is one"
     again = batches.make_examples(np.arange(8), np.arange(8) + 1000)
-    assert not np.array_equal(again.loss_weights, every.loss_weights[:8]), "another turn, other tokens are asked for"
+    assert not np.array_equal(again.loss_weights, every.loss_weights[:8]), "another epoch has other targets"
 
 
 def test_an_example_has_a_window_of_its_own(tmp_path, finished_run):
@@ -245,11 +255,12 @@ def test_every_window_is_drawn_by_itself_and_none_beyond_the_room(library, tmp_p
     chi = ((counts - expected) ** 2 / (expected * (1 - draws.sampling_rate))).sum()
     assert 1e-3 < stats.chi2.sf(chi, draws.num_windows) < 1 - 1e-3
     sizes = there.sum(1)
-    assert sizes.var() == pytest.approx(draws.num_windows * draws.sampling_rate * (1 - draws.sampling_rate), rel=0.15), "binomial"
+    rate = draws.sampling_rate
+    assert sizes.var() == pytest.approx(draws.num_windows * rate * (1 - rate), rel=0.15), "binomial"
     assert not np.array_equal(drawn[0], drawn[1])
     size = int(sizes[7])
     batch = batches.host_batch(7)
-    assert ((batch.loss_weights[0].sum(1) > 0) == (np.arange(32) < size)).all(), "places that are left over ask for nothing"
+    assert ((batch.loss_weights[0].sum(1) > 0) == (np.arange(32) < size)).all(), "padding has no loss"
     plain = np.concatenate([w._cut(np.arange(w.windows_per_pass) * w.length).ids for w in batches.train_streams])
     np.testing.assert_array_equal(batch.tokens[0, :size], plain[drawn[7][:size], :-1])
 

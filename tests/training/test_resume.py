@@ -36,7 +36,7 @@ class Recorder:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.seen: dict[int, str] = {}  # step -> hash of what was read and what came out, never twice another one
         self.stop: tuple[int, str] | None = None
-        self._prepare, self._asked = train.build_train_setup, False
+        self._prepare, self._requested = train.build_train_setup, False
         patch.setattr(train, "build_train_setup", self.build_train_setup)
         patch.setattr(loop, "stop_requests", self.stop_requests)
 
@@ -155,7 +155,7 @@ def test_a_run_stopped_exactly_at_an_epochs_end_is_the_unbroken_run_bit_for_bit(
 def test_the_speed_of_a_run_in_pieces_is_that_of_its_steps(tmp_path, monkeypatch):
     """By a clock on which a step takes 1.25 s, 0.25 of it for the batch, and the first of a process 100 s more.
 
-    It goes on from steps 3 and 4; what was logged last then are the seconds up to step 2.
+    It resumes from steps 3 and 4, when the last logged seconds are those up to step 2.
     """
     now = 0.0
 
@@ -188,30 +188,30 @@ def test_the_speed_of_a_run_in_pieces_is_that_of_its_steps(tmp_path, monkeypatch
     changes = {"train.steps": 9, "train.log_every": 2, "train.checkpoint_every": 4, "train.eval_every": 0}
     e = tiny_run(tmp_path, **changes)
     for name, stops, timed in (("whole", [], 8), ("parts", [(3, "signal"), (5, "crash")], 1 + 4)):
-        figures = recorder.run(e, tmp_path / name, stops)
-        assert figures["seconds"] == pytest.approx(1.25 * timed)
-        assert figures["tokens_per_second"] == pytest.approx(8 * 16 / 1.25)
-        assert figures["mfu"] == pytest.approx(open_run(tmp_path / name).metrics()[-2]["mfu"])
-        assert figures["data_wait_share"] == figures["data_work_share"] == pytest.approx(0.2)
+        result = recorder.run(e, tmp_path / name, stops)
+        assert result["seconds"] == pytest.approx(1.25 * timed)
+        assert result["tokens_per_second"] == pytest.approx(8 * 16 / 1.25)
+        assert result["mfu"] == pytest.approx(open_run(tmp_path / name).metrics()[-2]["mfu"])
+        assert result["data_wait_share"] == result["data_work_share"] == pytest.approx(0.2)
 
 
 def test_a_finished_run_or_one_killed_before_its_result_is_only_reported(tmp_path, capfd):
     e = tiny_run(tmp_path)
-    figures = train.train(e, tmp_path / "run")
+    result = train.train(e, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"val_loss"', '"other"'))  # as if the last lines had been lost
-    assert train.train(e, tmp_path / "run")["val_loss"] == figures["val_loss"]
+    assert train.train(e, tmp_path / "run")["val_loss"] == result["val_loss"]
     capfd.readouterr()
     train.train(e, tmp_path / "run")
-    assert "finished already; nothing to do" in capfd.readouterr().err
+    assert "is already finished; nothing to do" in capfd.readouterr().err
 
 
 def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twice(tmp_path):
     e = tiny_run(tmp_path, **{"train.steps": 4, "train.checkpoint_every": 2, "train.eval_every": 0})
     train.train(e, tmp_path / "run")
     more = e.override({"train.steps": 8, "train.batch_size": 12, "train.checkpoint_every": 100})
-    with pytest.raises(RunError, match=r"train\.batch_size: 8 there, 12 now(.|\n)*--allow-changes|--allow-changes"):
+    with pytest.raises(RunError, match=r"(?s)--allow-changes.*train\.batch_size: 8 in the run, 12 now"):
         train.train(more, tmp_path / "run")
 
     read: list[int] = []
@@ -224,16 +224,18 @@ def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twic
         def train_step(state, batch):
             numbers = samples(int(state.step)).ravel()
             read.extend(numbers.tolist())
-            np.testing.assert_array_equal(np.asarray(batch.tokens).reshape(-1, 16), setup.batches.make_examples(numbers).tokens)
+            np.testing.assert_array_equal(
+                np.asarray(batch.tokens).reshape(-1, 16), setup.batches.make_examples(numbers).tokens
+            )
             return setup.train_step(state, batch)
 
         return dataclasses.replace(setup, train_step=train_step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_train_setup", recording)
-        figures = train.train(more, tmp_path / "run", allow_changes=True)
+        result = train.train(more, tmp_path / "run", allow_changes=True)
     assert read == list(range(4 * 8, 4 * 8 + 4 * 12))
-    assert figures["samples"] == 4 * 8 + 4 * 12 and figures["tokens"] == 16 * figures["samples"]
+    assert result["samples"] == 4 * 8 + 4 * 12 and result["tokens"] == 16 * result["samples"]
     run = open_run(tmp_path / "run")
     assert run.experiment.train.batch_size == 12
     (change,) = run.provenance()["changes"]
@@ -261,7 +263,7 @@ def test_the_same_shapes_with_another_meaning_are_refused(finished_run, change):
     (field,) = change
     e = open_run(finished_run).experiment
     other = {"model.head_dim": 16 // 4, "model.num_kv_heads": 4} if field == "model.num_heads" else {}
-    with pytest.raises(RunError, match=f"{field}: .* there, .* now"):
+    with pytest.raises(RunError, match=f"{field}: .* in the run, .* now"):
         train.train(e.override(change | other), finished_run)
 
 
@@ -293,7 +295,7 @@ def tuned_run(finished_run, tmp_path_factory) -> Path:
 def test_fine_tuning_in_another_way_is_refused_with_the_difference(tuned_run, change):
     (field,) = change
     e, before = open_run(tuned_run).experiment, (tuned_run / "experiment.json").read_text()
-    with pytest.raises(RunError, match=rf"(?s)holds another experiment.*{field}: .* there, .* now"):
+    with pytest.raises(RunError, match=rf"(?s)holds another experiment.*{field}: .* in the run, .* now"):
         train.train(e.override(change), tuned_run)
     if field == "model.lora_rank":
         with pytest.raises(RunError, match=r"lora_down: float32\[2, 16, 2\] saved, .*decided by model\.lora_rank"):
@@ -306,7 +308,7 @@ def test_a_table_that_was_changed_by_one_letter_is_refused(finished_run, tmp_pat
     train.train(e, tmp_path / "run")
     table = tmp_path / "table.jsonl"
     table.write_text(table.read_text().replace('"a"', '"A"', 1))
-    with pytest.raises(RunError, match=r"data \(SHA-256 of text, tokenizer and split\): .* there, .* now"):
+    with pytest.raises(RunError, match=r"data \(SHA-256 of text, tokenizer and split\): .* in the run, .* now"):
         train.train(e.override({"train.steps": 3}), tmp_path / "run")
 
 
@@ -334,7 +336,7 @@ def test_a_real_signal_saves_and_the_same_command_finishes_bit_for_bit(tmp_path,
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, errors
-    assert "is saved; the same command goes on from there" in errors and "Traceback" not in errors
+    assert "is saved; the same command resumes from there" in errors and "Traceback" not in errors
     assert 0 < checkpoint.choose(tmp_path / "run" / "checkpoints").step < 60
     assert_same(unbroken(mine, tmp_path / "run"), whole)
 
@@ -386,7 +388,7 @@ with jax.set_mesh(setup.mesh):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_stop_as_one_and_hand_over_to_one_and_back(tmp_path):
-    """SIGTERM to one of two saves the same step on both; one process goes on from there, then two again."""
+    """SIGTERM to one of two saves the same step on both; one process resumes from there, then two again."""
     e = tiny_run(tmp_path, **{"train.steps": 60, "model.dropout": 0.1, "train.eval_every": 0, "train.keep_last": 9})
     e = e.override({"train.checkpoint_every": 1000, "train.sample_tokens": 0, "model.bias": False})
     mine = write_experiment(tmp_path, e.override({"optim.learning_rate": 1e-3}))

@@ -15,7 +15,7 @@ from gptjax import sharding
 from gptjax.data.batches import Batch
 from gptjax.model import attention
 from gptjax.model.gpt import GPT
-from gptjax.objectives import losses
+from gptjax.objectives import losses as losses_module
 from gptjax.objectives.losses import batch_loss, token_loss
 from gptjax.training.optim import EmaState, evaluation_params, make_optimizer
 from gptjax.training.state import init_state, named_key
@@ -65,7 +65,7 @@ def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
 def test_parts_of_scores_and_logits_lose_the_same_on_every_mesh(tmp_path, monkeypatch, mesh):
     e = tiny_run(tmp_path, **{"model.dropout": 0.3})
     monkeypatch.setattr(attention, "MAX_SCORES", attention.DROPOUT_ROWS * 2 * 16 * 5)
-    monkeypatch.setattr(losses, "LOGITS", 257 * 10)
+    monkeypatch.setattr(losses_module, "LOGITS", 257 * 10)
     expected, losses = losses_on(e, 1, 1, steps=2)[0], losses_on(e, **mesh, steps=2)[0]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_an_axis_that_does_not_divide_is_not_sharded_and_collisions_are_refused(
     mesh = {"cores": 1, "data": 4, "model": 2}
     assert sharding.partition_spec(("vocab", "embed"), (257, 16), mesh) == jax.P(None, "data")
     assert sharding.partition_spec(("vocab", "embed"), (256, 16), mesh) == jax.P("model", "data")
-    with pytest.raises(ValueError, match="maps two of the axes .* to the same mesh axis"):
+    with pytest.raises(ValueError, match=r"maps two of the axes .* to the same mesh axis"):
         sharding.partition_spec(("vocab", "ffn"), (4, 4), mesh)
 
 
@@ -162,7 +162,8 @@ def test_weights_choose_which_answers_count():
     params = jax.jit(lambda: init_state(e, optax.identity()).params)()
     total = jax.jit(lambda b: batch_loss(params, b, GPT(e.model), 0.0, {})[0])
     nothing = total(batch._replace(loss_weights=np.zeros_like(batch.loss_weights)))
-    halves = [total(batch._replace(loss_weights=batch.loss_weights * mask)) for mask in (np.arange(16) < 8, np.arange(16) >= 8)]
+    masks = (np.arange(16) < 8, np.arange(16) >= 8)
+    halves = [total(batch._replace(loss_weights=batch.loss_weights * mask)) for mask in masks]
     assert nothing == 0
     np.testing.assert_allclose(sum(halves), total(batch), rtol=1e-5)
 

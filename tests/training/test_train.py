@@ -1,4 +1,4 @@
-"""A whole run: what it leaves, that it can be stopped anywhere and goes on bit for bit, and what it refuses."""
+"""A whole run: what it leaves, that it can be stopped anywhere and resumes bit for bit, and what it refuses."""
 
 import dataclasses
 import itertools
@@ -25,35 +25,35 @@ pytestmark = pytest.mark.usefixtures("single_device")
 
 def test_a_run_leaves_everything_that_is_promised(tmp_path):
     e = tiny_run(tmp_path, **{"train.trackers": ("tensorboard",)})
-    figures = train.train(e, tmp_path / "run")
+    result = train.train(e, tmp_path / "run")
     run = open_run(tmp_path / "run")
-    assert run.result() == {"format": 1} | figures
+    assert run.result() == {"format": 1} | result
     wanted = {"val_loss", "val_bits_per_byte", "steps", "tokens", "seconds", "tokens_per_second", "num_params"}
-    assert wanted <= figures.keys()
-    assert figures["steps"] == 6 and figures["tokens"] == 6 * 8 * 16
-    assert figures["num_params"] == num_params(run.experiment.model)["total"]
+    assert wanted <= result.keys()
+    assert result["steps"] == 6 and result["tokens"] == 6 * 8 * 16
+    assert result["num_params"] == num_params(run.experiment.model)["total"]
     assert run.experiment == e.resolved(257)
     lines = run.metrics()
     assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4, 5, 6]
     assert [x["step"] for x in lines if "val_loss" in x] == [3, 6]
-    assert lines[-1]["val_loss"] == figures["val_loss"]
+    assert lines[-1]["val_loss"] == result["val_loss"]
     assert {"data", "versions", "devices", "command"} <= run.provenance().keys()
     assert any((tmp_path / "run" / "tensorboard").iterdir())
     # byte tokens: a nat a token is 1 / ln 2 bits a byte, but for the end of text, which has no byte
-    assert figures["val_bytes"] == figures["val_tokens"] - 1
-    bits = figures["val_loss"] * figures["val_tokens"] / np.log(2) / figures["val_bytes"]
-    assert figures["val_bits_per_byte"] == pytest.approx(bits)
+    assert result["val_bytes"] == result["val_tokens"] - 1
+    bits = result["val_loss"] * result["val_tokens"] / np.log(2) / result["val_bytes"]
+    assert result["val_bits_per_byte"] == pytest.approx(bits)
 
-    (run.folder / "result.json").unlink()  # as if killed after the last checkpoint: only the figures are made again
-    assert train.train(e, tmp_path / "run")["val_loss"] == figures["val_loss"]
+    (run.folder / "result.json").unlink()  # as if killed after the last checkpoint: only the metrics are missing
+    assert train.train(e, tmp_path / "run")["val_loss"] == result["val_loss"]
 
     before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
     assert train.train(e, tmp_path / "run") == run.result(), "a finished run is left alone"
     assert before == {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
-    # the figures of a run are those that evaluating its last checkpoint gives
+    # the final metrics of a run are those of an evaluation of its last checkpoint
     (tmp_path / "corpus.txt").unlink()  # its tokens are in the cache
     again = evaluate_run(run)
-    assert again["val_loss"] == pytest.approx(figures["val_loss"], rel=1e-6)
+    assert again["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
 
 
 def test_nothing_is_recompiled_in_a_run_with_evaluation(tmp_path, monkeypatch):
@@ -85,12 +85,11 @@ def test_another_experiment_in_the_folder_is_refused_with_the_difference(tmp_pat
     train.train(e, tmp_path / "run")
     with pytest.raises(RunError) as caught:
         train.train(e.override({"optim.learning_rate": 0.5, "seed": 3}), tmp_path / "run")
-    assert "optim.learning_rate: 0.01 there, 0.5 now" in str(caught.value) and "seed: 0 there, 3 now" in str(
-        caught.value
-    )
+    assert "optim.learning_rate: 0.01 in the run, 0.5 now" in str(caught.value)
+    assert "seed: 0 in the run, 3 now" in str(caught.value)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(corpus.read_text()[:-1] + "!")
-    with pytest.raises(RunError, match=r"data \(SHA-256 of text, tokenizer and split\): .* there, .* now"):
+    with pytest.raises(RunError, match=r"data \(SHA-256 of text, tokenizer and split\): .* in the run, .* now"):
         train.train(e, tmp_path / "run")
 
 
@@ -99,7 +98,7 @@ def test_folders_that_cannot_hold_a_run_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file"):
         train.train(e, tmp_path / "file")
-    with pytest.raises(RunError, match="holds other files and no run"):
+    with pytest.raises(RunError, match="holds other files but no run"):
         train.train(e, tmp_path)
     with pytest.raises(RunError, match="does not exist"):
         train.train(e, tmp_path / "nothing", resume=True)

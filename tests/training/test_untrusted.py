@@ -1,4 +1,4 @@
-"""A run folder may come from a stranger: nothing in it is executed, nothing leads out, nothing takes any memory."""
+"""A run folder may be untrusted: nothing in it is executed, no link leads out of it, and memory is bounded."""
 
 import ast
 import hashlib
@@ -27,7 +27,7 @@ def run(finished_run, tmp_path) -> Path:
 
 
 def vouch(folder: Path, **more) -> None:
-    """Makes the manifest and the marker of a checkpoint fit what lies there now, as a stranger can."""
+    """Makes the manifest and the marker of a checkpoint match its files, as an attacker can."""
     manifest = json.loads((folder / "manifest.json").read_text())
     paths = [p for p in (folder / "arrays").rglob("*") if p.is_file()]
     files = {
@@ -45,7 +45,7 @@ def vouch(folder: Path, **more) -> None:
 def test_links_that_lead_out_are_refused(run, tmp_path, name):
     (run / name).rename(tmp_path / "outside")
     (run / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(RunError, match="is a link that leads out of the run folder"):
+    with pytest.raises(RunError, match="is a link out of the run folder"):
         open_run(run)
 
 
@@ -59,7 +59,7 @@ def test_names_in_a_manifest_that_lead_out_are_refused(run, tmp_path):
     proof = [6, hashlib.sha256(b"secret").hexdigest()]
     for name in ("../../../../secret", str(tmp_path / "secret")):
         vouch(run / "checkpoints" / "00000006", **{name: proof})
-        with pytest.raises(RunError, match=r"step 6 cannot be used: .*no plain file of the checkpoint"):
+        with pytest.raises(RunError, match=r"step 6 cannot be used: .*is not a plain file of the checkpoint"):
             checkpoint.choose(run / "checkpoints", "6")
 
 
@@ -86,8 +86,8 @@ def test_an_experiment_that_is_none_is_refused(run, text):
         open_run(run)
 
 
-def test_pieces_larger_than_their_array_are_refused(run):
-    """Reading one piece allocates it whole: a small file could take any memory."""
+def test_chunks_larger_than_their_array_are_refused(run):
+    """Reading one chunk allocates all of it: a small file could take any amount of memory."""
     import tensorstore
 
     folder = run / "checkpoints" / "00000006"
@@ -96,11 +96,11 @@ def test_pieces_larger_than_their_array_are_refused(run):
     described = json.loads(store.read(name).result().value)
     store.write(name, json.dumps(described | {"chunks": [1 << 20, 1 << 20, 1 << 10]}).encode()).result()
     vouch(folder)
-    with pytest.raises(RunError, match=r"params\.blocks\.ffn\.up of shape \(2, 16, 64\) is stored in pieces of"):
+    with pytest.raises(RunError, match=r"params\.blocks\.ffn\.up of shape \(2, 16, 64\) is stored in chunks of"):
         load_params(open_run(run), "last")
 
 
-SLOW_VERBS = (["eval"], ["sample", "line"])
+SLOW_COMMANDS = (["eval"], ["sample", "line"])
 
 
 class Payload:
@@ -108,8 +108,8 @@ class Payload:
         return os.system, (f"touch {os.environ['GPTJAX_TEST_MARK']}",)
 
 
-@pytest.mark.parametrize("verb", [["verify"], *(pytest.param(v, marks=pytest.mark.slow) for v in SLOW_VERBS)])
-def test_no_code_from_a_run_folder_runs(run, tmp_path, monkeypatch, verb):
+@pytest.mark.parametrize("command", [["verify"], *(pytest.param(v, marks=pytest.mark.slow) for v in SLOW_COMMANDS)])
+def test_no_code_from_a_run_folder_runs(run, tmp_path, monkeypatch, command):
     mark = tmp_path / "it-ran"
     monkeypatch.setenv("GPTJAX_TEST_MARK", str(mark))
     code = f"open({str(mark)!r}, 'w').close()\n"
@@ -117,15 +117,15 @@ def test_no_code_from_a_run_folder_runs(run, tmp_path, monkeypatch, verb):
         (run / name).write_text(code)
     (run / "checkpoints" / "00000006" / "arrays" / "state.pkl").write_bytes(pickle.dumps(Payload()))
     vouch(run / "checkpoints" / "00000006")
-    command = [sys.executable, "-m", "gptjax", verb[0], str(run), *verb[1:]]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUICK, cwd=ROOT)
+    argv = [sys.executable, "-m", "gptjax", command[0], str(run), *command[1:]]
+    ended = subprocess.run(argv, capture_output=True, text=True, env=os.environ | QUICK, cwd=ROOT)
     assert "Traceback" not in ended.stderr and ended.returncode in (0, 2), ended.stderr
     for name in ("manifest.json", "committed"):
         (run / "checkpoints" / "00000006" / name).write_bytes(pickle.dumps(Payload()))
     (run / "tokenizer" / "gptjax_tokenizer.json").write_bytes(pickle.dumps(Payload()))
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUICK, cwd=ROOT)
+    ended = subprocess.run(argv, capture_output=True, text=True, env=os.environ | QUICK, cwd=ROOT)
     # eval needs no tokenizer of the run, and falls back to an earlier checkpoint
-    assert ended.returncode == (0 if verb[0] == "eval" else 2) and "Traceback" not in ended.stderr, ended.stderr
+    assert ended.returncode == (0 if command[0] == "eval" else 2) and "Traceback" not in ended.stderr, ended.stderr
     assert not mark.exists()
 
 

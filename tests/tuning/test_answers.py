@@ -140,7 +140,7 @@ def test_long_prompts_lose_their_beginning_and_are_counted(register):
     figures, predictions = evaluate_task(chain("1ab", "2cde"), register(rows))
     assert [p.shortened for p in predictions] == [True, False, False] and figures["shortened"] == 1
     assert figures["exact_match"] == 1.0 and predictions[0].prompt == rows[0]["x"], "kept whole in what is written"
-    with pytest.raises(PromptError, match="64 tokens are kept for an answer, and the context of chain has 64"):
+    with pytest.raises(PromptError, match="the context of chain is 64, and 64 tokens are reserved for an answer"):
         evaluate_task(chain("a"), register(rows, max_new_tokens=64))
     with pytest.raises(DataError, match=r"rows.txt:1: the answer has 71 tokens; 1 to 64"):
         evaluate_task(chain("a"), register([{"x": "a", "y": "b" * 70}]))

@@ -124,7 +124,7 @@ def test_a_model_of_other_labels_or_of_too_short_a_context_is_refused(register):
     rows = list(messages(3))
     register(rows, prompt=TASK.prompt, answer=TASK.answer, metrics=("f1",), tagging=TASK.tagging)
     with pytest.raises(
-        DataError, match=r"random: tells yes, no, and task:ours asks for the labels O, .*; take a model"
+        DataError, match=r"random: predicts yes, no, but task:ours expects the labels O, .*; use a model"
     ):
         evaluate_task(random_model(("yes", "no")), tasks.TASKS["ours"])
     with pytest.raises(DataError, match=r"rows.txt:\d: its labelled words are \d+ tokens long, .* random holds 8;"):

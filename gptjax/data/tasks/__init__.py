@@ -81,9 +81,7 @@ class Task:
     labels: tuple[str, ...] = ()  # all possible answers; (): any text
     max_new_tokens: int = 64  # of an answer: its bytes, because no tokenizer needs more
     references: str | None = None  # a column with several correct answers, one on each line
-    parts: Callable[[Mapping[str, str]], tuple[TextPart, ...]] | None = (
-        None  # row -> parts, instead of the templates
-    )
+    parts: Callable[[Mapping[str, str]], tuple[TextPart, ...]] | None = None  # row -> parts, instead of the templates
     tagging: Tagging | None = None  # for data.answers = "classes"; None: the prompt has one label
 
     @property
