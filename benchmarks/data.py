@@ -27,7 +27,7 @@ MEGABYTES = 8.0  # to tokenise
 
 
 def speed(tokenizer: Tokenizer, text: str) -> float:
-    """Bytes a second, in the parts that the store makes."""
+    """Bytes/s, in the parts that the store makes."""
     parts = list(text_chunks(text, CHUNK_CHARS))
     tokenizer.encode(parts[0][:1000])
     began = time.perf_counter()
@@ -66,7 +66,7 @@ def main() -> None:
     step_seconds = figures["seconds"] / (steps - 1)
     print(f"a batch, made alone: {each * 1e3:.2f} ms, {setup.batches.tokens_per_step / each:,.0f} tokens/s")
     loader = setup.batches.tokens_per_step / each / (setup.batches.tokens_per_step / step_seconds)
-    print(f"a step: {step_seconds * 1e3:.1f} ms; making its batch alone is {each / step_seconds:.2%} of it")
+    print(f"{step_seconds * 1e3:.1f} ms/step; making its batch alone is {each / step_seconds:.2%} of it")
     print(f"in the run: batches took {figures['data_work_share']:.2%} of the step time in their thread, "
           f"steps waited {figures['data_wait_share']:.2%} of it for them")  # fmt: skip
     if options.json:

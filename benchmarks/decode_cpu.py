@@ -1,4 +1,4 @@
-"""Tokens a second of gptjax against `transformers.generate`, side by side on this CPU, and what it costs in memory.
+"""Tokens/s of gptjax against `transformers.generate`, side by side on this CPU, and what it costs in memory.
 
     python benchmarks/decode_cpu.py [--rounds 5] [--tiny] [--json]
 
@@ -18,7 +18,7 @@ from decoding import NEW, make
 
 
 def bandwidth() -> float:
-    """Bytes a second that this machine reads: the sum of 1 GB by all cores."""
+    """Bytes/s that this machine reads: the sum of 1 GB by all cores."""
     import torch
 
     array = torch.ones(1 << 28)
@@ -73,7 +73,7 @@ def main() -> None:
                     ratios[f"{dtype if name == 'gptjax' else 'int8'}_batch_{batch}"] = found
                     size = figures[name]["weight bytes"]
                     line += (
-                        f"   {text};  {size / 1e6:.0f} MB of weights a step, "
+                        f"   {text};  {size / 1e6:.0f} MB of weights/step, "
                         f"{size / (typical / NEW) / available:.0%} of the bandwidth;  cache "
                         f"{figures[name]['cache bytes'] / 1e6:.1f} MB;  first token "
                         f"{figures[name]['first token, warm'] * 1e3:.0f} ms (new process "

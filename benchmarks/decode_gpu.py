@@ -1,9 +1,9 @@
-"""Tokens a second of gptjax against `transformers.generate` on one GPU, in bfloat16, and the share of the bandwidth.
+"""Tokens/s of gptjax against `transformers.generate` on one GPU, in bfloat16, and the share of the bandwidth.
 
     python benchmarks/decode_gpu.py [--rounds 5] [--batches 1 8 64] [--tiny] [--json]
 
 As `decode_cpu.py`: GPT-2's shape with random weights, prompts of 16 tokens, 64 new ones, greedy, in turn. At batch 1
-every weight is read once a token, so that the bandwidth of the data sheet bounds it. `--tiny` checks the script on a
+every weight is read once per token, so that the bandwidth of the data sheet bounds it. `--tiny` checks the script on a
 CPU, where no bandwidth is known.
 """
 

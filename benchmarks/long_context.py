@@ -41,7 +41,7 @@ def main() -> None:
             size = worker.figures.get("step", worker.figures["peak"])
             grown = "" if before is None else f"   {size / before:.2f}x"
             step, peak = (worker.figures.get(name, 0) / 1e6 for name in ("step", "peak"))
-            print(f"{kind:<8} {context:6,} tokens: {seconds:8.3f} s a step, {context / seconds:9,.0f} tokens/s; "
+            print(f"{kind:<8} {context:6,} tokens: {seconds:8.3f} s/step, {context / seconds:9,.0f} tokens/s; "
                   f"step {step:8,.0f} MB, peak {peak:8,.0f} MB{grown}", flush=True)  # fmt: skip
             found.append({"kind": kind, "context": context, "seconds": seconds, **worker.figures})
             before = size

@@ -3,7 +3,7 @@
     python benchmarks/train_gpu.py [--shapes 124m 1b5] [--peers compile eager] [--rounds 5] [--batch N] [--tiny]
 
 They take turns, a few steps each; PyTorch runs under bfloat16 autocast with SDPA attention and a fused AdamW. MFU
-counts 6 N + 12 L D T FLOPs a token (see `gptjax.training.metrics.flops_per_token`) against the data sheet's dense
+counts 6 N + 12 L D T FLOPs/token (see `gptjax.training.metrics.flops_per_token`) against the data sheet's dense
 bfloat16 peak. A ratio above 1 means that gptjax is faster. `--tiny` checks the script on a CPU.
 """
 

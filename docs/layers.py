@@ -108,7 +108,8 @@ def _box(name: str, x: float, y: float) -> str:
     if name == BASE:
         caption = f"{len(base_modules())} modules"
     elif (PACKAGE / name).is_dir():
-        caption = f"{len(list((PACKAGE / name).rglob('*.py')))} modules"
+        files = [path for path in (PACKAGE / name).rglob("*.py") if (path.parent / "__init__.py").exists()]
+        caption = f"{len(files)} modules"
     else:
         caption = "1 module"
     middle = x + BOX_WIDTH / 2

@@ -116,7 +116,11 @@ def option_rows(kind: type, prefix: str = "") -> Iterator[Field]:
             continue
         name = _argument_name(hint) or f.name
         if _mentions(hint, "Positional"):
-            yield f._replace(name=_metavar(hint) or name.upper(), is_positional=True, comment=_help(hint) or f.comment)
+            yield f._replace(
+                name=(_metavar(hint) or name.upper()).replace("|", " or "),
+                is_positional=True,
+                comment=_help(hint) or f.comment,
+            )
         else:
             flag = f"--{prefix}{name}".replace("_", "-")
             yield f._replace(name=flag, comment=_help(hint) or f.comment)
@@ -233,5 +237,3 @@ def _default_text(f: "dataclasses.Field[Any]") -> str:
         default = f.default
         return str(default) if isinstance(default, int | float | tuple | type(None)) else repr(str(default))
     return ""
-
-

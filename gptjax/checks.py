@@ -159,7 +159,7 @@ def _model_rules(m: ModelConfig, need: Need, knows_shape: bool) -> None:
     )
     need(
         m.ffn != "none" or not m.parallel_residual,
-        "model.parallel_residual = True: there is no FFN beside attention; leave it out, or choose another model.ffn",
+        "model.parallel_residual = True: no FFN to run in parallel; leave it out, or choose another model.ffn",
     )
     need(
         m.ffn != "none" or m.head == "linear",

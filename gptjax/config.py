@@ -6,6 +6,7 @@ many, `diff` lists how two differ. A field that is None is derived from the othe
 """
 
 import dataclasses
+import fnmatch
 import itertools
 import json
 import re
@@ -317,6 +318,10 @@ def _rename(values: dict[str, Any]) -> None:
     objective = values.get("objective", {})
     if "name" in objective:
         objective["name"] = RENAMED_OBJECTIVES.get(objective["name"], objective["name"])
+    model, optim = values.get("model", {}), values.get("optim", {})
+    has_head = not model.get("tie_embeddings", True) or model.get("head") == "mlm"
+    if has_head and any(fnmatch.fnmatch("embedding.head", pattern) for pattern in optim.get("freeze", ())):
+        optim["freeze"] = [*optim["freeze"], "head.*"]  # these patterns froze the head as well
 
 
 def diff(a: Experiment, b: Experiment) -> dict[str, tuple[Any, Any]]:

@@ -34,17 +34,17 @@ def replace_at(value: Any, path: str, new: Any) -> Any:
 def unknown(path: str, known: list[str]) -> str:
     """The message for a name that does not exist: what may have been meant."""
     section, _, leaf = path.rpartition(".")
-    beside = [k for k in known if k.rpartition(".")[0] == section]
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
     near = same_leaf or [
         f"{section}.{name}" if section else name
-        for name in difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in beside], 1, 0.6)
+        for name in difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in siblings], 1, 0.6)
     ]
-    near = near or difflib.get_close_matches(path, known, 1, 0.6 if not beside else 1.0)
+    near = near or difflib.get_close_matches(path, known, 1, 0.6 if not siblings else 1.0)
     if near:
         return f"{path}: no such field; did you mean {near[0]}?"
-    if section and beside:
-        return f"{path}: no such field; {section} has {', '.join(k.rpartition('.')[2] for k in beside)}"
+    if section and siblings:
+        return f"{path}: no such field; {section} has {', '.join(k.rpartition('.')[2] for k in siblings)}"
     return f"{path}: no such field; gptjax train FILE --help lists all of them"
 
 

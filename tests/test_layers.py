@@ -130,6 +130,9 @@ def test_every_sole_importer_imports_its_library():
     for path in FILES.values():
         for imported in imports(path):
             importers.setdefault(imported.split(".")[0], set()).add(str(path.relative_to(ROOT)))
+        for library in SOLE_IMPORTERS:
+            if f'"{library}"' in path.read_text():  # imported by its name
+                importers.setdefault(library, set()).add(str(path.relative_to(ROOT)))
     for library, allowed in SOLE_IMPORTERS.items():
         for place in allowed:
             used = any(name.startswith(place) for name in importers.get(library, ()))

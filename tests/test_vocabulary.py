@@ -42,7 +42,11 @@ FIELD_WORDS = {
 }
 # (file, text of the line) where such a word is right, with the reason; both are regular expressions
 KEPT = [
-    (r"gptjax/lab/(comparison|page)\.py", r"cannot tell", "a verdict of a comparison: plain English, and in saved reports"),
+    (
+        r"gptjax/lab/(comparison|page)\.py|docs/reports\.md",
+        r"cannot tell",
+        "a verdict of a comparison: plain English, and in saved reports",
+    ),
     (r"gptjax/lab/search\.py", r"\.tell\(", "the name of a method of Optuna"),
     (r"gptjax/lab/comparison\.py|gptjax/tuning/intervals\.py", r"\btell\b", "to tell a difference from noise"),
     (r"gptjax/data/store\.py", r"\"asked\"", "the name of an array in stores on disk"),

@@ -117,8 +117,12 @@ def recalled(model: Pretrained, seed: int) -> dict[str, float]:
 def filled_in(model: Pretrained, seed: int) -> dict[str, float]:
     """(b)"""
     tokens = model.tokenizer
-    texts = (tokens.encode(example.values["sentence"]) for example in load_examples("task:sentiment", DataConfig(), "test"))
-    gaps = make_cloze_items((np.append(ids, tokens.eos_id) for ids in texts), GAPS, model.model.context_length, tokens, seed)
+    texts = (
+        tokens.encode(example.values["sentence"]) for example in load_examples("task:sentiment", DataConfig(), "test")
+    )
+    gaps = make_cloze_items(
+        (np.append(ids, tokens.eos_id) for ids in texts), GAPS, model.model.context_length, tokens, seed
+    )
     truth = [gap.target for gap in gaps]
     told = {
         "left": predict_left_to_right(model, gaps),

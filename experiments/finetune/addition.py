@@ -2,7 +2,7 @@
 
 Question   how far does a small model get in the sums of numbers below 100, when it is stopped early?
 Command    gptjax train experiments/finetune/addition.py
-           gptjax eval runs/addition --task addition --temperature 1
+           gptjax eval runs/addition --tasks addition --temperature 1
 Cost       40 seconds on 2 CPU cores
 Expected   see experiments/README.md
 """

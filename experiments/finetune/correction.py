@@ -2,7 +2,7 @@
 
 Question   does a model of 0.6 million parameters that reads bytes mend more than it breaks?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/correction.py
-           GPTJAX_DATA=FOLDER gptjax eval runs/correction --task correction
+           GPTJAX_DATA=FOLDER gptjax eval runs/correction --tasks correction
 Cost       7 minutes on 2 CPU cores
 Expected   see experiments/README.md
 """

@@ -2,7 +2,7 @@
 
 Question   are 154 dialogues enough to answer better than by the most common answer?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/dialogue.py
-           GPTJAX_DATA=FOLDER gptjax eval runs/dialogue --task dialogue
+           GPTJAX_DATA=FOLDER gptjax eval runs/dialogue --tasks dialogue
 Cost       45 seconds on 2 CPU cores, after experiments/finetune/pretraining.py; --init takes another model
 Expected   see experiments/README.md
 """

@@ -3,7 +3,7 @@
 Question   does a model that was taught addition and stopped early prefer right sums to wrong ones more often, and does
            it write more of them?
 Command    gptjax train experiments/finetune/dpo.py
-           gptjax eval runs/dpo --task addition --temperature 1 --against runs/addition
+           gptjax eval runs/dpo --tasks addition --temperature 1 --compare-with runs/addition
 Cost       20 seconds on 2 CPU cores, after experiments/finetune/addition.py
 Expected   see experiments/README.md
 """

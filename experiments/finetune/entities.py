@@ -2,7 +2,7 @@
 
 Question   does a model of 0.6 million parameters write out entities that it has not seen before?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/entities.py
-           GPTJAX_DATA=FOLDER gptjax eval runs/entities --task entities
+           GPTJAX_DATA=FOLDER gptjax eval runs/entities --tasks entities
 Cost       2 min 20 s on 2 CPU cores, after experiments/finetune/correction.py; --init takes another model
 Expected   see experiments/README.md
 """

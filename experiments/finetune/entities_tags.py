@@ -2,7 +2,7 @@
 
 Question   does a model find more entities by tagging words than by writing the entities out?
 Command    gptjax train experiments/finetune/entities_tags.py
-           gptjax eval runs/entities_tags --task entities
+           gptjax eval runs/entities_tags --tasks entities
 Cost       3 minutes on 2 CPU cores, after experiments/finetune/pretraining.py; --init RUN|HF_FOLDER takes another model
 Expected   see experiments/README.md
 """

@@ -2,7 +2,7 @@
 
 Question   is a continuation by 1.1 million parameters nearer to the true one than the beginning is?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/generation.py
-           GPTJAX_DATA=FOLDER gptjax eval runs/generation --task generation
+           GPTJAX_DATA=FOLDER gptjax eval runs/generation --tasks generation
 Cost       3 minutes on 2 CPU cores, after experiments/finetune/pretraining.py; --init takes another model
 Expected   see experiments/README.md
 """

@@ -2,7 +2,7 @@
 
 Question   does a model that was taught addition and stopped early get better by being told only whether it is right?
 Command    gptjax train experiments/finetune/grpo.py
-           gptjax eval runs/grpo --task addition --temperature 1 --against runs/addition
+           gptjax eval runs/grpo --tasks addition --temperature 1 --compare-with runs/addition
 Cost       2 min 20 s on 2 CPU cores; after experiments/finetune/addition.py
 Expected   see experiments/README.md
 """

@@ -3,7 +3,7 @@
 Question   does a model that was taught to correct by maximum likelihood write better corrections when the expected edit
            distance of what it writes is minimised?
 Command    gptjax train experiments/finetune/rloo.py
-           gptjax eval runs/rloo --task correction --temperature 1 --against runs/correction
+           gptjax eval runs/rloo --tasks correction --temperature 1 --compare-with runs/correction
 Cost       4 min 20 s on 2 CPU cores; after experiments/finetune/correction.py
 Expected   see experiments/README.md
 """

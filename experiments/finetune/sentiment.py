@@ -2,7 +2,7 @@
 
 Question   can a model of 1.1 million parameters tell, and how much better than the majority class?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/sentiment.py
-           GPTJAX_DATA=FOLDER gptjax eval runs/sentiment --task sentiment
+           GPTJAX_DATA=FOLDER gptjax eval runs/sentiment --tasks sentiment
 Cost       90 seconds on 2 CPU cores, after experiments/finetune/pretraining.py; --init takes another model
 Expected   see experiments/README.md
 """

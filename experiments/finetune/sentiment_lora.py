@@ -2,7 +2,7 @@
 
 Question   do so few weights learn sentiment as well as all of them do?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/sentiment_lora.py
-           GPTJAX_DATA=FOLDER gptjax eval runs/sentiment_lora --task sentiment --against runs/sentiment
+           GPTJAX_DATA=FOLDER gptjax eval runs/sentiment_lora --tasks sentiment --compare-with runs/sentiment
 Cost       90 seconds on 2 CPU cores, after experiments/finetune/pretraining.py; --init takes another model
 Expected   see experiments/README.md
 """

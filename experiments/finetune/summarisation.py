@@ -2,7 +2,7 @@
 
 Question   does a model of 1.1 million parameters say it better than the first sentence of the abstract does?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/summarisation.py
-           GPTJAX_DATA=FOLDER gptjax eval runs/summarisation --task summarisation
+           GPTJAX_DATA=FOLDER gptjax eval runs/summarisation --tasks summarisation
 Cost       4 minutes on 2 CPU cores, after experiments/finetune/pretraining.py; --init takes another model
 Expected   see experiments/README.md
 """

@@ -2,7 +2,7 @@
 
 Question   what does a model of 1.1 million parameters learn of it from 1,227 verses?
 Command    GPTJAX_DATA=FOLDER gptjax train experiments/finetune/translation.py
-           GPTJAX_DATA=FOLDER gptjax eval runs/translation --task translation
+           GPTJAX_DATA=FOLDER gptjax eval runs/translation --tasks translation
 Cost       9 minutes on 2 CPU cores, after experiments/finetune/pretraining.py; --init takes another model
 Expected   see experiments/README.md
 """

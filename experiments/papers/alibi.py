@@ -18,8 +18,8 @@ from gptjax.data.store import open_store
 from gptjax.errors import PromptError
 from gptjax.inference.scoring import Scorer
 from gptjax.lab.repro import Claim, Measurement, train_run
-from gptjax.training.run import open_run
 from gptjax.training.restore import open_trained
+from gptjax.training.run import open_run
 
 experiment = shakespeare.override(
     name="alibi",

@@ -23,8 +23,8 @@ from gptjax.atomic_io import write_atomic
 from gptjax.data import corpus
 from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.probing.memorization import exposure, secret_nll
-from gptjax.training.run import open_run
 from gptjax.training.restore import open_trained
+from gptjax.training.run import open_run
 
 experiment = shakespeare.override(
     name="canary",

@@ -19,8 +19,8 @@ import numpy as np
 from gptjax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from gptjax.inference.scoring import Scorer, ScoreRequest
 from gptjax.lab.repro import Claim, Measurement, train_run
-from gptjax.training.run import open_run
 from gptjax.training.restore import open_trained
+from gptjax.training.run import open_run
 
 SYMBOLS = [chr(33 + i) for i in range(64)]
 

@@ -24,8 +24,8 @@ from gptjax.data.windows import permute
 from gptjax.inference.generator import Generator
 from gptjax.inference.sampling import SamplingParams
 from gptjax.lab.repro import Claim, Measurement, train_run
-from gptjax.training.run import open_run
 from gptjax.training.restore import open_trained
+from gptjax.training.run import open_run
 
 BELOW, ASKED, SEEDS = 1000, 1_000, (0, 1, 2)
 READ = (800, 1_000, 1_200)  # sums: more and more, until reversed answers are learnt from them

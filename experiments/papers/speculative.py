@@ -19,15 +19,16 @@ from scipy import stats
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.data.store import open_store
+from gptjax.inference.drafters import DraftModel
 from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.sampling import SamplingParams
 from gptjax.inference.scoring import Scorer, ScoreRequest
-from gptjax.inference.speculative import DraftModel, Tally
+from gptjax.inference.speculative import Tally
 from gptjax.lab.repro import Claim, Measurement, train_run
 from gptjax.training.metrics import num_params
-from gptjax.training.run import open_run
 from gptjax.training.restore import open_trained
+from gptjax.training.run import open_run
 
 experiment = shakespeare.override(
     name="speculative",
@@ -65,9 +66,9 @@ def exact(model: Pretrained, prompt: np.ndarray) -> np.ndarray:
 
     def follow(texts: np.ndarray) -> np.ndarray:
         """Of every character after every text, [texts, vocab]."""
-        parts = [ScoreRequest(np.concatenate([prompt, text, [c]]).astype(np.int32), 1) for text in texts for c in range(size)]
-        nats = np.concatenate([scores.nll for scores in scorer.score_batch(parts)])
-        return np.exp(-nats.astype(np.float64)).reshape(len(texts), size)
+        whole = (np.concatenate([prompt, text, [c]]).astype(np.int32) for text in texts for c in range(size))
+        nll = np.concatenate([scores.nll for scores in scorer.score_batch(ScoreRequest(ids, 1) for ids in whole)])
+        return np.exp(-nll.astype(np.float64)).reshape(len(texts), size)
 
     first = follow(np.zeros((1, 0), np.int32))[0]
     second = follow(np.arange(size)[:, None])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gptjax.errors import GptjaxError
 
 if TYPE_CHECKING:
-    from gptjax.commands.evaluate import Evaluation
+    from gptjax.commands.eval_options import Evaluation
     from gptjax.inference.pretrained import Pretrained
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from gptjax.atomic_io import read_json, write_atomic
 from gptjax.commands import is_run
-from gptjax.commands.evaluate import HARNESS, format_metrics
+from gptjax.commands.eval_options import HARNESS, format_metrics
 from gptjax.errors import DataError, GptjaxError, warn
 
 if TYPE_CHECKING:
-    from gptjax.commands.evaluate import Evaluation
+    from gptjax.commands.eval_options import Evaluation
     from gptjax.data.tasks import Task
     from gptjax.inference.pretrained import Pretrained
 

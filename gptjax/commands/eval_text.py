@@ -3,10 +3,10 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from gptjax.commands.evaluate import format_metrics, open_pretrained
+from gptjax.commands.eval_options import format_metrics, open_pretrained
 
 if TYPE_CHECKING:
-    from gptjax.commands.evaluate import Evaluation
+    from gptjax.commands.eval_options import Evaluation
 
 
 def evaluate_data(options: "Evaluation") -> tuple[dict[str, Any], str]:

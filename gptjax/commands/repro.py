@@ -67,7 +67,7 @@ def _acceptable(results: "Sequence[ClaimResult]") -> list[bool]:
 
 
 def _row(result: "ClaimResult") -> str:
-    """A row of the table. A reason why there is no result is on its own line, so that paths and commands stay whole."""
+    """A row of the table. A reason for a missing result is on its own line, so that paths are not split."""
     cells = {
         "claim": result.name,
         "published": result.published,

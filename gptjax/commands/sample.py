@@ -31,9 +31,9 @@ from gptjax.errors import EXIT_FAILED, PromptError
 
 if TYPE_CHECKING:
     from gptjax.inference.constrained import Grammar, GrammarConstraint
+    from gptjax.inference.drafters import Drafter
     from gptjax.inference.generator import Completion, Generator
     from gptjax.inference.sampling import SamplingParams
-    from gptjax.inference.speculative import Drafter
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _generate(
 
 
 def _drafter(options: Sample, generator: "Generator") -> "Drafter | None":
-    from gptjax.inference.speculative import DraftModel, PromptLookup
+    from gptjax.inference.drafters import DraftModel, PromptLookup
 
     draft, lookup = options.speculative_decoding.draft, options.speculative_decoding.prompt_lookup
     if lookup < 0:

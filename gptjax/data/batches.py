@@ -289,7 +289,7 @@ def mixture(shares: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.nd
 
 
 def positions_within(segments: np.ndarray) -> np.ndarray:
-    """For each token, how many tokens of its segment stand before it in the row: int32 [rows, length]."""
+    """For each token, how many tokens of its segment come before it in the row: int32 [rows, length]."""
     places = np.arange(segments.shape[1], dtype=np.int32)
     begins = np.ones(segments.shape, bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]

@@ -11,11 +11,12 @@ import numpy as np
 from gptjax.errors import PromptError
 from gptjax.inference.beams import BeamConfig, beam_search
 from gptjax.inference.cache import is_unbounded
+from gptjax.inference.drafters import Drafter
 from gptjax.inference.engine import Engine, make_engine
 from gptjax.inference.generate import Request, Step, TokenConstraint, generate
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.sampling import SamplingParams
-from gptjax.inference.speculative import Drafter, Tally, speculate
+from gptjax.inference.speculative import Tally, speculate
 
 DEFAULT_MAX_NEW_TOKENS = 256
 

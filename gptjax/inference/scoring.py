@@ -92,8 +92,8 @@ class Scorer:
         first = first_token(self.tokenizer)
         block: list[list[ScoreRequest]] = []
         for ids in texts:
-            whole = ids if first is None else np.concatenate([[first], ids])
-            block.append(list(windows(whole.astype(np.int32), window, stride)))
+            text = ids if first is None else np.concatenate([[first], ids])
+            block.append(list(windows(text.astype(np.int32), window, stride)))
             if sum(map(len, block)) >= BATCHES_PER_BLOCK * self.batch_size:
                 yield from self._score_documents(block)
                 block = []

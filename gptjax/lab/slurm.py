@@ -196,7 +196,7 @@ class Slurm:
         return self._past_state(job) if self._reachable else "PENDING"
 
     def cancel(self, job: str) -> bool:
-        """Cancels a job; returns whether the cluster received it. An unreachable cluster is not asked for every job."""
+        """Cancels a job; returns whether the cluster received it. An unreachable cluster is not tried for every job."""
         if not self._reachable:
             return False
         done = _run("scancel", job)

@@ -218,4 +218,5 @@ class Attention(nn.Module):
         config = self.config
         if config.positions != "alibi":
             return None
-        return -alibi_slopes(config.num_heads)[:, None, None] * abs(mask.relative_positions())[:, None]
+        distances = abs(mask.relative_positions())[:, None].astype(jnp.float32)
+        return -alibi_slopes(config.num_heads)[:, None, None] * distances

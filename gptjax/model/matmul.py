@@ -75,7 +75,7 @@ def linear(x: Float[Array, "..."], weight: Matrix, bias: Array | None = None, nu
     weights the activations of each row are rounded to 8 bits (LLM.int8 without outliers, Dettmers et al. 2022).
     """
     if bias is not None:
-        return (linear(x, weight, None, num_inputs).astype(jnp.float32) + bias).astype(x.dtype)
+        return (linear(x, weight, None, num_inputs).astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
     if isinstance(weight, LowRank):
         update = linear(linear(x, weight.lora_a, None, num_inputs), weight.lora_b)
         return linear(x, weight.weight, None, num_inputs) + weight.scale * update

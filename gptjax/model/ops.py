@@ -64,8 +64,10 @@ def _norm_forward(
     mean = barrier(y.mean(-1, keepdims=True)) if center else None
     variance = jnp.square(y if mean is None else y - mean).mean(-1, keepdims=True)
     residuals = _NormResiduals(x, mean, barrier(jax.lax.rsqrt(variance + epsilon)), scale, bias)
-    y = residuals.normalized() * scale
-    return (y if bias is None else y + bias).astype(x.dtype), residuals
+    y = residuals.normalized() * scale.astype(jnp.float32)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype), residuals
 
 
 def _norm_backward(

@@ -52,7 +52,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Float[Array, " half"], float]
 def rope_table(config: ModelConfig, positions: Int[AnyArray, "*batch"]) -> RopeTable:
     """Cosines and sines of the angles that rotate queries and keys: float32."""
     frequencies, attention_factor = rope_frequencies(config)
-    angles = positions[..., None, None] * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 

@@ -5,19 +5,17 @@ An objective is a class in a file of its own. One outside gptjax is named by `ob
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 from gptjax.config import Experiment
-from gptjax.data.batches import MakeBatch
+from gptjax.data.batches import Batch, MakeBatch
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.inference.pretrained import Pretrained
 from gptjax.objectives.losses import Loss, token_loss
 from gptjax.objectives.reference import ReferenceModel
-
-if TYPE_CHECKING:
-    from gptjax.objectives.on_policy import Rollout
 
 TOKEN_SPELLINGS = {  # extra token -> how tokenizers spell it: BERT, RoBERTa, StarCoder, Qwen
     "mask": ("[MASK]", "<mask>"),
@@ -34,6 +32,23 @@ class Group(NamedTuple):
 
     rows: int = 0
     examples: int = 0  # examples from which these rows are made
+
+
+@runtime_checkable
+class Rollout(Protocol):
+    """Replaces batches by answers that the model samples (see on_policy.py)."""
+
+    def __call__(self, params: Any, batch: Batch, step: int) -> tuple[Batch, dict[str, float]]:
+        """The batch of the update from `step` to step + 1, and metrics."""
+
+    def prompts(self, rows: Batch) -> list[Any]:
+        """The prompts of a [rows, length] batch."""
+
+    def sample(self, params: Any, prompts: Any, key: tuple[int, ...]) -> list[Any]:
+        """An answer to each prompt."""
+
+    def rewards(self, prompts: Any, samples: Any) -> np.ndarray:
+        """The reward of each answer."""
 
 
 class Objective:
@@ -84,7 +99,7 @@ class Objective:
 
     def rollout(
         self, tokenizer: Tokenizer, reference: ReferenceModel | None, mesh: jax.sharding.Mesh
-    ) -> "Rollout | None":
+    ) -> Rollout | None:
         """What replaces a batch by answers that the model samples; None for an objective that trains on the data."""
         return None
 
@@ -126,7 +141,7 @@ class TrainObjective:
 
     loss: Loss
     reference: ReferenceModel | None = None  # its weights are an argument of the loss, or the rollout's
-    rollout: "Rollout | None" = None
+    rollout: Rollout | None = None
     is_token_nll: bool = False
 
 

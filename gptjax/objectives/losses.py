@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -56,7 +57,7 @@ def token_nll(params: Any, batch: Batch, model: GPT, rngs: Rngs) -> tuple[TokenF
     hidden: Any = model.apply({"params": params}, *inputs, rngs=rngs, method="hidden_states")
     rows, length, _ = hidden.shape
 
-    def chunk_nll(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk_nll(chunk: tuple[Array, Array | np.ndarray]) -> tuple[Array, Array]:
         hidden, targets = chunk
         logits: Any = model.apply({"params": params}, hidden, method="logits")
         return ops.cross_entropy(logits, targets)

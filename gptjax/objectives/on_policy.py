@@ -51,9 +51,7 @@ class OnPolicy(Objective):
     def is_token_nll(self) -> bool:
         return False
 
-    def rollout(
-        self, tokenizer: Tokenizer, reference: ReferenceModel | None, mesh: jax.sharding.Mesh
-    ) -> "Rollout | None":
+    def rollout(self, tokenizer: Tokenizer, reference: ReferenceModel | None, mesh: jax.sharding.Mesh) -> "Rollout":
         return Rollout(self.experiment, tokenizer, reference, mesh, type(self).advantages)
 
     def problems(self) -> Iterator[str]:

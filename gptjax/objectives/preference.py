@@ -1,7 +1,7 @@
 """What objectives on pairs of answers share: of each pair one answer is chosen and one is rejected."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ AnswerScores = Callable[[Any, Batch, GPT, Rngs, Any], Array]
 class Preference(Objective):
     """Rows come in pairs: the chosen answer, then the rejected one."""
 
-    fields = ()
+    fields: ClassVar[tuple[str, ...]] = ()
     needs_answers = True
     reads_rejected = True
 

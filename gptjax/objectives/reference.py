@@ -1,4 +1,4 @@
-"""Another model beside the one that learns: the teacher, or the one to stay near."""
+"""A second model whose probabilities an objective needs: the teacher, or the reference of a preference objective."""
 
 import functools
 import hashlib
@@ -16,24 +16,24 @@ from gptjax.model.gpt import GPT, weight_axes
 
 
 class ReferenceModel:
-    """A model that is opened when it is first needed, and laid out over the mesh once."""
+    """A frozen model, opened when it is first needed and placed on the mesh once."""
 
-    def __init__(self, name: str, open_it: Callable[[], Pretrained], mesh: jax.sharding.Mesh):
-        self.name, self._open, self.mesh = name, open_it, mesh
+    def __init__(self, name: str, open_model: Callable[[], Pretrained], mesh: jax.sharding.Mesh):
+        self.name, self._open, self.mesh = name, open_model, mesh
 
     @functools.cached_property
     def pretrained(self) -> Pretrained:
-        """Raises `GptjaxError` where it cannot be had."""
+        """Raises `GptjaxError` if it cannot be opened."""
         return self._open()
 
     @property
     def gpt(self) -> GPT:
-        """To apply without dropout: it is never given a key to draw it by."""
+        """Apply it without an rng for dropout."""
         return GPT(self.pretrained.model)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the shape and the weights: what is learnt beside it depends on all of them."""
+        """A hash of its config and weights, on which the trained weights depend."""
         shape = ", ".join(f"{name}={x!r}" for name, x in names_of_format_1("model", self.pretrained.model).items())
         digest = hashlib.sha256(f"Model({shape})".encode())
         for x in jax.tree.leaves(self.pretrained.params):

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptjax import random_streams, sharding
 from gptjax.data.batches import Batch
-from gptjax.objectives.on_policy import Rollout
+from gptjax.objectives.base import Rollout
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.initial import ModelLoader

@@ -116,7 +116,7 @@ class Trainer:
         self.best = min((line["val_loss"] for line in comparable), default=math.inf)
         self.evaluated = max((line["step"] for line in comparable), default=None)  # the last step with a loss
         self.clock = self._stopwatch()
-        self.progress = Progress(t.steps, first)
+        self.progress = Progress(t.steps, first, "nats/token" if setup.objective.is_token_nll else "")
         self.rate = make_schedule(setup.experiment.optim, t.steps)
         self.peak, self.peak_source = peak_flops()
         self.waited = 0.0  # seconds that steps waited for their batches
@@ -255,7 +255,8 @@ class Trainer:
     def _show(self, step: int, always: bool = False) -> None:
         if not math.isnan(self.clock.rate) and "loss" in self.latest:
             left = (self.setup.experiment.train.steps - step) / self.clock.rate
-            self.progress.show(step, self.latest | {"seconds_left": left, "val_step": self.evaluated}, always)
+            timing = {"seconds_left": left, "steps_per_second": self.clock.rate}
+            self.progress.show(step, self.latest | timing | {"val_step": self.evaluated}, always)
 
     def _evaluate(self, step: int, state: TrainState) -> float | None:
         """The validation loss; None if it is not finite, which does not stop the run."""

@@ -224,20 +224,23 @@ TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB}
 class Progress:
     """The progress line: redrawn on a terminal, else printed every `seconds`."""
 
-    def __init__(self, total: int, initial: int, seconds: float = 10.0):
+    def __init__(self, total: int, initial: int, loss_unit: str = "", seconds: float = 10.0):
         self.shows = jax.process_index() == 0
         self.bar = tqdm(total=total, initial=initial, bar_format="{desc}", disable=not sys.stderr.isatty())
+        self.loss_unit = f" {loss_unit}" if loss_unit else ""
         self.total, self.seconds, self.last = total, seconds, 0.0
 
     def show(self, step: int, metrics: dict[str, float], always: bool = False) -> None:
-        """`metrics`: loss, tokens_per_second, mfu, seconds_left; once evaluated val_loss, val_step, val_accuracy."""
+        """`metrics`: loss, tokens_per_second, steps_per_second, mfu, seconds_left; once evaluated val_loss, val_step,
+        val_accuracy."""
         val = f" | val {metrics['val_loss']:.4f}" if metrics.get("val_loss") is not None else ""
         val += f" (accuracy {metrics['val_accuracy']:.1%})" if metrics.get("val_accuracy") is not None else ""
         val += f" at {metrics['val_step']}" if val and metrics["val_step"] != step else ""
         left = int(metrics["seconds_left"])
         line = (
-            f"step {step:>{len(str(self.total))}}/{self.total} | loss {metrics['loss']:.4f}{val}"
-            f" | {metrics['tokens_per_second']:,.0f} tokens/s | MFU {metrics['mfu']:.1%}"
+            f"step {step:>{len(str(self.total))}}/{self.total} | loss {metrics['loss']:.4f}{self.loss_unit}{val}"
+            f" | {metrics['tokens_per_second']:,.0f} tokens/s | {1e3 / metrics['steps_per_second']:.1f} ms/step"
+            f" | MFU {metrics['mfu']:.1%}"
             f" | {left // 60}:{left % 60:02d} left | {memory_bytes() / 1e9:.1f} GB"
         )
         if not self.shows:

@@ -1,1 +1,1 @@
-"""Beyond the next token: tasks evaluated by their own metrics, and what is learnt from them."""
+"""Evaluation on tasks: answers, metrics and confidence intervals."""

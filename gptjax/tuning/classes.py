@@ -17,7 +17,7 @@ class ScoredAnswer(NamedTuple):
 
     text: str
     nll: float  # of the true tokens or labels, summed, in nats
-    count: int  # of these tokens or labels
+    num_targets: int  # these tokens or labels
     shortened: bool  # the model saw the end of the prompt only
 
 

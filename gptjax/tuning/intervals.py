@@ -1,6 +1,6 @@
-"""What chance does to a figure: intervals of a mean over runs, and how many runs would be enough to tell.
+"""Confidence intervals of a mean over runs, and how many runs a significant difference needs.
 
-The only file that needs scipy.
+The only file that imports scipy.
 """
 
 import math
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-LEVEL = (2.5, 97.5)  # percentiles between which 95% of the resampled values lie
+LEVEL = (2.5, 97.5)  # percentiles that bound a 95% interval
 LOWER_IS_BETTER = frozenset({"edit_distance", "loss", "bits_per_byte"})
-ENOUGH = 12  # runs from which their own distribution is resampled; fewer say too little of its shape
+ENOUGH = 12  # fewest runs for the bootstrap: the shape of the distribution is unknown with fewer
 RESAMPLES = 9999
 STUDENT, BOOTSTRAP = "Student's t", "studentized bootstrap"
-POWER = 0.8  # chance with which a difference should be found, where it is as large as it looks
-MOST = 1000  # runs beyond which nobody asks how many
+POWER = 0.8  # probability of finding a difference that is as large as the observed one
+MOST = 1000  # largest number of runs considered
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Score:
     value: float
     low: float
     high: float
-    signature: str = ""  # what must be known to get the same value elsewhere
+    signature: str = ""  # settings that are needed to reproduce the value
 
     @property
     def higher_is_better(self) -> bool:
@@ -35,11 +35,11 @@ class Score:
 
 
 def over_runs(name: str, values: Sequence[float]) -> Score:
-    """The mean of a figure over runs that differ in their seed alone, with its 95% interval; how, says `signature`.
+    """The mean over runs that differ only in their seed, with a 95% interval; `signature` names the method.
 
-    Of paired runs give the differences. A single run has no interval: NaN. Fewer than `ENOUGH` have that of Student's
-    t: resampling 2 to 5 values gives intervals that miss the truth two to five times as often as they say. More have
-    the studentized bootstrap (Efron and Tibshirani 1993, chapter 12), which needs no bell-shaped distribution.
+    For paired runs, pass the differences. A single run has no interval (NaN). With fewer than `ENOUGH` runs, it is
+    Student's t interval: a bootstrap of 2 to 5 values misses the true mean two to five times as often as it claims.
+    With more, it is the studentized bootstrap (Efron and Tibshirani 1993, chapter 12), which needs no normality.
     """
     x = np.asarray(values, np.float64)
     mean, count = float(x.mean()), len(x)
@@ -54,7 +54,7 @@ def over_runs(name: str, values: Sequence[float]) -> Score:
 
 
 def _resampled_t(x: np.ndarray) -> tuple[float, float] | None:
-    """Percentiles of t = (mean of a resample - mean) / its error; None where a resample is of equal values only."""
+    """Percentiles of t = (mean of a resample - mean) / its error; None if a resample has equal values only."""
     drawn = x[np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x)))]
     errors = drawn.std(1, ddof=1) / math.sqrt(len(x))
     if (errors <= 1e-12 * np.abs(x).max()).any():
@@ -64,10 +64,10 @@ def _resampled_t(x: np.ndarray) -> tuple[float, float] | None:
 
 
 def runs_needed(values: Sequence[float]) -> float:
-    """How many runs in all let a t test find a mean such as this one not 0, with a chance of `POWER`.
+    """The total number of runs with which a t test finds that the mean is not 0, with probability `POWER`.
 
-    From the mean and the spread of what is there, which few runs tell roughly. NaN for a single run, whose spread is
-    not known; infinity above `MOST`. The power is that of the noncentral t distribution.
+    Assumes the mean and the deviation of the given runs, which are rough estimates if there are few. NaN for a single
+    run, whose deviation is unknown; infinity above `MOST`. Uses the noncentral t distribution.
     """
     if len(values) < 2:
         return math.nan
@@ -77,7 +77,7 @@ def runs_needed(values: Sequence[float]) -> float:
         return math.inf
     counts = np.arange(2, MOST + 1)
     bound = stats.t.ppf(LEVEL[1] / 100, counts - 1)
-    distance = np.minimum(effect * np.sqrt(counts), 30)  # in standard errors; further off scipy's nct is not exact
-    power = stats.nct.sf(bound, counts - 1, distance)  # the other side adds less than 1 in 1000
+    distance = np.minimum(effect * np.sqrt(counts), 30)  # in standard errors; beyond 30 scipy's nct is inexact
+    power = stats.nct.sf(bound, counts - 1, distance)  # the other tail adds less than 0.001
     found = np.flatnonzero(power >= POWER)
     return float(counts[found[0]]) if len(found) else math.inf

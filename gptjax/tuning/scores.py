@@ -1,8 +1,8 @@
-"""The metrics of the field by the libraries of the field, each with a bootstrap interval.
+"""Standard metrics from standard libraries, each with a bootstrap interval.
 
-A metric turns every example into a few numbers that add up; the metric of any sample is a function of their sums. So a
-bootstrap (Efron 1979) resamples sums, and neither compares a text twice nor replaces BLEU of a corpus by a mean over
-its sentences. Needs `pip install 'gptjax[tasks]'`; no other file imports these libraries.
+A metric computes a few additive statistics of every example; its value on a sample is a function of their sums. So the
+bootstrap (Efron 1979) resamples statistics: no text is compared twice, and BLEU stays a corpus metric, not a mean over
+sentences. Needs `pip install 'gptjax[tasks]'`; no other file imports these libraries.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """What a metric keeps of each example."""
+class Statistics:
+    """The additive statistics of each example, from which a metric is computed."""
 
     name: str
     parts: np.ndarray  # float64 [examples, k]
@@ -35,7 +35,7 @@ class Pieces:
 
     @property
     def value(self) -> float:
-        """The metric of all examples together."""
+        """The metric of all examples."""
         return float(self.of_sums(self.parts.sum(0)[None])[0])
 
     @property
@@ -43,81 +43,81 @@ class Pieces:
         """The metric of every example by itself: float64 [examples]."""
         return self.of_sums(self.parts)
 
-    def grouped(self, groups: Sequence[int]) -> "Pieces":
-        """With the rows of one group added up, as they are no independent examples; `groups`: 0 to n - 1, for rows."""
+    def grouped(self, groups: Sequence[int]) -> "Statistics":
+        """The sums over groups of dependent examples; `groups` numbers the group of each example, from 0."""
         parts = np.zeros((max(groups) + 1, self.parts.shape[1]))
         np.add.at(parts, np.asarray(groups), self.parts)
         return replace(self, parts=parts)
 
 
-def score(pieces: Pieces, seed: int = 0) -> Score:
+def score(statistics: Statistics, seed: int = 0) -> Score:
     """The value and its interval, from 1,000 resamples of the examples."""
-    return _score(pieces, pieces.value, pieces.of_sums(_resampled_sums(pieces.parts, seed)))
+    return _score(statistics, statistics.value, statistics.of_sums(_resampled_sums(statistics.parts, seed)))
 
 
-def difference(a: Pieces, b: Pieces, seed: int = 0) -> Score:
-    """What `a` has more than `b`, two systems on the same examples, resampled together (Koehn 2004).
+def difference(a: Statistics, b: Statistics, seed: int = 0) -> Score:
+    """The difference a - b of two systems on the same examples, by the paired bootstrap (Koehn 2004).
 
-    Where the interval does not hold 0, one beats the other by more than chance.
+    It is significant if the interval does not contain 0.
     """
     assert (a.name, a.parts.shape) == (b.name, b.parts.shape), "a difference needs one metric and the same examples"
     resampled = [p.of_sums(_resampled_sums(p.parts, seed)) for p in (a, b)]
     return _score(a, a.value - b.value, resampled[0] - resampled[1])
 
 
-def _score(pieces: Pieces, value: float, resampled: np.ndarray) -> Score:
+def _score(statistics: Statistics, value: float, resampled: np.ndarray) -> Score:
     low, high = map(float, np.percentile(resampled, LEVEL))
-    return Score(pieces.name, value, low, high, pieces.signature)
+    return Score(statistics.name, value, low, high, statistics.signature)
 
 
 def _resampled_sums(parts: np.ndarray, seed: int) -> np.ndarray:
-    """The sums over examples drawn with replacement, float64 [resamples, k]: the same draws for every metric."""
+    """Sums over examples resampled with replacement, float64 [resamples, k]; the same resamples for every metric."""
     rng, count = np.random.default_rng(seed), len(parts)
     drawn = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(RESAMPLES))
     return np.stack([times @ parts for times in drawn])
 
 
-# Each metric: answers, the references of each (the best one counts), and the examples -> pieces.
+# Each metric: answers, the references of each (the best one counts), and the examples -> statistics.
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]
-Metric = Callable[[Texts, References, Sequence[Example]], Pieces]
+Metric = Callable[[Texts, References, Sequence[Example]], Statistics]
 
 
-def ratio(name: str, totals: Sequence[float], counts: Sequence[float], signature: str = "") -> Pieces:
-    """Sum of totals over sum of counts: with counts of 1 a mean, with tokens as counts a loss."""
+def ratio(name: str, totals: Sequence[float], counts: Sequence[float], signature: str = "") -> Statistics:
+    """Sum of totals / sum of counts: a mean if the counts are 1, a loss per token if they are tokens."""
     parts = np.stack([totals, counts], 1).astype(np.float64)
-    return Pieces(name, parts, lambda sums: sums[:, 0] / sums[:, 1], signature)
+    return Statistics(name, parts, lambda sums: sums[:, 0] / sums[:, 1], signature)
 
 
-def _mean(name: str, values: Sequence[float], signature: str = "") -> Pieces:
+def _mean(name: str, values: Sequence[float], signature: str = "") -> Statistics:
     return ratio(name, values, [1.0] * len(values), signature)
 
 
 def _equal(name: str) -> Metric:
-    """The share of answers that are one of their references; space around them does not count."""
+    """The fraction of answers that equal a reference, apart from surrounding whitespace."""
 
-    def metric(answers: Texts, references: References, examples: Sequence[Example]) -> Pieces:
+    def metric(answers: Texts, references: References, examples: Sequence[Example]) -> Statistics:
         same = [answer.strip() in {r.strip() for r in refs} for answer, refs in zip(answers, references, strict=True)]
         return _mean(name, same)
 
     return metric
 
 
-def edit_distance(answers: Texts, references: References, examples: Sequence[Example]) -> Pieces:
-    """Mean of the Levenshtein distance over the length of the longer text: 0 for equal ones; lower is better."""
+def edit_distance(answers: Texts, references: References, examples: Sequence[Example]) -> Statistics:
+    """Mean Levenshtein distance divided by the length of the longer text; 0 for equal texts, lower is better."""
     of = Levenshtein.normalized_distance
     nearest = [min(of(answer, r) for r in refs) for answer, refs in zip(answers, references, strict=True)]
     return _mean("edit_distance", nearest, _version("rapidfuzz"))
 
 
 def _rouge(name: str) -> Metric:
-    """Mean of ROUGE's F-measure against the best reference, 0 to 1 (Lin 2004), with Porter's stemmer.
+    """Mean ROUGE F-measure against the best reference, 0 to 1 (Lin 2004), with Porter's stemmer.
 
-    Its words are of the letters a to z and digits: for English.
+    For English only: words consist of the letters a to z and digits.
     """
     kind = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}[name]
 
-    def metric(answers: Texts, references: References, examples: Sequence[Example]) -> Pieces:
+    def metric(answers: Texts, references: References, examples: Sequence[Example]) -> Statistics:
         scorer = RougeScorer([kind], use_stemmer=True)
         best = [scorer.score_multi(refs, answer)[kind].fmeasure
                 for answer, refs in zip(answers, references, strict=True)]  # fmt: skip
@@ -127,9 +127,9 @@ def _rouge(name: str) -> Metric:
 
 
 def _sacrebleu(name: str, make: Callable[[], Any]) -> Metric:
-    """A corpus metric of sacrebleu (Post 2018), 0 to 100, from what its own significance tests add up."""
+    """A corpus metric of sacrebleu (Post 2018), 0 to 100, from the statistics that its significance tests use."""
 
-    def metric(answers: Texts, references: References, examples: Sequence[Example]) -> Pieces:
+    def metric(answers: Texts, references: References, examples: Sequence[Example]) -> Statistics:
         own = make()
         most = max(map(len, references))
         streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
@@ -138,50 +138,51 @@ def _sacrebleu(name: str, make: Callable[[], Any]) -> Metric:
         def of_sums(sums: np.ndarray) -> np.ndarray:
             return np.array([own._compute_score_from_stats(row).score for row in sums.tolist()])
 
-        return Pieces(name, parts, of_sums, signature=str(own.get_signature()))
+        return Statistics(name, parts, of_sums, signature=str(own.get_signature()))
 
     return metric
 
 
-def f1(answers: Texts, references: References, examples: Sequence[Example]) -> Pieces:
-    """F1, 0 to 1: of entities where the examples have `tokens`, else of labels."""
+def f1(answers: Texts, references: References, examples: Sequence[Example]) -> Statistics:
+    """F1, 0 to 1: of entities if the examples have `tokens`, else of labels."""
     of_entities = all("tokens" in example.values for example in examples)
     return _f1_of_entities(answers, references, examples) if of_entities else _f1_of_labels(answers, references)
 
 
-def _f1_of_entities(answers: Texts, references: References, examples: Sequence[Example]) -> Pieces:
-    """All entities together; right are those with the same words and type (the default mode of seqeval)."""
+def _f1_of_entities(answers: Texts, references: References, examples: Sequence[Example]) -> Statistics:
+    """Micro-average over entities; correct ones have the same words and type (the default mode of seqeval)."""
     rows = []
     for answer, refs, example in zip(answers, references, examples, strict=True):
         tokens = example.values["tokens"].split()
         made, true = (set(get_entities(tags_of(text, tokens))) for text in (answer, refs[0]))
         rows.append([len(made & true), len(made) + len(true)])
     parts = np.array(rows, np.float64)
-    # without an entity anywhere it is 0, as in seqeval
+    # 0 if there are no entities at all, as in seqeval
     signature = f"{_version('seqeval')}|mode:default|average:micro"
-    return Pieces("f1", parts, lambda s: 2 * s[:, 0] / np.maximum(s[:, 1], 1), signature=signature)
+    return Statistics("f1", parts, lambda s: 2 * s[:, 0] / np.maximum(s[:, 1], 1), signature=signature)
 
 
-def _f1_of_labels(answers: Texts, references: References) -> Pieces:
-    """The mean over the labels of the F1 of each, from how often it was right, said and true; as scikit-learn does."""
-    said, true = ([text.strip() for text in texts] for texts in (answers, [refs[0] for refs in references]))
-    labels = sorted({*said, *true})
-    said_is, true_is = (np.array([[text == label for label in labels] for text in texts]) for texts in (said, true))
-    parts = np.stack([said_is & true_is, said_is, true_is], 1).astype(np.float64)  # [examples, 3, labels]
+def _f1_of_labels(answers: Texts, references: References) -> Statistics:
+    """Macro-average over labels, as in scikit-learn."""
+    predicted = [text.strip() for text in answers]
+    true = [refs[0].strip() for refs in references]
+    labels = sorted({*predicted, *true})
+    is_predicted, is_true = (np.array([[x == label for label in labels] for x in texts]) for texts in (predicted, true))
+    parts = np.stack([is_predicted & is_true, is_predicted, is_true], 1).astype(np.float64)  # [examples, 3, labels]
 
     def of_sums(sums: np.ndarray) -> np.ndarray:
-        right, said, true = np.moveaxis(sums.reshape(-1, 3, len(labels)), 1, 0)
-        there = said + true > 0  # a label that a sample does not hold has no F1
-        return (2 * right / np.maximum(said + true, 1)).sum(1) / there.sum(1)
+        correct, predicted, true = np.moveaxis(sums.reshape(-1, 3, len(labels)), 1, 0)
+        occurs = predicted + true > 0  # F1 is undefined for a label that does not occur in a sample
+        return (2 * correct / np.maximum(predicted + true, 1)).sum(1) / occurs.sum(1)
 
-    return Pieces("f1", parts.reshape(len(parts), -1), of_sums, signature="average:macro")
+    return Statistics("f1", parts.reshape(len(parts), -1), of_sums, signature="average:macro")
 
 
 def _version(library: str) -> str:
     return f"{library}:{metadata.version(library)}"
 
 
-bleu_of_a_text = _sacrebleu("bleu", partial(BLEU, effective_order=True))  # a short text has no n-grams of four
+bleu_of_a_text = _sacrebleu("bleu", partial(BLEU, effective_order=True))  # a short text may have no 4-grams
 
 METRICS: dict[str, Metric] = {
     "accuracy": _equal("accuracy"),

@@ -191,8 +191,8 @@ def _likelihoods(
                 ids = _ids(scorer.tokenizer, example, text)[1]
                 if not 1 <= len(ids) <= context:
                     raise DataError(
-                        f"{example.where}: the answer has {len(ids)} tokens; it must have 1 to {context}, the context of "
-                        f"{scorer.pretrained.name}"
+                        f"{example.where}: the answer has {len(ids)} tokens; it must have 1 to {context}, the "
+                        f"context of {scorer.pretrained.name}"
                     )
                 lengths.append(len(ids))
                 yield scoring.ScoreRequest(np.concatenate([prompt, ids])[-(context + 1) :], len(ids))

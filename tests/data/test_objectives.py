@@ -1,4 +1,4 @@
-"""Every objective asks for what it says, from what it says, and for nothing else."""
+"""Every objective predicts exactly the targets that it should, from the inputs that it should."""
 
 import json
 from itertools import pairwise
@@ -32,7 +32,7 @@ def objective_of(**fields) -> Objective:
 
 
 def text_windows(rows, length, seed=0) -> Windows:
-    """Rows of real words, each from a place of its own, without padding."""
+    """Rows of real words from different positions of a text, without padding."""
     ids = BYTES.encode(TEXT * (length // len(TEXT) + 3))
     starts = np.random.default_rng(seed).integers(0, 2 * len(TEXT), rows)
     ids = np.stack([ids[start : start + length + 1] for start in starts])
@@ -41,7 +41,7 @@ def text_windows(rows, length, seed=0) -> Windows:
 
 @st.composite
 def packed(draw, answers=False):
-    """Rows of documents of any lengths, padded; of each, where there are answers, a part is asked for."""
+    """Padded rows of documents of any lengths; with `answers` a random part of each is an answer."""
     size = draw(st.integers(2, 30))
     rows = []
     for _ in range(draw(st.integers(1, 3))):
@@ -66,7 +66,7 @@ def texts(windows):
 
 
 @given(packed(answers=True))
-def test_supervised_asks_for_the_answers_exactly(windows):
+def test_the_targets_of_supervised_are_the_answers(windows):
     batch = answer_batch(windows)
     expected = np.zeros(windows.ids.shape)
     for row, first, last in texts(windows):
@@ -81,23 +81,23 @@ def test_supervised_refuses_text_without_answers():
 
 
 @given(packed())
-def test_a_prefix_ends_inside_every_text_and_all_after_it_is_asked_for(windows):
+def test_a_prefix_ends_inside_every_text_and_all_after_it_is_a_target(windows):
     batch = prefix_batch(windows, rngs(len(windows.ids)))
-    asked = np.zeros(windows.ids.shape)
+    is_target = np.zeros(windows.ids.shape)
     for row, first, last in texts(windows):
         read = batch.prefix_mask[row, first:last]
         count = int(read.sum())
         assert read[:count].all() and count >= min(1, len(read)), "the prefix is the beginning"
         assert last - first == 1 or count < last - first, "and leaves something to ask for"
-        asked[row, first + count : last] = last - first > 1
-    np.testing.assert_array_equal(batch.loss_weights, asked[:, 1:])
+        is_target[row, first + count : last] = last - first > 1
+    np.testing.assert_array_equal(batch.loss_weights, is_target[:, 1:])
     assert not np.any(batch.prefix_mask & ~windows.valid[:, :-1]), "padding is no prefix"
     plain = causal_batch(windows)
     for field in ("tokens", "targets", "segment_ids", "positions"):
         np.testing.assert_array_equal(getattr(batch, field), getattr(plain, field))
 
 
-def test_prefixes_of_plain_text_end_everywhere_alike():
+def test_prefixes_of_plain_text_end_uniformly():
     ends = prefix_batch(text_windows(4000, 8), rngs(4000)).prefix_mask.sum(1)
     counts = np.bincount(ends, minlength=9)
     assert counts[0] == 0
@@ -124,13 +124,15 @@ def masked_batch(windows, seed=0, tokenizer=BYTES, others=None, **fields):
 
 @settings(deadline=None)
 @given(packed(), st.sampled_from([0.02, 0.15, 0.5]), st.booleans(), st.integers(0, 100))
-def test_masked_changes_and_asks_only_what_it_has_chosen(windows, rate, whole_words, seed):
+def test_masked_changes_and_predicts_only_the_chosen_tokens(windows, rate, whole_words, seed):
     batch = masked_batch(windows, seed, mask_rate=rate, whole_words=whole_words)
     valid = windows.valid[:, :-1]
     np.testing.assert_array_equal(batch.targets, windows.ids[:, :-1])
-    assert np.all((batch.tokens == batch.targets) | (batch.loss_weights == 1)), "what is not asked for stays"
+    assert np.all((batch.tokens == batch.targets) | (batch.loss_weights == 1)), (
+        "inputs that are no targets are unchanged"
+    )
     assert not np.any(batch.loss_weights[~valid])
-    np.testing.assert_array_equal(batch.loss_weights.any(1), valid.any(1)), "each row asks for something"
+    np.testing.assert_array_equal(batch.loss_weights.any(1), valid.any(1)), "each row has a target"
     if not whole_words:
         expected = rate * valid.sum(1)
         assert np.all(np.abs(batch.loss_weights.sum(1) - expected) < np.maximum(1, 1 - expected + 1e-6))
@@ -143,22 +145,22 @@ def test_masked_changes_and_asks_only_what_it_has_chosen(windows, rate, whole_wo
 def test_masked_keeps_berts_rates():
     windows = text_windows(2000, 50)
     batch = masked_batch(windows)
-    asked = batch.loss_weights == 1
-    places, rate = asked.size, asked.mean()
-    assert abs(rate - 0.15) < 4 * np.sqrt(0.15 * 0.85 / places)
-    assert np.all(np.abs(asked.mean(0) - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 2000)), "every place alike"
+    is_target = batch.loss_weights == 1
+    positions, rate = is_target.size, is_target.mean()
+    assert abs(rate - 0.15) < 4 * np.sqrt(0.15 * 0.85 / positions)
+    assert np.all(np.abs(is_target.mean(0) - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 2000)), "every position alike"
     hidden, same = batch.tokens == 257, batch.tokens == batch.targets
-    counts = np.array([(asked & hidden).sum(), (asked & ~hidden & ~same).sum(), (asked & same).sum()])
+    counts = np.array([(is_target & hidden).sum(), (is_target & ~hidden & ~same).sum(), (is_target & same).sum()])
     lucky = 1 / 256  # a random token that is the one that stood there
-    expected = asked.sum() * np.array([0.8, 0.1 * (1 - lucky), 0.1 + 0.1 * lucky])
+    expected = is_target.sum() * np.array([0.8, 0.1 * (1 - lucky), 0.1 + 0.1 * lucky])
     assert ((counts - expected) ** 2 / expected).sum() < 18.4  # chi-square, 2 degrees of freedom, p = 1e-4
-    replaced = np.bincount(batch.tokens[asked & ~hidden & ~same], minlength=258)
+    replaced = np.bincount(batch.tokens[is_target & ~hidden & ~same], minlength=258)
     assert replaced[256] == replaced[257] == 0, "only tokens that stand for text"
     assert (replaced[:256] > 0).mean() > 0.9
     assert not np.array_equal(batch.tokens, masked_batch(windows, seed=1).tokens)
 
 
-def test_the_end_of_a_text_is_never_asked_for():
+def test_the_end_of_text_token_is_never_a_target():
     windows = text_windows(50, 20)
     windows.ids[:, ::3] = END
     batch = masked_batch(windows, mask_rate=0.9)
@@ -168,19 +170,19 @@ def test_the_end_of_a_text_is_never_asked_for():
 def test_whole_words_are_never_split():
     windows = text_windows(300, 120)
     batch = masked_batch(windows, whole_words=True)
-    for row, asked in zip(windows.ids, batch.loss_weights, strict=True):
+    for row, is_target in zip(windows.ids, batch.loss_weights, strict=True):
         inside = [byte >= 128 or chr(byte).isalnum() for byte in row.tolist()]
-        for i in range(1, len(asked)):
+        for i in range(1, len(is_target)):
             if inside[i] and inside[i - 1]:
-                assert asked[i] == asked[i - 1], f"{bytes(row.astype(np.uint8))!r} is split at {i}"
+                assert is_target[i] == is_target[i - 1], f"{bytes(row.astype(np.uint8))!r} is split at {i}"
     assert 0.15 < batch.loss_weights.mean() < 0.2, "the last word may go beyond the share"
 
 
 def test_words_end_where_documents_do():
     ids = np.full((200, 9), ord("a"), np.int32)
     documents = np.array([[1] * 4 + [2] * 5] * 200, np.int32)
-    asked = masked_batch(Windows(ids, documents > 0, documents), whole_words=True).loss_weights
-    assert {tuple(row) for row in asked.tolist()} == {(1, 1, 1, 1, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1, 1, 1)}
+    is_target = masked_batch(Windows(ids, documents > 0, documents), whole_words=True).loss_weights
+    assert {tuple(row) for row in is_target.tolist()} == {(1, 1, 1, 1, 0, 0, 0, 0), (0, 0, 0, 0, 1, 1, 1, 1)}
 
 
 WORDPIECE = json.dumps(
@@ -207,7 +209,7 @@ WORDPIECE = json.dumps(
 )
 
 
-def test_words_of_wordpiece_go_on_with_its_endings_only():
+def test_words_of_wordpiece_continue_with_its_endings_only():
     tokenizer = WordPieceTokenizer(WORDPIECE)
     objective = objective_of(name="mlm", whole_words=True, next_sentence=True)
     v = mask_vocabulary(tokenizer, objective.extra_tokens())
@@ -216,12 +218,12 @@ def test_words_of_wordpiece_go_on_with_its_endings_only():
     assert v.extra == [3, 1, 2, 9 + 3, 9 + 4], "its own [MASK], [CLS] and [SEP], and new ids for the answers"
     ids = np.tile(tokenizer.encode("a dog plays playing dogs"), (100, 1))  # a dog play ##s play ##ing dog ##s
     windows = Windows(np.pad(ids, ((0, 0), (0, 1))), np.pad(ids > 0, ((0, 0), (0, 1))), None)
-    asked = masked_batch(windows, tokenizer=tokenizer, whole_words=True, mask_rate=0.3).loss_weights
-    assert np.array_equal(asked[:, 2::2], asked[:, 3::2])
-    assert np.any(asked[:, 0] != asked[:, 1]), "whole words stay apart"
+    is_target = masked_batch(windows, tokenizer=tokenizer, whole_words=True, mask_rate=0.3).loss_weights
+    assert np.array_equal(is_target[:, 2::2], is_target[:, 3::2])
+    assert np.any(is_target[:, 0] != is_target[:, 1]), "words are chosen independently"
 
 
-def test_next_sentence_takes_the_second_half_from_elsewhere_half_of_the_time():
+def test_half_of_the_second_sentences_are_negatives():
     rows, length = 2000, 20
     here = np.tile(np.arange(length + 1, dtype=np.int32), (rows, 1))
     windows, others = (Windows(ids, np.ones(ids.shape, bool), None) for ids in (here, here + 100))
@@ -241,19 +243,19 @@ def test_next_sentence_takes_the_second_half_from_elsewhere_half_of_the_time():
 
 @given(packed(), packed(), st.integers(0, 100))
 @settings(deadline=None)
-def test_the_length_of_a_pair_does_not_tell_whether_it_is_one(windows, others, seed):
+def test_the_length_of_a_pair_does_not_depend_on_its_label(windows, others, seed):
     size, rows = min(x.ids.shape[1] for x in (windows, others)), min(len(x.ids) for x in (windows, others))
     windows, others = (Windows(x.ids[:rows, :size], x.valid[:rows, :size], None) for x in (windows, others))
     batch = masked_batch(windows, seed, others=others, next_sentence=True)
     for row in range(rows):
         left = min(size - 3, windows.valid[row].sum(), others.valid[row].sum())
         assert batch.segment_ids[row].sum() == (left + 2 if left >= 2 else 0)
-        assert batch.loss_weights[row].any() == (left >= 2), "a row without two halves asks for nothing"
+        assert batch.loss_weights[row].any() == (left >= 2), "a row without two halves has no target"
 
 
 @settings(deadline=None)
 @given(packed(), st.booleans(), st.integers(0, 1000))
-def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
+def test_a_rearranged_text_can_be_restored(windows, has_end, seed):
     tokenizer = BYTES if has_end else CharTokenizer("".join(map(chr, range(256))), has_eos=False)
     objective = objective_of(name="fim", fim_rate=1.0)
     marks = extra_ids(objective.extra_tokens(), tokenizer)
@@ -275,7 +277,7 @@ def test_a_text_that_was_rearranged_can_be_put_back(windows, has_end, seed):
         assert beginning + middle + rest == original[: len(original) - 3 - has_end]
 
 
-def test_fill_in_rearranges_its_share_and_cuts_everywhere():
+def test_fim_rearranges_its_share_and_cuts_uniformly():
     objective = objective_of(name="fim", fim_rate=0.3)
     tokens = objective.batch_maker(BYTES)(text_windows(3000, 12), rngs(3000), None).tokens
     changed = tokens[:, 0] == 257

@@ -97,11 +97,11 @@ def test_entities_survive_a_round_trip_through_text():
     assert sum(same) / len(same) >= 0.99
 
 
-def test_the_task_in_the_readme_works(tmp_path):
+def test_the_task_in_the_documentation_works(tmp_path):
     """In a copy of the package, as a user who works in a clone has it."""
     shutil.copytree(ROOT / "gptjax", tmp_path / "gptjax", ignore=shutil.ignore_patterns("__pycache__"))
-    own = (ROOT / "README.md").read_text().split("A task of\nyour own")[1]
-    block = re.findall(r"```python\n(.*?)```", own, re.DOTALL)[0]
+    page = (ROOT / "docs" / "fine-tuning.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "TASK = Task(" in b)
     (tmp_path / "gptjax/data/tasks/headlines.py").write_text(block)
     rows = [f'"The river rose, by {i} feet. It fell again.",River rises {i} feet' for i in range(60)]
     (tmp_path / "headlines.csv").write_text("text,headline\n" + "\n".join(rows))

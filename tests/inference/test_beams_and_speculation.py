@@ -11,11 +11,12 @@ from conftest import tiny_model
 from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.beams import BeamConfig, beam_search
+from gptjax.inference.drafters import DraftModel, PromptLookup
 from gptjax.inference.engine import make_engine
 from gptjax.inference.generate import Request, generate
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.sampling import SamplingParams
-from gptjax.inference.speculative import DraftModel, PromptLookup, Tally, speculate
+from gptjax.inference.speculative import Tally, speculate
 from gptjax.model.gpt import GPT, init_params
 
 GREEDY = SamplingParams(temperature=0)

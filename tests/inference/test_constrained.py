@@ -13,11 +13,12 @@ pytest.importorskip("llguidance")
 from gptjax.data.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.errors import PromptError
 from gptjax.inference.constrained import Grammar
+from gptjax.inference.drafters import PromptLookup
 from gptjax.inference.generate import generate
 from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
 from gptjax.inference.sampling import SamplingParams
-from gptjax.inference.speculative import PromptLookup, speculate
+from gptjax.inference.speculative import speculate
 from gptjax.model.gpt import init_params
 
 SCHEMA = {

@@ -164,7 +164,7 @@ def test_a_table_that_peft_trained_is_read_and_refused_where_the_head_tied_to_it
                 wanted = model(torch.asarray(TEXT)).logits.numpy()
             model.save_pretrained(folder)
         if tied:
-            with pytest.raises(ExchangeError, match=r"wte.lora_embedding_A changes the token embedding, which this model"):
+            with pytest.raises(ExchangeError, match=r"lora_embedding_A changes the token embedding, which this"):
                 open_model(str(folder))
         else:
             read = open_model(str(folder))

@@ -243,7 +243,8 @@ if e.name == "bad":
 folder.mkdir()
 (folder / "experiment.json").write_text(e.to_json())
 (folder / "provenance.json").write_text(json.dumps({"started": datetime.now(UTC).isoformat(timespec="seconds")}))
-result = {"steps": e.train.steps, "val_loss": 1 + 4 * e.train.steps**-0.4 + NOISE.get(e.train.steps, 0.0), "seconds": 1.0}
+loss = 1 + 4 * e.train.steps**-0.4 + NOISE.get(e.train.steps, 0.0)
+result = {"steps": e.train.steps, "val_loss": loss, "seconds": 1.0}
 (folder / "result").write_text(json.dumps(result))
 (folder / "result").rename(folder / "result.json")
 """

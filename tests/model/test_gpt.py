@@ -191,6 +191,19 @@ def test_the_cache_changes_nothing(changes):
         np.testing.assert_allclose(logits, np.take_along_axis(expected, positions[..., None], 1), atol=tolerance)
 
 
+@every_variant
+def test_no_dtype_is_promoted_implicitly(changes):
+    """In the loss and its gradient; traced only, which needs no compilation."""
+    model = tiny_model(**changes)
+    params, tokens = random_params(model), random_tokens(model)
+
+    def loss(p):
+        return ops.cross_entropy(GPT(model).apply({"params": p}, tokens), tokens)[0].mean()
+
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(jax.grad(loss), params)
+
+
 RICH = dict(dropout=0.3, positions="rope", ffn="swiglu")
 
 

@@ -1,6 +1,5 @@
 """Distillation against the sum over all tokens in float64."""
 
-
 import jax
 import numpy as np
 import pytest

@@ -238,7 +238,7 @@ def test_what_is_learnt_beside_a_model_goes_on_bit_for_bit_and_knows_that_model(
                            "data.column": "a", "train.sample_tokens": 0})  # fmt: skip
     shutil.rmtree(tmp_path / "other")
     train.train(other, tmp_path / "other")
-    with pytest.raises(RunError, match=r"the weights of the model beside it \(SHA-256\): '\w+' there, '\w+' now"):
+    with pytest.raises(RunError, match=r"weights of the reference model \(SHA-256\): '\w+' in the run, '\w+' now"):
         train.train(e, tmp_path / "beside another")
     shutil.rmtree(tmp_path / "other")
     assert train.train(e, tmp_path / "whole")["steps"] == 6, "a finished run needs no other"

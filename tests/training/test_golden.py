@@ -134,3 +134,10 @@ def test_old_spellings_in_json_are_read(number):
         unlike = sorted(map(repr, old[section].values())), sorted(map(repr, new[section].values()))
         renamed = {repr(old["objective"]["name"]), repr(new["objective"]["name"])}
         assert [x for x in unlike[0] if x not in renamed] == [x for x in unlike[1] if x not in renamed], section
+
+
+def test_a_pattern_that_froze_an_untied_head_still_does():
+    old = json.loads((GOLDEN / "experiments.json").read_text())[3]
+    assert Experiment.from_json(json.dumps(old)).optim.freeze == ("embedding.*",)  # tied: there is no head
+    old["model"]["tie_embeddings"] = False
+    assert Experiment.from_json(json.dumps(old)).optim.freeze == ("embedding.*", "head.*")

@@ -144,10 +144,10 @@ def test_a_gradient_alone_that_is_not_finite_is_named(tmp_path):
     assert np.isfinite(found.loss) and found.forward is None and not found.samples
     assert found.backward == "blocks.attention of layer 1"
     norm_alone = dataclasses.replace(found, backward=None, grad_norm=float("inf"))
-    assert "every gradient is finite, their norm overflows" in str(norm_alone)
+    assert "gradient of every module are finite, but the gradient norm overflows" in str(norm_alone)
 
 
-def test_usual_loss_is_the_mean_of_the_losses_taken_and_the_limit_is_in_sigma(tmp_path):
+def test_recent_loss_is_the_mean_of_the_losses_taken_and_the_limit_is_in_sigma(tmp_path):
     e = tiny_run(tmp_path)
     setup = build_train_setup(e, one_device())
     state = create_state(setup.experiment, setup.tx, setup.abstract)

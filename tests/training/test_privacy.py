@@ -167,7 +167,7 @@ def test_noise_is_normal_and_its_own_in_every_weight_and_step(library):
     assert np.abs(correlations).max() < 4.5 / math.sqrt(2000)
 
 
-def test_the_noise_is_in_every_update_and_on_what_is_learnt_alone(library, tiny):
+def test_the_noise_is_in_every_update_and_only_on_trainable_weights(library, tiny):
     model, state, batch = tiny
     trainable = jax.tree.map_with_path(lambda path, x: path[0].key != "embedding", state.params)
     tx = optax.sgd(1.0)
@@ -230,12 +230,12 @@ def test_an_example_has_a_window_of_its_own(tmp_path, finished_run):
     assert batch.segment_ids is None or batch.segment_ids.max() <= 1
 
 
-def test_draws_go_on_after_a_change_of_what_is_asked_for(tmp_path):
+def test_draws_continue_after_a_change_of_the_mask(tmp_path):
     e = tiny_run(tmp_path, **PRIVATE | {"train.batch_size": 32})
     before = build_train_setup(e, one_device()).batches
     after = build_train_setup(e.override({"data.document_mask": True}), one_device()).batches
     after.seek(before.position(100))
-    assert after.position(100).next == 0
+    assert after.position(100).next_example == 0
     np.testing.assert_array_equal(after.example_ids(100), before.example_ids(100))
     assert not np.array_equal(after.example_ids(100), before.example_ids(0))
 
@@ -277,7 +277,7 @@ def test_what_a_run_spends(library):
 
 
 @pytest.mark.usefixtures("single_device")
-def test_a_private_run_says_what_it_promises_and_goes_on_bitwise(library, tmp_path, capfd):
+def test_a_private_run_reports_epsilon_and_resumes_bitwise(library, tmp_path, capfd):
     e = tiny_run(tmp_path, **PRIVATE | {"model.dropout": 0.1, "train.batch_size": 32})
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     result = train(e, whole)
@@ -287,13 +287,13 @@ def test_a_private_run_says_what_it_promises_and_goes_on_bitwise(library, tmp_pa
     shutil.copytree(whole, halved)
     train(e, halved, rollback_to=3)
     assert_same(restored(whole), restored(halved))
-    with pytest.raises(RunError, match=r"train\.batch_size cannot change on the way"):
+    with pytest.raises(RunError, match=r"so train\.batch_size cannot change; choose another --run-dir"):
         train(e.override({"train.batch_size": 64, "train.steps": 9}), halved, allow_changes=True)
     longer = train(e.override({"train.steps": 9}), halved, allow_changes=True)
     assert longer["epsilon"] > epsilon
     assert json.loads((halved / "result.json").read_text())["epsilon"] == longer["epsilon"]
-    told = "\n".join(replay(open_run(whole), 5))
-    assert "the run   logged" in told and "the same" in told
+    text = "\n".join(replay(open_run(whole), 5))
+    assert "the run   logged" in text and "the same" in text
 
 
 def test_what_cannot_be_private_is_refused_before_anything_runs():
@@ -302,7 +302,9 @@ def test_what_cannot_be_private_is_refused_before_anything_runs():
         check(Experiment().override({"optim.noise_multiplier": 1.0} | fields))
     for name in ("dpo", "grpo"):
         e = Experiment().override({"optim.noise_multiplier": 1.0, "objective.name": name})
-        with pytest.raises(ConfigError, match="windows that are learnt from one by one"):
+        with pytest.raises(
+            ConfigError, match=r"gradient for each window, and objective.name = .* reads several windows together"
+        ):
             check(e)
     with pytest.raises(ConfigError, match=r"train\.batch_size = 8: .* choose 24 or more"):
         check(Experiment().override({"optim.noise_multiplier": 1.0, "train.batch_size": 8}))

@@ -142,7 +142,7 @@ def test_long_prompts_lose_their_beginning_and_are_counted(register):
     assert figures["exact_match"] == 1.0 and predictions[0].prompt == rows[0]["x"], "kept whole in what is written"
     with pytest.raises(PromptError, match="the context of chain is 64, and 64 tokens are reserved for an answer"):
         evaluate_task(chain("a"), register(rows, max_new_tokens=64))
-    with pytest.raises(DataError, match=r"rows.txt:1: the answer has 71 tokens; 1 to 64"):
+    with pytest.raises(DataError, match=r"rows.txt:1: the answer has 71 tokens; it must have 1 to 64"):
         evaluate_task(chain("a"), register([{"x": "a", "y": "b" * 70}]))
 
 
@@ -169,5 +169,5 @@ def test_a_limit_draws_examples_and_keeps_their_order(register):
     assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
     numbers = [int(where.split(":")[1]) for where in drawn[0]]
     assert numbers == sorted(numbers) and len(set(numbers)) == 5 and numbers != [1, 2, 3, 4, 5]
-    with pytest.raises(DataError, match="task:ours: its test side has no example"):
+    with pytest.raises(DataError, match="task:ours: its test split has no example"):
         evaluate_task(chain("1ab"), register([]))

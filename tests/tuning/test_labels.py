@@ -48,7 +48,8 @@ def register(monkeypatch, tmp_path):
 
     def make(rows, **given) -> Task:
         task = Task(
-            name="ours", summary="", load_rows=lambda split, folder: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
+            name="ours", summary="",
+            load_rows=lambda split, folder: ((r, f"rows.txt:{i}") for i, r in enumerate(rows, 1)),
             baseline="majority", source="", licence="", **given,
         )  # fmt: skip
         monkeypatch.setitem(tasks.TASKS, "ours", task)
@@ -127,8 +128,8 @@ def test_a_model_of_other_labels_or_of_too_short_a_context_is_refused(register):
         DataError, match=r"random: predicts yes, no, but task:ours expects the labels O, .*; use a model"
     ):
         evaluate_task(random_model(("yes", "no")), tasks.TASKS["ours"])
-    with pytest.raises(DataError, match=r"rows.txt:\d: its labelled words are \d+ tokens long, .* random holds 8;"):
+    with pytest.raises(DataError, match=r"rows.txt:\d: its labelled words are \d+ tokens long, .* random is 8;"):
         evaluate_task(random_model(TAGS, context=8), tasks.TASKS["ours"])
     dialogue = register([{"x": "a", "y": "b"}], prompt="{x}", answer="{y}", metrics=("chrf",))
-    with pytest.raises(DataError, match="task:ours asks for text"):
+    with pytest.raises(DataError, match="task:ours expects text"):
         evaluate_task(random_model(TAGS), dialogue)
