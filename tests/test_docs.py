@@ -49,6 +49,7 @@ SHORT = {  # command -> options that make it short, if the document does not set
     "sweep": {"--seeds": "1"},
     "eval": {"--limit": "4"},
     "profile": {"--steps": "2"},
+    "replay": {"--step": "5"},
 }  # fmt: skip
 SHORT_SWEEP = ("train.steps=4", "optim.warmup_steps=1", "train.eval_every=0", "train.checkpoint_every=2")
 

@@ -121,7 +121,7 @@ def check_imports(run: Run, store: Store | None) -> None:
     for field, name in named.items():
         raise RunError(
             f"{run.folder}: {field} = {name!r} names code, which is imported for an "
-            "experiment file only; evaluate the run with --data or --task"
+            "experiment file only; evaluate the run with --data or --tasks"
         )
 
 

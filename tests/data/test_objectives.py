@@ -128,9 +128,7 @@ def test_masked_changes_and_predicts_only_the_chosen_tokens(windows, rate, whole
     batch = masked_batch(windows, seed, mask_rate=rate, whole_words=whole_words)
     valid = windows.valid[:, :-1]
     np.testing.assert_array_equal(batch.targets, windows.ids[:, :-1])
-    assert np.all((batch.tokens == batch.targets) | (batch.loss_weights == 1)), (
-        "inputs that are no targets are unchanged"
-    )
+    assert np.all((batch.tokens == batch.targets) | (batch.loss_weights == 1)), "other inputs are unchanged"
     assert not np.any(batch.loss_weights[~valid])
     np.testing.assert_array_equal(batch.loss_weights.any(1), valid.any(1)), "each row has a target"
     if not whole_words:
@@ -146,12 +144,12 @@ def test_masked_keeps_berts_rates():
     windows = text_windows(2000, 50)
     batch = masked_batch(windows)
     is_target = batch.loss_weights == 1
-    positions, rate = is_target.size, is_target.mean()
-    assert abs(rate - 0.15) < 4 * np.sqrt(0.15 * 0.85 / positions)
+    rate = is_target.mean()
+    assert abs(rate - 0.15) < 4 * np.sqrt(0.15 * 0.85 / is_target.size)
     assert np.all(np.abs(is_target.mean(0) - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 2000)), "every position alike"
     hidden, same = batch.tokens == 257, batch.tokens == batch.targets
     counts = np.array([(is_target & hidden).sum(), (is_target & ~hidden & ~same).sum(), (is_target & same).sum()])
-    lucky = 1 / 256  # a random token that is the one that stood there
+    lucky = 1 / 256  # the random token is the original one
     expected = is_target.sum() * np.array([0.8, 0.1 * (1 - lucky), 0.1 + 0.1 * lucky])
     assert ((counts - expected) ** 2 / expected).sum() < 18.4  # chi-square, 2 degrees of freedom, p = 1e-4
     replaced = np.bincount(batch.tokens[is_target & ~hidden & ~same], minlength=258)
@@ -213,8 +211,8 @@ def test_words_of_wordpiece_continue_with_its_endings_only():
     tokenizer = WordPieceTokenizer(WORDPIECE)
     objective = objective_of(name="mlm", whole_words=True, next_sentence=True)
     v = mask_vocabulary(tokenizer, objective.extra_tokens())
-    assert np.flatnonzero(v.goes_on).tolist() == [5, 6]
-    assert np.flatnonzero(v.text).tolist() == [4, 5, 6, 7, 8]
+    assert np.flatnonzero(v.continues_word).tolist() == [5, 6]
+    assert np.flatnonzero(v.is_text).tolist() == [4, 5, 6, 7, 8]
     assert v.extra == [3, 1, 2, 9 + 3, 9 + 4], "its own [MASK], [CLS] and [SEP], and new ids for the answers"
     ids = np.tile(tokenizer.encode("a dog plays playing dogs"), (100, 1))  # a dog play ##s play ##ing dog ##s
     windows = Windows(np.pad(ids, ((0, 0), (0, 1))), np.pad(ids > 0, ((0, 0), (0, 1))), None)
@@ -283,7 +281,7 @@ def test_fim_rearranges_its_share_and_cuts_uniformly():
     changed = tokens[:, 0] == 257
     assert abs(changed.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 3000)
     assert np.array_equal(changed, (tokens == 258).any(1)), "a text is rearranged or left as it is"
-    lengths = (tokens[changed] == 258).argmax(1) - 1  # of the prefix: the smaller of two uniform places in 0 to 9
+    lengths = (tokens[changed] == 258).argmax(1) - 1  # of the prefix: the smaller of two uniform cuts in 0 to 9
     expected = np.array([2 * (9 - i) + 1 for i in range(10)]) / 100 * changed.sum()
     assert ((np.bincount(lengths, minlength=10) - expected) ** 2 / expected).sum() < 33.7  # 9 degrees, p = 1e-4
 

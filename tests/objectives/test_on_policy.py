@@ -177,7 +177,7 @@ def test_a_run_writes_what_scores_well_and_goes_on_bit_for_bit(tmp_path, finishe
         train.train(e, tmp_path / "in pieces")
     train.train(e, tmp_path / "in pieces")
     assert_same(restored(tmp_path / "whole"), restored(tmp_path / "in pieces"))
-    with pytest.raises(RunError, match="names a function, which is imported for an experiment file only"):
+    with pytest.raises(RunError, match="names code, which is imported for an experiment file only"):
         evaluate_run(open_run(tmp_path / "whole"))
 
 
