@@ -1,6 +1,6 @@
 """Self-attention: MHA, GQA and MQA with every kind of position, window and mask, in training and with a KV cache."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         """
         config = self.config
 
-        def attend_chunk(chunk: tuple[Array, Array, Array, Array | None]) -> Array:
+        def attend_chunk(chunk: tuple[Any, ...]) -> Array:
             query, index, positions, segments = chunk
             chunk_mask = mask._replace(query_positions=positions, query_segments=segments)
             factors = None

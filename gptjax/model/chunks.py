@@ -33,7 +33,7 @@ def map_in_chunks(function: Callable[[Any], Any], arrays: Any, chunks: int, axis
     chunk_size = -(-size // chunks)
     padding = chunk_size * chunks - size
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: Any) -> jax.Array:
         padded = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)], mode="edge")
         return padded.reshape(*x.shape[:axis], chunks, chunk_size, *x.shape[axis + 1 :]).swapaxes(0, axis)
 

@@ -67,8 +67,8 @@ DAMAGES = [
     (spoil("metrics.jsonl", '{"step": "x"}\n'), "metrics.jsonl, line 1: is damaged"),
     (spoil("provenance.json", "\x00"), "provenance.json: is damaged"),
     (lambda run: (run / "provenance.json").unlink(), "provenance.json: No such file"),
-    (lambda run: (run / "experiment.json").unlink(), "holds no experiment.json"),
-    (replace_by("metrics.jsonl", lambda path: path.symlink_to("/etc/hostname")), "leads out of the run folder"),
+    (lambda run: (run / "experiment.json").unlink(), "has no experiment.json"),
+    (replace_by("metrics.jsonl", lambda path: path.symlink_to("/etc/hostname")), "is a link out of the run folder"),
     (replace_by("metrics.jsonl", os.mkfifo), "neither a file nor a folder"),
     (replace_by("metrics.jsonl", lambda path: path.mkdir()), "Is a directory"),
 ]

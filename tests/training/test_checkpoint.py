@@ -330,7 +330,7 @@ source, target, how = sys.argv[1:]
 e = open_run(Path(source)).experiment
 setup = build_train_setup(e, one_device())
 state = restore_state(checkpoint.choose(Path(source) / "checkpoints"), setup.abstract, e)
-writer = checkpoint.Writer(Path(target), 1, 0)
+writer = checkpoint.CheckpointWriter(Path(target), 1, 0)
 if how == "full":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))

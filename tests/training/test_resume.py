@@ -380,7 +380,7 @@ run = open_run(Path(sys.argv[1]))
 setup = build_train_setup(run.experiment)
 found = checkpoint.choose(run.checkpoints)
 with jax.set_mesh(setup.mesh):
-    writer = checkpoint.Writer(Path(sys.argv[2]), 1, 0)
+    writer = checkpoint.CheckpointWriter(Path(sys.argv[2]), 1, 0)
     writer.save(restore_state(found, setup.abstract, setup.experiment), found.position)
     writer.close()
 """

@@ -76,7 +76,7 @@ def test_last_and_best_checkpoints_are_kept(tmp_path):
     assert [c.step for c in checkpoint.listing(run.checkpoints)] == sorted({7, 8, best})
     assert checkpoint.choose(run.checkpoints, "best").step == best
     assert load_params(run, "last")[1] == 8
-    with pytest.raises(RunError, match="has no checkpoint '3'; there are last, best and the steps"):
+    with pytest.raises(RunError, match="has no checkpoint '3'; choose last, best or one of the steps"):
         checkpoint.choose(run.checkpoints, "3")
 
 
