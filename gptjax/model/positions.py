@@ -123,4 +123,4 @@ class AttentionMask(NamedTuple):
         mask = rules[0]
         for rule in rules[1:]:
             mask = mask & rule
-        return mask
+        return jnp.asarray(mask)  # segments alone may be NumPy arrays
