@@ -1,6 +1,7 @@
 """A picture of the layers of gptjax, made from the imports of its modules."""
 
 import ast
+import functools
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "gptjax"
@@ -22,6 +23,7 @@ def layers() -> list[list[str]]:
     return result
 
 
+@functools.cache
 def package_graph() -> dict[str, set[str]]:
     """Package -> the packages that it imports. `base` stands for the modules that import no package."""
     graph: dict[str, set[str]] = {}

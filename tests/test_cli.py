@@ -91,7 +91,7 @@ def test_the_same_command_again_has_nothing_to_do(finished, in_process):
     assert code == 2 and "train.steps: 8 in the run, 9 now" in err
 
 
-def test_what_a_finished_run_wrote_stands_although_its_checkpoint_was_damaged(finished, tmp_path):
+def test_results_of_a_finished_run_survive_a_damaged_checkpoint(finished, tmp_path):
     path, intact, _, _ = finished
     run = shutil.copytree(intact, tmp_path / "run")
     arrays = [p for p in (run / "checkpoints/00000008").rglob("*") if p.is_file()]

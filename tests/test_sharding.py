@@ -68,7 +68,7 @@ def test_three_cores_train_as_one_does_and_resume_bitwise(tmp_path):
         process = start(file, tmp_path / cores, JAX_NUM_CPU_DEVICES=cores)
         output[cores] = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 0, output[cores]
-    assert "(3 cores, each" in output["3"] and "cores, each" not in output["1"]
+    assert "(3 cores, data-parallel)" in output["3"] and "data-parallel" not in output["1"]
     one, three = (json.loads((tmp_path / cores / "result.json").read_text()) for cores in ("1", "3"))
     assert three["val_loss"] == pytest.approx(one["val_loss"], abs=1e-4)
 

@@ -79,7 +79,7 @@ class TaskEvaluation:
 def prepare(options: "Evaluation", task: "Task") -> TaskEvaluation:
     """Checks the options for a task. Raises `GptjaxError` if it cannot be evaluated, before a model is loaded."""
     try:
-        from gptjax.tuning import tasks  # noqa: F401
+        import gptjax.tuning.tasks  # noqa: F401
     except ModuleNotFoundError as e:
         raise GptjaxError(
             f"--tasks: needs a library that is not installed ({e}); pip install 'gptjax[tasks]'"

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from gptjax.model.gpt import GPT
 from gptjax.objectives import make_objective
 from gptjax.objectives.base import TrainObjective, make_train_objective
 from gptjax.objectives.losses import Metrics
+from gptjax.objectives.reference import ReferenceModel
 from gptjax.training.checkpoint import Checkpoint
 from gptjax.training.initial import (
     InitialModel,
@@ -72,10 +73,7 @@ class TrainSetup:
 
     def grad_fn(self, model: GPT) -> GradFn:
         """The gradient function of the experiment, for a model that may differ in remat or layout."""
-        trainable = trainable_mask(self.experiment)
-        if self.privacy is None:
-            return mean_gradient(model, self.objective.loss, trainable)
-        return private_gradient(model, self.objective.loss, trainable, self.privacy)
+        return _grad_fn(self.experiment, model, self.objective, self.privacy)
 
 
 def enable_compilation_cache() -> None:
@@ -109,21 +107,24 @@ def build_train_setup(
         mesh = sharding.make_mesh(e.mesh, groups, num_params(e.model)["total"])
     tx = make_optimizer(e)
     batches = DataLoader(store, e, objective)
-    setup = TrainSetup(
+    train_objective = make_train_objective(objective, store.tokenizer, mesh, opened)
+    privacy = dp_config(e, batches.sampler)
+    abstract = abstract_state(e, tx, mesh)
+    train, evaluate, lower = _compiled(e, mesh, abstract, train_objective, privacy, tx)
+    return TrainSetup(
         experiment=e,
         store=store,
         batches=batches,
         mesh=mesh,
-        abstract=abstract_state(e, tx, mesh),
+        abstract=abstract,
         initial=initial,
-        objective=make_train_objective(objective, store.tokenizer, mesh, opened),
-        privacy=dp_config(e, batches.sampler),
+        objective=train_objective,
+        privacy=privacy,
         tx=tx,
-        train_step=_not_compiled,
-        eval_step=_not_compiled,
-        lower=_not_compiled,
+        train_step=train,
+        eval_step=evaluate,
+        lower=lower,
     )
-    return _compiled(setup)
 
 
 def _resolve(experiment: Experiment, store: Store, initial: InitialModel | None) -> Experiment:
@@ -142,34 +143,45 @@ def _resolve(experiment: Experiment, store: Store, initial: InitialModel | None)
     return e
 
 
-def _compiled(setup: TrainSetup) -> TrainSetup:
-    """The setup with its compiled functions (jax compiles at the first call)."""
-    model, mesh, reference = GPT(setup.experiment.model), setup.mesh, setup.objective.reference
+def _grad_fn(e: Experiment, model: GPT, objective: TrainObjective, privacy: DPConfig | None) -> GradFn:
+    trainable = trainable_mask(e)
+    if privacy is None:
+        return mean_gradient(model, objective.loss, trainable)
+    return private_gradient(model, objective.loss, trainable, privacy)
+
+
+def _compiled(
+    e: Experiment,
+    mesh: jax.sharding.Mesh,
+    abstract: TrainState,
+    objective: TrainObjective,
+    privacy: DPConfig | None,
+    tx: optax.GradientTransformation,
+) -> list[Callable[..., Any]]:
+    """`train_step`, `eval_step` and `lower` of the setup. jax compiles at the first call."""
+    model = GPT(e.model)
     compiled = partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     replicated = NamedSharding(mesh, PartitionSpec())
     per_core = NamedSharding(mesh, PartitionSpec(sharding.CORES)) if mesh.shape[sharding.CORES] > 1 else replicated
     update = partial(
         train_step,
-        grad_fn=setup.grad_fn(model),
-        tx=setup.tx,
-        spike_sigma=setup.experiment.train.spike_sigma,
-        loss_decides=setup.privacy is None,
+        grad_fn=_grad_fn(e, model, objective, privacy),
+        tx=tx,
+        spike_sigma=e.train.spike_sigma,
+        loss_decides=privacy is None,
     )
-    state_shardings = jax.tree.map(lambda x: x.sharding, setup.abstract)
-    step = compiled(update, donate_argnums=0, out_shardings=(state_shardings, replicated))
-    evaluate = compiled(partial(eval_step, model=model, loss=setup.objective.loss), out_shardings=per_core)
-    functions: dict[str, Any] = {"train_step": step, "eval_step": evaluate, "lower": step.lower}
-    if reference is not None and setup.objective.rollout is None:  # the loss needs the reference model's weights
-        functions = {name: _with_reference(f, reference.params) for name, f in functions.items()}
-    return replace(setup, **functions)
+    state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    train = compiled(update, donate_argnums=0, out_shardings=(state_shardings, replicated))
+    evaluate = compiled(partial(eval_step, model=model, loss=objective.loss), out_shardings=per_core)
+    functions: list[Callable[..., Any]] = [train, evaluate, train.lower]
+    if objective.reference is None or objective.rollout is not None:
+        return functions
+    return [_with_reference(f, objective.reference) for f in functions]  # the loss needs the reference model's weights
 
 
-def _with_reference(function: Callable[..., Any], params: Any) -> Callable[..., Any]:
-    return lambda state, batch: function(state, batch, params)
-
-
-def _not_compiled(*_: Any) -> Any:
-    raise AssertionError("`_compiled` replaces it")
+def _with_reference(function: Callable[..., Any], reference: ReferenceModel) -> Callable[..., Any]:
+    """The function of a state and a batch, which opens the reference model when it is first called."""
+    return lambda state, batch: function(state, batch, reference.params)
 
 
 def reopen(run: Run, mesh: jax.sharding.Mesh | None = None, open_init: ModelLoader | None = None) -> TrainSetup:

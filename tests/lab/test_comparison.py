@@ -82,7 +82,7 @@ def test_the_number_of_seeds_that_would_decide_it(tmp_path):
     assert one.difference.value == -1.0 and math.isnan(one.difference.low)
 
 
-def test_what_is_not_finished_is_shown(tmp_path):
+def test_unfinished_trials_are_shown(tmp_path):
     folder = make_sweep(tmp_path / "s", {"a": [3.0, 3.1], "b": [2.9, 3.0], "c": []})
     trials = {t.name: t for t in read_sweep(folder)}
     (trials["a-seed1"].folder / "result.json").unlink()

@@ -124,7 +124,7 @@ def test_a_claim_without_a_citation_is_refused_with_a_hint(papers, run):
     assert code == 2 and "mine.py: the claim has no citation; say where" in err and "TypeError" not in err
 
 
-def test_what_is_no_claim_is_refused(papers, run):
+def test_a_file_without_a_claim_is_refused(papers, run):
     papers("mine")
     (repro.PAPERS / "other.py").write_text("claim = 3")
     (repro.PAPERS / "none.py").write_text("x = 3")

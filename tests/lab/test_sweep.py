@@ -213,7 +213,7 @@ def test_the_memory_that_is_expected_grows_with_what_takes_it():
     assert state < memory_needed(half) < memory_needed(wide)
 
 
-def test_ctrl_c_saves_every_trial_and_the_same_command_goes_on(tmp_path, learner):
+def test_ctrl_c_saves_every_trial_and_the_same_command_resumes(tmp_path, learner):
     trials = made(tmp_path / "s", seeds=1, steps=400)
     process = conductor(tmp_path, learner)
     wait(lambda: all(state_of(t).step > 3 for t in trials))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import sharding
@@ -32,6 +32,7 @@ def check_concatenated(size, chunks, axis):
     np.testing.assert_array_equal(second, x * 2)
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 2))
 def test_chunks_are_concatenated_in_order(size, chunks, axis):
     with jax.disable_jit():  # each size would be a program of its own

@@ -68,7 +68,7 @@ def test_the_loss_is_that_of_scikit_learn():
 
 
 @every_body
-def test_every_weight_has_a_gradient_and_there_is_no_head_for_tokens(changes):
+def test_every_weight_has_a_gradient_and_there_is_no_token_head(changes):
     config, params = classifier(**changes)
     tokens = np.arange(11, dtype=np.int32)[None].repeat(2, 0)
     targets = np.arange(22).reshape(2, 11) % 4

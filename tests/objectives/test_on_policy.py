@@ -105,7 +105,7 @@ def test_the_update_of_grpo_is_that_of_the_papers_objective():
     assert_close(gradient_of(batch._replace(advantages=advantages), ours), jax.grad(cost)(ours))
 
 
-def test_what_is_asked_and_what_was_written_are_told_apart():
+def test_prompts_are_cut_to_the_context_and_samples_repeat_by_key():
     e = TINY.override({"objective.name": "rloo", "objective.max_new_tokens": MOST}).override(
         model=dict(vocab_size=4, context_length=6)
     )
@@ -163,7 +163,7 @@ def questions(tmp_path):
 
 @pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize("name", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
-def test_a_run_writes_what_scores_well_and_goes_on_bit_for_bit(tmp_path, finished_run, questions, name):
+def test_a_run_earns_more_reward_and_resumes_bitwise(tmp_path, finished_run, questions, name):
     e = TINY.override(questions | {"init": str(finished_run), "objective.name": name, "train.steps": 80,
                                    "train.checkpoint_every": 10, "optim.learning_rate": 2e-2, "train.eval_every": 0,
                                    "objective.beta": 0.01})  # fmt: skip
@@ -219,7 +219,7 @@ def test_every_mesh_learns_the_same(monkeypatch, finished_run, questions, name):
 
 @pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize("name", ["dpo", "distill"])
-def test_what_is_learnt_beside_a_model_goes_on_bit_for_bit_and_knows_that_model(
+def test_a_run_with_a_reference_model_resumes_bitwise_and_refuses_another_reference(
     tmp_path, finished_run, questions, name
 ):
     shutil.copytree(finished_run, tmp_path / "other")
@@ -244,7 +244,7 @@ def test_what_is_learnt_beside_a_model_goes_on_bit_for_bit_and_knows_that_model(
     assert train.train(e, tmp_path / "whole")["steps"] == 6, "a finished run needs no other"
 
 
-def test_models_that_cannot_stand_beside_are_refused(tmp_path, questions):
+def test_unsuitable_reference_models_are_refused(tmp_path, questions):
     e = tuned("distill", questions, "teacher")
     good = Pretrained("teacher", tiny_model(vocab_size=257, context_length=16), None, ByteTokenizer())
 
@@ -255,7 +255,7 @@ def test_models_that_cannot_stand_beside_are_refused(tmp_path, questions):
         with pytest.raises((RunError, PromptError), match=message):
             check_start(setup)
 
-    refused({"context_length": 8}, "knows 8 positions, and the windows have model.context_length = 16")
+    refused({"context_length": 8}, "has 8 learned positions, but model.context_length = 16")
     refused({"causal": False}, "has model.causal = False")
     refused({"num_classes": 2}, "is a classifier", labels=("a", "b"))
 
@@ -268,7 +268,7 @@ def test_pairs_that_are_too_long_are_read_after_the_same_prompt(tmp_path, questi
         {"init": None, "objective.reference": "x", "data.rejected": "{b}", "data.tokenizer": "byte"}
         | {"model.lora_rank": 0}
     )
-    setup = build_train_setup(e, sharding.mesh_of(jax.devices()[:1], 1, 1), leave_one_out_advantages)
+    setup = build_train_setup(e, sharding.mesh_of(jax.devices()[:1], 1, 1))
     batch = setup.batches.make_examples(np.arange(4))
     prompts = [bytes(t[: int(w.argmax()) + 1].tolist()) for t, w in zip(batch.tokens, batch.loss_weights, strict=True)]
     assert len(set(prompts)) == 1 and b"very long question ".endswith(prompts[0]) and len(prompts[0]) == 7

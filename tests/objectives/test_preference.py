@@ -112,12 +112,12 @@ def test_a_worse_answer_follows_each_better_one(pairs, tmp_path):
     assert list(load_examples(data.source, data, "train")) == found, "two answers that are one teach nothing"
     with (tmp_path / "pairs.jsonl").open("a") as table:
         table.write('{"q": "x", "good": "a", "bad": " "}\n')
-    with pytest.raises(DataError, match=r"line 302: the answer to reject is empty"):
+    with pytest.raises(DataError, match=r"line 302: the rejected answer is empty"):
         list(load_examples(data.source, data, "train"))
 
 
 @pytest.mark.usefixtures("single_device")
-def test_a_run_learns_what_is_preferred_and_keeps_its_pairs_together(pairs, tmp_path, finished_run):
+def test_a_run_prefers_the_chosen_answers_and_keeps_pairs_in_one_batch(pairs, tmp_path, finished_run):
     e = TINY.override(pairs | {"init": str(finished_run), "data.tokenizer": "init", "train.steps": 30,
                                "objective.beta": 0.5, "train.microbatches": 2})  # fmt: skip
     figures = train.train(e, tmp_path / "run")

@@ -58,7 +58,7 @@ def test_time_inside_an_operation_counts_once_and_over_the_devices_of_this_proce
     setup = SimpleNamespace(
         mesh=SimpleNamespace(size=4, local_devices=["a", "b"]),  # of two processes
         batch=lambda state, step: (None, {}),
-        lower=lambda *_: SimpleNamespace(compile=lambda: SimpleNamespace(format_profile=lambda: PROGRAM)),
+        lower=lambda *_: SimpleNamespace(compile=lambda: SimpleNamespace(as_text=lambda: PROGRAM)),
         train_step=lambda state, batch: (state, 0.0),
     )
     monkeypatch.setattr(jax, "set_mesh", lambda _: nullcontext())

@@ -119,7 +119,7 @@ def test_a_run_without_an_intact_checkpoint_stops_and_never_starts_again_from_no
         load_params(open_run(run), "last")
 
 
-def test_what_is_no_checkpoint_is_never_taken_for_one(run, capfd):
+def test_other_folders_are_not_taken_for_checkpoints(run, capfd):
     folder = run / "checkpoints"
     (folder / "00000006" / "committed").unlink()
     (folder / "00000009").mkdir()  # Orbax would take it for the latest

@@ -175,7 +175,7 @@ def test_lora_trains_saves_resumes_and_is_merged_where_it_is_used(tmp_path, exam
 
 
 @pytest.mark.usefixtures("single_device")
-def test_a_run_goes_on_when_what_it_started_from_is_gone(tmp_path, examples, finished_run):
+def test_a_run_resumes_when_its_initial_model_is_gone(tmp_path, examples, finished_run):
     shutil.copytree(finished_run, tmp_path / "first")
     e = TINY.override(examples | {"init": str(tmp_path / "first"), "data.tokenizer": "init"})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):

@@ -86,9 +86,9 @@ def test_a_second_process_is_refused_and_the_lock_of_a_killed_one_is_taken_over(
 STUCK = """
 import sys, time
 from pathlib import Path
-from gptjax.training.watchdog import Watch
-watch = Watch(Path(sys.argv[1]), 3.0)
-watch.beat("step 5")
+from gptjax.training.watchdog import Watchdog
+watchdog = Watchdog(Path(sys.argv[1]), 3.0)
+watchdog.heartbeat("step 5")
 def waiting_for_data():
     time.sleep(600)
 waiting_for_data()

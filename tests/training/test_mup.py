@@ -68,7 +68,7 @@ def test_matrices_begin_narrower_and_the_output_is_divided():
     for weight, there in weights[0].items():
         ratio = 2 if weight.rpartition(".")[2] in HIDDEN else 1  # the root of 64 / 16
         np.testing.assert_allclose(there, ratio * weights[1][weight], rtol=1e-5, err_msg=weight)
-    x = np.random.default_rng(0).normal(size=(1, 3, 64)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 64)), jnp.float32)
     params = init_params(plain.model, jax.random.key(1))
     said = [GPT(e.model).apply({"params": params}, x, method="logits") for e in (plain, mup)]
     np.testing.assert_allclose(said[0], 4 * said[1], rtol=1e-5)

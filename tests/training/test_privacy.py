@@ -201,7 +201,7 @@ def test_of_too_many_windows_some_are_left_out_by_chance():
 
 
 @pytest.mark.parametrize("length", [8, 9])
-def test_what_is_left_over_asks_for_nothing_also_of_masked_text(length, tmp_path):
+def test_padding_has_no_targets_in_masked_text_either(length, tmp_path):
     """Whatever the text's length: whether or not its last token ends a window."""
     texts = []
     for name, size in (("a", 8 * 40 + 1), ("b", 8 * 30 + 3)):
@@ -265,7 +265,7 @@ def test_every_window_is_drawn_by_itself_and_none_beyond_the_room(library, tmp_p
     np.testing.assert_array_equal(batch.tokens[0, :size], plain[drawn[7][:size], :-1])
 
 
-def test_what_a_run_spends(library):
+def test_epsilon_of_a_run(library):
     assert spent_by(PoissonSampler.of(20, 32), 2.0, 5)[0] == pytest.approx(
         spent(1.0, 2.0, 5, 0.1 / 20).epsilon, rel=1e-6
     )

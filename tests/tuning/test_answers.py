@@ -73,7 +73,7 @@ def _logits(params, ids, *, model):
     return GPT(model).apply({"params": params}, ids)
 
 
-def test_the_likeliest_label_is_chosen_and_its_likelihood_is_that_of_the_model(register):
+def test_the_most_probable_label_is_chosen_and_its_likelihood_is_the_models(register):
     texts = ["a fine day", "bad", "why not", "so much of it, for so long", "é", "a", "b", "end"]
     labels = ("yes", "no, never", "maybe")
     rows = [{"x": x, "y": labels[i % 2]} for i, x in enumerate(texts)]
@@ -113,7 +113,7 @@ def test_known_answers_are_written_to_the_end_of_their_line_and_in_order(registe
     assert "version:" in figures["chrf_signature"]
 
 
-def test_another_model_stands_in_the_place_of_the_trivial_answer(register):
+def test_another_model_replaces_the_baseline(register):
     rows = [{"x": "1", "y": "ab"}, {"x": "2", "y": "cde"}, {"x": "1", "y": "ab"}]
     figures, predictions = evaluate_task(chain("1ab", "2cd"), register(rows), against=chain("1xy", "2cde"))
     assert [p.prediction for p in predictions] == ["ab", "cd", "ab"]

@@ -92,7 +92,7 @@ def test_the_f1_of_tags_is_that_of_seqeval(register, causal):
     assert "bits_per_byte" not in figures and figures["f1_difference"] == figures["f1"] - figures["f1_baseline"]
 
 
-def test_a_sentence_gets_the_likeliest_label(register):
+def test_a_sentence_gets_the_most_probable_label(register):
     labels = ("yes", "no", "maybe")
     rows = [{"x": "x" * (7 * i % 40) + chr(97 + i), "y": labels[i % 3]} for i in range(17)]
     task = register(rows, prompt="{x} so", answer=" {y}\n", labels=labels, metrics=("accuracy",))
@@ -110,7 +110,7 @@ def test_a_sentence_gets_the_likeliest_label(register):
     assert drawn["examples"] == 5 and {(p.where, p.prediction, p.references) for p in some} < answers
 
 
-def test_texts_are_read_alone_whatever_is_read_beside_them():
+def test_a_text_scores_the_same_in_any_batch():
     model = random_model(("a", "b"), causal=False)
     ids = [np.arange(size, dtype=np.int32) for size in (3, 48, 20, 21)]
     together = class_log_probs(model, [ClassQuery(i, np.arange(len(i))) for i in ids], batch_size=4)
