@@ -18,8 +18,8 @@ import jax
 
 from gptjax import cpu
 from gptjax.config import Experiment
+from gptjax.model.size import num_params
 from gptjax.training import checkpoint
-from gptjax.training.metrics import num_params
 from gptjax.training.train_setup import build_train_setup, create_state, enable_compilation_cache
 
 LARGE = Experiment(name="ten-million").override(

@@ -27,7 +27,7 @@ def serve(kind: str, shape: str, rank: int, tiny: bool) -> None:
     """A worker: warms up, then times as many steps as each line of its input asks for."""
     from gptjax.config import Experiment
     from gptjax.loading import load_experiment
-    from gptjax.training.metrics import num_params
+    from gptjax.model.size import num_params
     from gptjax.training.optim import num_trainable
 
     file, vocabulary, context, batch, _ = SHAPES[shape]

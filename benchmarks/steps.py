@@ -50,7 +50,7 @@ def step_of(e: "Experiment") -> tuple[Step, dict[str, float]]:
     from gptjax import cpu, sharding
     from gptjax.data.batches import Batch
     from gptjax.model.gpt import GPT
-    from gptjax.training.metrics import flops_per_token, num_params
+    from gptjax.model.size import flops_per_token, num_params
     from gptjax.training.optim import make_optimizer, trainable_mask
     from gptjax.training.state import abstract_state, create_state
     from gptjax.training.step import TOKEN_LOSS, mean_gradient, train_step

@@ -3,7 +3,7 @@
     python benchmarks/train_gpu.py [--shapes 124m 1b5] [--peers compile eager] [--rounds 5] [--batch N] [--tiny]
 
 They take turns, a few steps each; PyTorch runs under bfloat16 autocast with SDPA attention and a fused AdamW. MFU
-counts 6 N + 12 L D T FLOPs/token (see `gptjax.training.metrics.flops_per_token`) against the data sheet's dense
+counts 6 N + 12 L D T FLOPs/token (see `gptjax.model.size.flops_per_token`) against the data sheet's dense
 bfloat16 peak. A ratio above 1 means that gptjax is faster. `--tiny` checks the script on a CPU.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
         device, figures = device_of(kind)[0], {}
         made, measured = make(kind, sized(name), "bfloat16", device)
         if kind == "gptjax":
-            from gptjax.training.metrics import peak_flops
+            from gptjax.training.hardware import peak_flops
 
             figures = dict(zip(("peak_flops", "source"), peak_flops(), strict=True)) | {"device": device_of(kind)[1]}
         serve(made, measured | figures)

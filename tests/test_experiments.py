@@ -16,7 +16,7 @@ from gptjax.lab.repro import load_claim
 from gptjax.lab.scaling import study_of
 from gptjax.lab.trials import trials_of
 from gptjax.loading import load_experiment, load_sweep
-from gptjax.training.metrics import num_params
+from gptjax.model.size import num_params
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p for p in (ROOT / "experiments").rglob("*.py") if p.name != "__init__.py")

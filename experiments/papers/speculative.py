@@ -26,7 +26,7 @@ from gptjax.inference.sampling import SamplingParams
 from gptjax.inference.scoring import Scorer, ScoreRequest
 from gptjax.inference.speculative import Tally
 from gptjax.lab.repro import Claim, Measurement, train_run
-from gptjax.training.metrics import num_params
+from gptjax.model.size import num_params
 from gptjax.training.restore import open_trained
 from gptjax.training.run import open_run
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments.papers.nanogpt_shakespeare_cpu import experiment as shakespeare
 from gptjax.lab.repro import Claim, Measurement, train_run
-from gptjax.training.metrics import num_params
+from gptjax.model.size import num_params
 from gptjax.tuning.intervals import over_runs
 
 experiment = shakespeare.override(

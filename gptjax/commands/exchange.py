@@ -107,7 +107,7 @@ def _export_adapter(options: Export) -> None:
 
 
 def _size(config: "ModelConfig") -> str:
-    from gptjax.training.metrics import num_params
+    from gptjax.model.size import num_params
 
     return f"{num_params(config)['total']:,} parameters, context length {config.context_length:,}"
 

@@ -106,7 +106,7 @@ def _print_status(trials: "Sequence[Trial]", folder: Path, workers: int) -> None
     from gptjax.lab.live_table import console, counts, duration, table
     from gptjax.lab.local import gpus
     from gptjax.lab.progress import flops, seconds_needed, state_of
-    from gptjax.training.metrics import peak_flops
+    from gptjax.training.hardware import peak_flops
 
     states = {trial.name: state_of(trial) for trial in trials}
     left = seconds_needed(trials, states, None if gpus() else peak_flops()[0])

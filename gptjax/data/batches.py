@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +14,13 @@ from jax.sharding import NamedSharding
 
 from gptjax import sharding
 from gptjax.config import Experiment, ObjectiveConfig, names_of_format_1
+from gptjax.data.poisson import PoissonSampler
 from gptjax.data.store import Store, Stream, check_ids
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.windows import PackedStream, WindowedStream, Windows
 from gptjax.errors import DataError
 from gptjax.random_streams import (
     MIXTURE,
-    POISSON,
     TRAIN_EXAMPLE,
     TRAIN_ORDER,
     VALIDATION_EXAMPLE,
@@ -30,7 +29,6 @@ from gptjax.random_streams import (
 
 FAR = 1 << 40  # from an example's id to that of its negative example, which next_sentence takes a second half from
 CYCLE = 1024  # samples after which every source of a mixture has had exactly its share
-MARGIN_SIGMAS = 5.0  # standard deviations of the batch size between its mean and `PoissonSampler.max_batch`
 
 
 class Batch(NamedTuple):
@@ -81,32 +79,6 @@ class DataPosition(NamedTuple):
 
 
 _JSON_KEYS = {"next_example": "next", "order_id": "order"}  # the other fields have the same names in JSON
-
-
-class PoissonSampler(NamedTuple):
-    """Draws the batches of DP-SGD (Abadi et al. 2016): every window is in a batch with the same probability."""
-
-    num_windows: int  # in one plain pass, whose cuts never move
-    sampling_rate: float  # probability that a window is in a batch
-    max_batch: int  # most windows that a batch can hold
-
-    @classmethod
-    def of(cls, num_windows: int, max_batch: int) -> "PoissonSampler":
-        """Leaves `MARGIN_SIGMAS` standard deviations between the mean and `max_batch`: truncation costs privacy."""
-        expected = ((math.sqrt(MARGIN_SIGMAS**2 + 4 * max_batch) - MARGIN_SIGMAS) / 2) ** 2
-        rate = 1.0 if num_windows <= max_batch else expected / num_windows
-        return cls(num_windows, rate, max_batch)
-
-    @property
-    def expected_batch(self) -> float:
-        """Mean number of windows in a batch."""
-        return self.sampling_rate * self.num_windows
-
-    def draw(self, seed: int, step: int) -> np.ndarray:
-        """Indices of the windows of a step, int64 [at most `max_batch`]; a random choice where there are too many."""
-        rng = np.random.default_rng((seed, POISSON, step))
-        drawn = np.flatnonzero(rng.random(self.num_windows) < self.sampling_rate)
-        return rng.permutation(drawn)[: self.max_batch]
 
 
 @dataclass

@@ -15,9 +15,9 @@ from gptjax.atomic_io import read_json, write_atomic
 from gptjax.config import Experiment
 from gptjax.errors import EXIT_INTERRUPTED
 from gptjax.lab.trials import Trial
+from gptjax.model.size import flops_per_token, num_params
 from gptjax.sharding import BYTES_PER_WEIGHT, largest_divisor
 from gptjax.training import lock
-from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.run import METRICS, RESULT
 
 FORMAT_VERSION = 1

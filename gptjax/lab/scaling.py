@@ -28,7 +28,7 @@ from gptjax.lab import laws
 from gptjax.lab.progress import flops, sized, state_of, tokens
 from gptjax.lab.sweep import Job
 from gptjax.lab.trials import Trial, trials_of
-from gptjax.training.metrics import num_params
+from gptjax.model.size import num_params
 from gptjax.training.run import open_run
 
 FORMAT_VERSION = 1

@@ -10,11 +10,11 @@ import numpy as np
 
 from gptjax import random_streams, sharding
 from gptjax.data.batches import Batch
+from gptjax.model.size import num_params
 from gptjax.objectives.base import Rollout
 from gptjax.sharding import one_device
 from gptjax.training import checkpoint
 from gptjax.training.initial import ModelLoader
-from gptjax.training.metrics import num_params
 from gptjax.training.optim import evaluation_params
 from gptjax.training.restore import restore_state
 from gptjax.training.run import Run

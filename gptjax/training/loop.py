@@ -17,11 +17,13 @@ from jax.experimental import multihost_utils
 
 from gptjax.data.prefetch import prefetch
 from gptjax.errors import Interrupted, TrainingFailed
+from gptjax.model.size import flops_per_token, num_params
 from gptjax.objectives.losses import Metrics
 from gptjax.training import checkpoint
 from gptjax.training.diagnosis import diagnose
 from gptjax.training.evaluation import ScalarMetrics, evaluate
-from gptjax.training.metrics import MetricsLog, Progress, flops_per_token, memory_bytes, num_params, peak_flops
+from gptjax.training.hardware import memory_bytes, peak_flops
+from gptjax.training.metrics import MetricsLog, Progress
 from gptjax.training.optim import make_schedule, num_trainable, updates_taken
 from gptjax.training.run import Run
 from gptjax.training.state import TrainState

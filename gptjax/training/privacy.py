@@ -23,7 +23,8 @@ from jax import Array
 
 from gptjax import random_streams
 from gptjax.config import Experiment
-from gptjax.data.batches import Batch, PoissonSampler
+from gptjax.data.batches import Batch
+from gptjax.data.poisson import PoissonSampler
 from gptjax.errors import GptjaxError
 from gptjax.model.gpt import GPT
 from gptjax.objectives.losses import Loss, Metrics

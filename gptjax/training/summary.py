@@ -5,8 +5,8 @@ import jax
 from gptjax import sharding
 from gptjax.data.windows import PackedStream
 from gptjax.model.attention import choose_kernel
+from gptjax.model.size import flops_per_token, num_params
 from gptjax.objectives import make_objective
-from gptjax.training.metrics import flops_per_token, num_params
 from gptjax.training.optim import num_trainable
 from gptjax.training.privacy import spent_by
 from gptjax.training.train_setup import TrainSetup

@@ -21,6 +21,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokenizer_choice import INIT
 from gptjax.errors import ConfigError
 from gptjax.model.gpt import GPT
+from gptjax.model.size import num_params
 from gptjax.objectives import make_objective
 from gptjax.objectives.base import TrainObjective, make_train_objective
 from gptjax.objectives.losses import Metrics
@@ -34,7 +35,6 @@ from gptjax.training.initial import (
     initial_model,
     merge_params,
 )
-from gptjax.training.metrics import num_params
 from gptjax.training.optim import make_optimizer, trainable_mask
 from gptjax.training.privacy import DPConfig, dp_config, private_gradient
 from gptjax.training.restore import open_trained, restore_state

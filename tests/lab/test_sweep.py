@@ -32,8 +32,8 @@ from gptjax.lab.sweep import FixedPlan, train_missing
 from gptjax.lab.trials import Trial, read_sweep, trials_of, write_sweep
 from gptjax.lab.variants import variants_of
 from gptjax.loading import load_experiment, load_sweep
+from gptjax.model.size import num_params
 from gptjax.training.lock import holder
-from gptjax.training.metrics import num_params
 
 LEARNER = """
 import json, signal, sys, time

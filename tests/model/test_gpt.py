@@ -15,7 +15,7 @@ from gptjax.model import attention, ops
 from gptjax.model.gpt import GPT, decode_step, init_params, unembed, unstack_layers, weight_axes
 from gptjax.model.kernels import choose_kernel
 from gptjax.model.positions import AttentionMask, rope_table
-from gptjax.training.metrics import flops_per_token, num_params
+from gptjax.model.size import flops_per_token, num_params
 
 # each mechanism once at least; a compiled program is dear, so some share one
 VARIANTS = {

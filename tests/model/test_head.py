@@ -10,7 +10,7 @@ from conftest import tiny_model
 
 from gptjax.model import ops
 from gptjax.model.gpt import GPT, init_params, weight_axes
-from gptjax.training.metrics import num_params
+from gptjax.model.size import num_params
 
 BODIES = {
     "causal": {},

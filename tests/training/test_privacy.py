@@ -22,7 +22,8 @@ from scipy import stats
 
 from gptjax.checks import check
 from gptjax.config import Experiment
-from gptjax.data.batches import Batch, PoissonSampler
+from gptjax.data.batches import Batch
+from gptjax.data.poisson import PoissonSampler
 from gptjax.errors import ConfigError, GptjaxError, RunError
 from gptjax.model.gpt import GPT
 from gptjax.sharding import one_device

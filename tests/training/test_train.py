@@ -11,9 +11,10 @@ import pytest
 from conftest import tiny_run
 
 from gptjax.errors import ConfigError, DataError, RunError
+from gptjax.model.size import flops_per_token, num_params
 from gptjax.training import checkpoint, metrics, train
 from gptjax.training.evaluation import evaluate_run
-from gptjax.training.metrics import flops_per_token, num_params, peak_flops
+from gptjax.training.hardware import peak_flops
 from gptjax.training.restore import load_params
 from gptjax.training.run import open_run
 
