@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 def evaluate_data(options: "Evaluation") -> tuple[dict[str, Any], str]:
     """The metrics over all sources together, and the text to print."""
     from gptjax.config import DataConfig
-    from gptjax.data import corpus
+    from gptjax.data import corpus, synthetic
+    from gptjax.data.files import source_files
     from gptjax.inference.scoring import Scorer, evaluate_texts
     from gptjax.lab.report import check_can_plot, plot_by_position
 
     text = options.text
     for source in options.data:  # before a large model is loaded
-        if source != "pydoc" and not source.startswith("hub:"):
-            corpus.files(source)
+        if source != "pydoc" and not source.startswith("hub:") and not synthetic.is_function(source):
+            source_files(source)
     if text.plot is not None:
         check_can_plot(text.plot)
     pretrained = open_pretrained(options)

@@ -35,7 +35,7 @@ def evaluate(arguments: list[str]) -> None:
 
 def _check_unused(options: Evaluation) -> None:
     """Raises `GptjaxError` for options without effect."""
-    from gptjax.data.corpus import TEXT
+    from gptjax.data.files import TEXT, ending
 
     if options.data and options.tasks:
         raise GptjaxError("--data and --tasks: give only one of them")
@@ -52,7 +52,7 @@ def _check_unused(options: Evaluation) -> None:
         unused["no effect without --data or --tasks"] = ["batch_size", "dtype"]
     if options.data and not any(source.startswith("hub:") for source in options.data):
         unused["no effect without --data hub:NAME"] = ["hub_config", "hub_split"]
-    if options.data and all(source == "pydoc" or source.endswith(TEXT) for source in options.data):
+    if options.data and all(source == "pydoc" or ending(source) in TEXT for source in options.data):
         unused["no effect on plain text, which has no columns"] = ["column"]
     check_unused(options, unused)
 

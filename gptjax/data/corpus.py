@@ -6,24 +6,22 @@ of its content. `$NAME` in a path is an environment variable, so that an experim
 
 import csv
 import hashlib
+import io
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import DataConfig
 from gptjax.data import synthetic
+from gptjax.data.files import TABLES, TEXT, ending, full_ending, open_bytes, source_files
 from gptjax.errors import DataError
 
-TEXT = (".txt", ".md", ".rst", ".py")  # one file is one document
-TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # one row is one document
 Rows = Iterator[tuple[dict[str, Any], str]]  # each row with its file and line or number
 LARGEST_CELL = 1 << 30  # characters of a csv cell; the reader's default is that of a spreadsheet
-ORIGINS = {
-    "tinyshakespeare.txt": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-}
 
 
 def iter_documents(source: str, data: DataConfig) -> Iterator[str]:
@@ -52,8 +50,8 @@ def fingerprint(source: str, data: DataConfig) -> str:
         builder = _hub_builder(source, data)  # its hash is that of the data set's revision
         digest.update(f"{source} {data.hub_config} {data.hub_split} {builder.hash}".encode())
     else:
-        for path in files(source):
-            digest.update(path.suffix.encode())
+        for path in source_files(source):
+            digest.update(full_ending(path).encode())
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
@@ -74,8 +72,8 @@ def iter_rows(source: str, data: DataConfig) -> Rows:
                 raise DataError(f"{where}: returns a text; data.prompt and data.answer need a dict of columns")
             yield row, where
         return
-    for path in files(source):
-        if path.suffix not in TABLES:
+    for path in source_files(source):
+        if ending(path) not in TABLES:
             raise DataError(
                 f"{path}: has no columns for data.prompt and data.answer; give a {' or '.join(TABLES)} file"
             )
@@ -87,45 +85,24 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]) / 2**64
 
 
-def files(source: str) -> list[Path]:
-    """The files of a path: the file itself, or all files in the folder with a known ending, sorted.
-
-    Raises `DataError` for a path that does not exist, with the address of the data if it is known.
-    """
-    path = Path(os.path.expandvars(source)).expanduser()
-    if "$" in str(path):
-        name = str(path).partition("$")[2].partition("/")[0]
-        raise DataError(
-            f"data.source = {source!r}: the environment variable {name} is not set; set it to the folder that "
-            f"holds {path.name}{_origin(path)}"
-        )
-    if not path.exists():
-        raise DataError(f"data.source = {source!r}: no such file or folder{_origin(path)}")
-    known = (*TEXT, *TABLES)
-    if path.is_file():
-        if path.suffix not in known:
-            raise DataError(f"data.source = {source!r}: ends in {path.suffix!r}; known are {' '.join(known)}")
-        return [path]
-    if found := sorted(p for p in path.rglob("*") if p.suffix in known and p.is_file()):
-        return found
-    raise DataError(f"data.source = {source!r}: no file in this folder ends in {' '.join(known)}")
-
-
-def _origin(path: Path) -> str:
-    return f" (get it from {ORIGINS[path.name]})" if path.name in ORIGINS else ""
-
-
 def _iter_documents(source: str, data: DataConfig) -> Iterator[str]:
     if source == "pydoc":
         yield from _pydoc()
     elif synthetic.is_function(source):
         for document, where in synthetic.generate_documents(source, data):
-            yield from [document] if isinstance(document, str) else _texts(iter([(document, where)]), data.column)
+            if isinstance(document, str):
+                _refuse_surrogates(document, where)
+                yield document
+            else:
+                yield from _texts(iter([(document, where)]), data.column)
     elif source.startswith("hub:"):
         yield from _texts(iter_rows(source, data), data.column)
     else:
-        for path in files(source):
-            yield from [_read_text(path)] if path.suffix in TEXT else _texts(_table(path), data.column)
+        for path in source_files(source):
+            if ending(path) in TEXT:
+                yield _read_text(path)
+            else:
+                yield from _texts(_table(path), data.column)
 
 
 def _pydoc() -> Iterator[str]:
@@ -135,8 +112,10 @@ def _pydoc() -> Iterator[str]:
 
 
 def _read_text(path: Path) -> str:
+    with _reading(path), open_bytes(path) as file:
+        content = file.read()
     try:
-        text = path.read_bytes().decode()
+        text = content.decode()
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: byte {e.start} is not UTF-8; convert the file, for instance with iconv") from None
     if not text:
@@ -147,32 +126,78 @@ def _read_text(path: Path) -> str:
 def _table(path: Path) -> Rows:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; remove it from the source, or put rows in it")
-    if path.suffix == ".jsonl":
+    read = {".jsonl": _json_lines, ".json": _json, ".csv": _csv_lines, ".parquet": _parquet}[ending(path)]
+    with _reading(path):
+        for row, where in read(path):
+            _refuse_surrogates(row, where)
+            yield row, where
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns an error of the disk or of damaged compressed data into a `DataError` with the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: cannot be read ({e})") from None
+
+
+def _json(path: Path) -> Rows:
+    """The objects of one array, or of one object a line."""
+    with open_bytes(path) as file:
+        first = file.read(4096).lstrip()[:1]
+    if first != b"[":
         yield from _json_lines(path)
-    elif path.suffix == ".csv":
-        yield from _csv_lines(path)
-    else:
-        yield from _other_table(path)
+        return
+    with open_bytes(path) as file:
+        rows = _parse_json(file.read(), str(path))
+    for number, row in enumerate(rows, 1):
+        yield _columns(row, f"{path}, row {number}")
 
 
 def _json_lines(path: Path) -> Rows:
-    with path.open("rb") as lines:
+    with open_bytes(path) as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}, line {number}"
-            try:
-                row = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as e:
-                raise DataError(f"{where}: cannot be read as json: {e}") from None
-            if line.strip() and not isinstance(row, dict):
-                raise DataError(f"{where}: holds {line[:40].decode()!r}; a JSON object with the columns is needed")
-            if row is not None:
-                yield row, where
+            if line.strip():
+                yield _columns(_parse_json(line, where), where)
+
+
+def _parse_json(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: cannot be read as json: {e}") from None
+
+
+def _columns(row: Any, where: str) -> tuple[dict[str, Any], str]:
+    if not isinstance(row, dict):
+        shown = json.dumps(row, ensure_ascii=False)[:40]
+        raise DataError(f"{where}: holds {shown!r}; a JSON object with the columns is needed")
+    return row, where
+
+
+def _refuse_surrogates(value: Any, where: str) -> None:
+    """JSON can hold one half of a surrogate pair (\\ud83d), which is no character, and no tokenizer can read it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:
+            half = value[e.start].encode("unicode_escape").decode()
+            raise DataError(f"{where}: holds {half}, which is half a character; remove it or repair the file") from None
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            _refuse_surrogates(name, where)
+            _refuse_surrogates(part, f"{where}, column {name!r}")
+    elif isinstance(value, list):
+        for part in value:
+            _refuse_surrogates(part, where)
 
 
 def _csv_lines(path: Path) -> Rows:
     """The rows below the header line. A quoted cell may span several lines."""
     csv.field_size_limit(LARGEST_CELL)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         done = 0  # lines before the current row
         try:
@@ -193,20 +218,17 @@ def _csv_lines(path: Path) -> Rows:
         except csv.Error as e:
             raise DataError(f"{path}, line {done + 1}: cannot be read as csv: {e}") from None
         except UnicodeDecodeError:
-            raise DataError(f"{path}, line {_bad_line(path, bytes.decode)}: is not UTF-8; convert the file") from None
+            raise DataError(f"{path}, line {_bad_line(path)}: is not UTF-8; convert the file") from None
 
 
-def _other_table(path: Path) -> Rows:
+def _parquet(path: Path) -> Rows:
     import datasets  # takes two seconds to import, and only a new store needs it
 
-    kind = TABLES[path.suffix]
     try:
-        table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         yield from _numbered(table, str(path))
     except Exception as e:  # the readers have no error class of their own
-        line = _bad_line(path, json.loads) if kind == "json" else None
-        where = f", line {line}" if line else ""
-        raise DataError(f"{path}{where}: cannot be read as {kind}: {_root_cause(e)}") from None
+        raise DataError(f"{path}: cannot be read as parquet: {_root_cause(e)}") from None
 
 
 def _numbered(table: Iterable[dict[str, Any]], name: str) -> Rows:
@@ -224,12 +246,12 @@ def _texts(table: Rows, column: str) -> Iterator[str]:
             yield text
 
 
-def _bad_line(path: Path, read: Callable[[bytes], Any]) -> int | None:
-    """The number of the first line that cannot be read."""
-    with path.open("rb") as lines:
+def _bad_line(path: Path) -> int | None:
+    """The number of the first line that is not UTF-8."""
+    with open_bytes(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
-                read(line)
+                line.decode()
             except ValueError:
                 return number
     return None

@@ -80,7 +80,7 @@ def test_malformed_tables_are_refused_with_the_line(tmp_path):
         ("c.csv", b"a,a\n1,2\n", "line 1: has the column 'a' twice"),
         ("d.csv", b"a,b\n1,2\n1,caf\xe9\n", "line 3: is not UTF-8"),
         ("a.jsonl", b'{"a": "x"}\n\n{"a": \n', "line 3: cannot be read as json"),
-        ("b.jsonl", b'{"a": "x"}\n[1]\n', "line 2: holds '[1]\\n'; a JSON object with the columns is needed"),
+        ("b.jsonl", b'{"a": "x"}\n[1]\n', "line 2: holds '[1]'; a JSON object with the columns is needed"),
         ("c.jsonl", b'{"a": "\xe9"}\n', "line 1: cannot be read as json"),
         ("d.jsonl", b"[" * 100_000, "line 1: cannot be read as json"),
         ("bom.csv", b"\xef\xbb\xbf", "has no text"),
@@ -94,6 +94,75 @@ def test_malformed_tables_are_refused_with_the_line(tmp_path):
 def test_words_that_look_like_missing_values_are_text(tmp_path):
     (tmp_path / "a.csv").write_text("text,other\nNA,1\n,2\nnull,3\n")
     assert texts(tmp_path / "a.csv") == ["NA", "null"]
+
+
+def test_json_is_exact_in_an_array_and_in_lines(tmp_path):
+    """Dates stay texts, and texts beside numbers stay themselves: other readers convert both."""
+    rows = [{"q": "one", "a": 1}, {"q": "two", "a": "two"}, {"q": "day", "a": "2020-01-02"}, {"q": "no", "a": None}]
+    (tmp_path / "array.json").write_text(" " + json.dumps(rows, indent=1))
+    for name in ("lines.json", "lines.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, unit in {"array.json": "row", "lines.json": "line", "lines.jsonl": "line"}.items():
+        path = tmp_path / name
+        assert list(corpus.iter_rows(str(path), DataConfig())) == [
+            (row, f"{path}, {unit} {n}") for n, row in enumerate(rows, 1)
+        ]
+        with pytest.raises(DataError, match=f"{unit} 1, column 'a': holds 1; text is needed"):
+            texts(path, column="a")
+
+
+@pytest.mark.parametrize("name", ["a.json", "lines.json", "a.jsonl"])
+def test_half_a_surrogate_pair_is_refused_where_it_is(tmp_path, name):
+    good, bad = r'{"text": "a smile \ud83d\ude00"}', r'{"text": "a smile \ud83d and more"}'
+    rows = f"[{good}, {bad}]" if name == "a.json" else f"{good}\n{bad}\n"
+    (tmp_path / name).write_text(rows)
+    with pytest.raises(DataError, match=rf"{name}, (row|line) 2, column 'text': holds \\ud83d, which is half a char"):
+        texts(tmp_path / name)
+
+
+def test_a_line_of_text_is_no_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"' + "é" * 60 + '"\n')
+    with pytest.raises(DataError, match=r"line 1: holds '\"éé.*a JSON object with the columns is needed"):
+        texts(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".GZ"])
+def test_compressed_files_have_the_documents_of_the_plain_ones(tmp_path, name, compression):
+    import pyarrow as pa
+
+    kind = "zstd" if compression == ".zst" else "gzip"
+    content = {"a.txt": "words", "a.csv": "text\nwords\n"}.get(name, '{"text": "words"}\n').encode()
+    for path, damaged in (
+        (tmp_path / (name.upper() + compression), False),
+        (tmp_path / ("cut" + name + compression), True),
+    ):
+        with pa.output_stream(str(path), compression=kind) as file:
+            file.write(content)
+        if damaged:
+            path.write_bytes(path.read_bytes()[:-5])
+            with pytest.raises(DataError, match=f"{path.name}: cannot be read|{path.name}: is empty"):
+                texts(path)
+        else:
+            assert texts(path) == ["words"]
+    assert len({corpus.fingerprint(str(path), DataConfig()) for path in tmp_path.iterdir()}) == 2
+
+
+def test_what_a_folder_leaves_out_is_said_once(tmp_path, capfd):
+    for name in ("a.jsonl", "C.JSONL", ".ipynb_checkpoints/a-checkpoint.jsonl", "sub/e.Jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"text": name}) + "\n")
+    for name in ("x.pdf", "y.pdf", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for _ in range(2):
+        assert texts(tmp_path) == ["C.JSONL", "a.jsonl", "sub/e.Jsonl"]
+    warning = capfd.readouterr().err
+    assert warning.count("warning") == 1 and "3 files are read and 4 are left out" in warning
+    assert "2 ending in '.pdf', 1 hidden, 1 without an ending" in warning
+    with pytest.raises(DataError, match="is neither a file nor a folder"):
+        texts(tmp_path / "pipe.txt")
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
@@ -140,7 +209,7 @@ def test_errors_of_a_source_are_reported(tmp_path, monkeypatch):
     refused("$NO_SUCH_FOLDER/tinyshakespeare.txt", "environment variable NO_SUCH_FOLDER is not set")
     refused("$NO_SUCH_FOLDER/tinyshakespeare.txt", "get it from https://")
     refused(tmp_path / "nothing.txt", "no such file or folder")
-    refused(tmp_path, "no file in this folder ends in")
+    refused(tmp_path, "no file in this folder can be read; known endings are .txt")
     (tmp_path / "a.bin").write_text("x")
     refused(tmp_path / "a.bin", "ends in '.bin'")
     (tmp_path / "empty.txt").write_text("")

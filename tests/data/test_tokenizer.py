@@ -118,6 +118,26 @@ def test_char_refuses_any_other_character_by_name(tmp_path):
     np.testing.assert_array_equal(tokenizer.load(tmp_path).encode(text), tokens.encode(text))
 
 
+def test_sentencepiece_learns_as_much_from_one_long_line_as_from_lines(real_data):
+    """Chinese prose without line breaks: a line of 2,000 characters has 6,000 bytes, more than the trainer reads."""
+    lines = (real_data / "chinese" / "tang_poems.jsonl").read_text(encoding="utf-8").splitlines()[:1500]
+    poems = [json.loads(line)["text"].replace("\n", "") for line in lines]
+    in_lines, one_line = ("\n".join(poems), "".join(poems))
+    tokenizers = [SentencePieceTokenizer.train([text], 5000) for text in (in_lines, one_line)]
+    assert [t.vocab_size for t in tokenizers] == [5000, 5000]
+    lengths = [len(t.encode(one_line)) for t in tokenizers]
+    assert lengths[1] == pytest.approx(lengths[0], rel=0.03)
+    assert tokenizers[1].decode(tokenizers[1].encode(one_line)) == one_line
+
+
+@given(st.text(st.sampled_from("ab \u3002\u4e00\U0001f600"), max_size=3000))
+@settings(max_examples=30)
+def test_training_lines_lose_no_character_and_are_short_enough(text):
+    pieces = list(_training_lines([text], 10**8))
+    assert "".join(pieces) == text
+    assert all(len(piece.encode()) <= 4192 and len(piece) <= 2000 for piece in pieces)
+
+
 def test_sentencepiece_training_is_reproducible_and_compresses():
     text = "".join(topics[name] for name in sorted(topics)[:40])
     once, again = (SentencePieceTokenizer.train([text], 800) for _ in range(2))
@@ -125,6 +145,8 @@ def test_sentencepiece_training_is_reproducible_and_compresses():
     assert len(once.encode(text)) < len(text) / 2
     with pytest.raises(DataError, match=r"data\.tokenizer_vocab_size = 10"):
         SentencePieceTokenizer.train([CORPUS], 10)
+    with pytest.raises(DataError, match=r"this text needs at least \d+ pieces"):
+        SentencePieceTokenizer.train(["".join(map(chr, range(0x4E00, 0x5000)))], 400)
 
 
 def test_special_tokens_decode_to_nothing():

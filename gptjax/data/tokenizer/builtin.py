@@ -1,6 +1,7 @@
 """The tokenizers that need no files: bytes, characters, and SentencePiece trained on the corpus."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -114,19 +115,42 @@ class SentencePieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except RuntimeError as e:
+            why = str(e).strip().splitlines()[-1]
+            required = re.search(r"required_chars\. \d+ vs (\d+)", why)
+            size = f"this text needs at least {required[1]} pieces" if required else f"{why}; choose another size"
             raise DataError(
-                f"data.tokenizer_vocab_size = {vocab_size}: sentencepiece cannot train that many pieces on this text "
-                f"({str(e).strip().splitlines()[-1]}); choose another size (above 300), or data.tokenizer = 'byte'"
+                f"data.tokenizer_vocab_size = {vocab_size}: sentencepiece cannot train that many pieces on this text; "
+                f"{size}, or data.tokenizer = 'byte'"
             ) from None
         return cls(model.getvalue())
 
 
+MAX_LINE = 4192  # bytes; SentencePiece skips longer lines (its `max_sentence_length`)
+SENTENCE_END = re.compile(r"[ \u3002\uff01\uff1f]")  # a space, or the full stop and marks of Chinese
+
+
 def _training_lines(documents: Iterable[str], limit: int) -> Iterator[str]:
-    """Lines of at most 2,000 characters, without the two that SentencePiece reserves (U+2581 and NUL)."""
+    """Lines of at most 2,000 characters and `MAX_LINE` bytes, without the characters that SentencePiece reserves.
+
+    Those are U+2581 and NUL.
+    """
     for document in documents:
         document = document[:limit]
         limit -= len(document)
         if not document:
             return
         for line in document.replace(SPACE, "\n").replace("\0", "\n").split("\n"):
-            yield from (line[i : i + 2000] for i in range(0, len(line), 2000))
+            for i in range(0, len(line), 2000):
+                yield from _within_bytes(line[i : i + 2000])
+
+
+def _within_bytes(line: str) -> Iterator[str]:
+    """The line in pieces of at most `MAX_LINE` bytes, cut after the end of a sentence if the second half has one."""
+    while len(encoded := line.encode()) > MAX_LINE:
+        cut = len(encoded[:MAX_LINE].decode(errors="ignore"))
+        ends = [match.end() for match in SENTENCE_END.finditer(line, cut // 2, cut)]
+        if ends:
+            cut = ends[-1]
+        yield line[:cut]
+        line = line[cut:]
+    yield line
