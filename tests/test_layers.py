@@ -32,7 +32,7 @@ SOLE_IMPORTERS = {
     "orbax": ("gptjax/training/checkpoint.py",),
     "tyro": ("gptjax/commands/",),
     "llguidance": ("gptjax/inference/constrained.py",),
-    "jinja2": ("gptjax/inference/chat.py",),
+    "jinja2": ("gptjax/inference/render_template.py",),
     "matplotlib": ("gptjax/lab/report.py",),
     "datasets": ("gptjax/data/corpus.py",),
     "sentencepiece": ("gptjax/data/tokenizer/builtin.py", "gptjax/data/tokenizer/huggingface_read.py"),

@@ -48,29 +48,35 @@ def chat(arguments: list[str]) -> None:
     if interactive:
         template = "its own chat template" if dialogue.template else "no chat template, so prompts are plain dialogues"
         print(f"{generator.pretrained.name} ({template}); /reset starts over, /exit ends", file=sys.stderr)
-    turn = 0
+    turn = refused = 0
     while (line := _read_line(interactive)) is not None:
         if line in ("/exit", "/quit"):
-            return
+            break
         if line == "/reset":
             dialogue.reset()
         elif line:
-            _print_reply(dialogue, line, params, options.seed + turn, interactive)
+            refused += not _print_reply(dialogue, line, params, options.seed + turn, interactive)
             turn += 1
+    if refused and refused == turn and not interactive:
+        raise GptjaxError("no message got an answer; the reasons are above")
 
 
-def _print_reply(dialogue: "Chat", line: str, params: "SamplingParams", seed: int, interactive: bool) -> None:
+def _print_reply(dialogue: "Chat", line: str, params: "SamplingParams", seed: int, interactive: bool) -> bool:
+    """Prints an answer, or the error; returns whether there was an answer."""
     parts = dialogue.reply(line, params, seed)
+    answered = True
     try:
         for part in parts:
             print(part, end="", flush=True)
     except GptjaxError as e:
-        print(f"gptjax chat: {e}", file=sys.stderr, end="")
+        print(f"gptjax chat: {e}", file=sys.stderr)
+        answered = False
     except KeyboardInterrupt:
         if not interactive:
             raise
         parts.close()
     print(flush=True)
+    return answered
 
 
 def _read_line(interactive: bool) -> str | None:

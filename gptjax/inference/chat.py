@@ -1,8 +1,11 @@
 """A dialogue: a chat template turns messages into a prompt; old messages are dropped to fit the context."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
-from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +15,7 @@ from gptjax.inference.generator import Generator
 from gptjax.inference.sampling import SamplingParams
 
 Message = dict[str, str]  # role (system, user, assistant) and content
+TEMPLATE_SECONDS = 10  # that a chat template may take for a dialogue
 SPEAKERS = {"system": "", "user": "User: ", "assistant": "Assistant: "}  # for models without a template
 
 
@@ -99,31 +103,32 @@ def _join(parts: list[str], separator: str) -> list[str]:
 
 
 def _render(template: str, messages: list[Message], tokenizer: Tokenizer) -> str:
-    """Runs a chat template as transformers does, in jinja2's sandbox: the template is untrusted."""
-    try:
-        import jinja2
-        import jinja2.sandbox
-    except ImportError:
-        raise PromptError("the model's chat template needs jinja2; pip install 'gptjax[chat]'") from None
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
+    """The text of a chat template, which is untrusted: it runs in a process with bounded time and memory."""
+    if importlib.util.find_spec("jinja2") is None:
+        raise PromptError("the model's chat template needs jinja2; pip install 'gptjax[chat]'")
     words = {i: word for word, i in tokenizer.special_tokens.items()}
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    variables = {
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        "bos_token": "" if tokenizer.bos_id is None else words.get(tokenizer.bos_id, ""),
+        "eos_token": "" if tokenizer.eos_id is None else words.get(tokenizer.eos_id, ""),
+    }
+    script = Path(__file__).with_name("render_template.py")
     try:
-        return environment.from_string(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            bos_token="" if tokenizer.bos_id is None else words.get(tokenizer.bos_id, ""),
-            eos_token="" if tokenizer.eos_id is None else words.get(tokenizer.eos_id, ""),
+        done = subprocess.run(
+            [sys.executable, "-P", str(script)],
+            input=json.dumps({"template": template, "variables": variables}),
+            capture_output=True,
+            text=True,
+            timeout=TEMPLATE_SECONDS,
         )
-    except Exception as e:  # a template can raise anything
-        raise PromptError(f"the model's chat template fails on this dialogue: {e}") from None
+    except subprocess.TimeoutExpired:
+        raise PromptError(
+            f"the model's chat template did not end within {TEMPLATE_SECONDS} s on this dialogue; it may loop forever"
+        ) from None
+    answer = json.loads(done.stdout) if done.returncode == 0 else {"error": f"its process ended: {done.stderr[-300:]}"}
+    if "error" in answer:
+        raise PromptError(f"the model's chat template fails on this dialogue: {answer['error']}")
+    return answer["text"]

@@ -114,6 +114,7 @@ def add_adapter(folder: Path, family: Family, config: ModelConfig, params: Any) 
     found = {leaf_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
     changed: dict[str, np.ndarray] = {}
     with files.SafetensorsReader(folder, WEIGHTS) as weights:
+        weights.check_dtypes()
         left = set(weights.tensors)
         for t in family.tensors(config):
             shape = shapes[t.weights[0]]
@@ -140,10 +141,34 @@ def add_adapter(folder: Path, family: Family, config: ModelConfig, params: Any) 
                     if name not in changed:
                         changed[name] = np.array(found[name], np.float32)
                     changed[name][i if t.layered else ...] += part
+        left -= _base_copies(weights, family, config, found)
     if left:
         problem = f"{min(left)} (one of {len(left)}) does not fit a {family.name} model of this shape"
         raise ExchangeError(folder / WEIGHTS, [problem])
     return nested(found | changed)
+
+
+def _base_copies(
+    weights: files.SafetensorsReader, family: Family, config: ModelConfig, base: dict[str, np.ndarray]
+) -> set[str]:
+    """The copies of the base model's embedding and head, which PEFT saves beside their LoRA matrices by default.
+
+    Raises `ExchangeError` for a copy that differs from the base model.
+    """
+    shapes = weight_shapes(config)
+    copies = set()
+    for t in family.tensors(config):
+        name = f"{PREFIX}{_module(family, t)}.base_layer.weight"
+        if t.layered or name not in weights.tensors:
+            continue
+        copy = weights.read_tensor(name)
+        parts = t.split(copy, shapes[t.weights[0]]) if copy.shape == t.shape(shapes[t.weights[0]]) else ()
+        same = [np.array_equal(part, base[weight]) for weight, part in zip(t.weights, parts, strict=bool(parts))]
+        if not same or not all(same):
+            problem = f"{name} differs from that of the base model: the adapter was trained on another model"
+            raise ExchangeError(weights.tensors[name].path, [problem])
+        copies.add(name)
+    return copies
 
 
 def _delta(

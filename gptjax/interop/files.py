@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -76,16 +76,19 @@ class SafetensorsReader:
 
     def __init__(self, folder: Path, single: str = WEIGHTS):
         self._open: dict[Path, Any] = {}
+        self._folder = folder
         self.tensors: dict[str, TensorInfo] = {}
+        self._unreadable: dict[str, str] = {}  # name -> dtype of tensors that are no weights of a model
+        where: dict[str, str] = {}
         paths = _files(folder, single)
         for path in paths:
-            for name, info in self._contents(path).items():
-                if name in self.tensors:
-                    raise ExchangeError(folder, [f"{name} is in {self.tensors[name].path.name} and in {path.name}"])
-                self.tensors[name] = info
+            for name in self._contents(path):
+                if name in where:
+                    raise ExchangeError(folder, [f"{name} is in {where[name]} and in {path.name}"])
+                where[name] = path.name
         index = read_object(folder, INDEX) if paths != [folder / single] else None
         for name, file in index["weight_map"].items() if index else ():
-            if name not in self.tensors or self.tensors[name].path.name != file:
+            if where.get(name) != file:
                 raise ExchangeError(folder, [f"{INDEX} says that {name} is in {file}, but it is not"])
 
     def __enter__(self) -> "SafetensorsReader":
@@ -101,19 +104,32 @@ class SafetensorsReader:
         path = self.tensors[name].path
         return _open_safely(path, lambda: self._open[path].get_tensor(name))
 
-    def _contents(self, path: Path) -> dict[str, TensorInfo]:
+    def check_dtypes(self, is_buffer: Callable[[str], bool] = lambda _: False) -> None:
+        """Raises `ExchangeError` for tensors of dtypes that weights do not have, unless they are buffers."""
+        supported = ", ".join(DTYPES)
+        problems = [
+            f"{name} has dtype {dtype}; gptjax reads {supported}"
+            for name, dtype in self._unreadable.items()
+            if not is_buffer(name)
+        ]
+        if problems:
+            raise ExchangeError(self._folder, problems[:8] + [f"and {len(problems) - 8} others"] * (len(problems) > 8))
+
+    def _contents(self, path: Path) -> list[str]:
+        """The names of the tensors in a file, whose shapes and dtypes are kept."""
         from safetensors import safe_open
 
         _check_header(path)
         file = self._open[path] = _open_safely(path, lambda: safe_open(path.resolve(), framework="np"))
-        found = {}
-        for name in file.keys():  # noqa: SIM118 (not a dict)
+        names = list(file.keys())
+        for name in names:
             part = file.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                supported = ", ".join(DTYPES)
-                raise ExchangeError(path, [f"{name} has dtype {part.get_dtype()}; gptjax reads {supported}"])
-            found[name] = TensorInfo(path, jnp.dtype(DTYPES[part.get_dtype()]), tuple(part.get_shape()))
-        return found
+            dtype = part.get_dtype()
+            if dtype in DTYPES:
+                self.tensors[name] = TensorInfo(path, jnp.dtype(DTYPES[dtype]), tuple(part.get_shape()))
+            else:
+                self._unreadable[name] = dtype
+        return names
 
 
 def _files(folder: Path, single: str) -> list[Path]:

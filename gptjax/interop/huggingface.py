@@ -192,6 +192,7 @@ def _params(folder: Path, family: Family, config: ModelConfig, weights: Safetens
 
 def _names(folder: Path, family: Family, config: ModelConfig, weights: SafetensorsReader) -> dict[str, str]:
     """Name without prefix -> name in the files, for every tensor except buffers."""
+    weights.check_dtypes(lambda name: re.fullmatch(family.buffers, family.canonical(name)) is not None)
     names: dict[str, str] = {}
     problems = []
     for name in weights.tensors:

@@ -9,6 +9,7 @@ from gptjax.config import DataConfig
 from gptjax.data.examples import load_examples
 from gptjax.data.tokenizer import BPETokenizer, ByteTokenizer, SentencePieceTokenizer
 from gptjax.errors import PromptError
+from gptjax.inference import chat as chat_module
 from gptjax.inference.chat import Chat
 from gptjax.inference.generator import Generator
 from gptjax.inference.pretrained import Pretrained
@@ -107,6 +108,49 @@ def test_an_answer_begins_with_its_first_visible_character():
     chat = Chat(generator_of(ByteTokenizer()), new_tokens=20)
     answers = ["".join(chat.reply("hello", sampling, seed)) for seed in range(6)]
     assert any(" " in a for a in answers) and not any(a.startswith(" ") for a in answers)
+
+
+def test_marks_for_training_change_no_text():
+    """As in transformers: the templates of SmolLM3 and Phi-4 have {% generation %}."""
+    pytest.importorskip("jinja2")
+    marked = TEMPLATE.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    plain, same = (Chat(generator_of(chat_tokenizer(), t), new_tokens=8).prompt(messages) for t in (TEMPLATE, marked))
+    np.testing.assert_array_equal(plain, same)
+
+
+def test_templates_are_rendered_as_by_transformers():
+    pytest.importorskip("jinja2")
+    compile_template = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+    messages = [{"role": "user", "content": "é <b> 'x'"}, {"role": "assistant", "content": "yes"}]
+    for template in (
+        TEMPLATE,
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}",
+        "{{ messages | tojson(indent=2, sort_keys=true) }}{{ messages | tojson(separators=(',', ':')) }}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{{ strftime_now('%Y') }}{{ tools is none }}{{ messages[0].content | trim | upper }}",
+    ):
+        expected, _ = compile_template(
+            conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
+        )
+        assert chat_module._render(template, messages, ByteTokenizer()) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not end within 2 s"),
+        ("{% set ns = namespace(x='x') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "memory"),
+        ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "its text has 99,899,001 characters"),
+    ],
+    ids=["time", "memory", "text"],
+)
+def test_a_template_without_end_is_refused(monkeypatch, template, message):
+    pytest.importorskip("jinja2")
+    if "2 s" in message:
+        monkeypatch.setattr(chat_module, "TEMPLATE_SECONDS", 2)
+    with pytest.raises(PromptError, match=message):
+        chat_module._render(template, [], ByteTokenizer())
 
 
 def test_invalid_dialogues_are_refused():

@@ -171,6 +171,34 @@ def test_a_table_that_peft_trained_is_read_and_refused_where_the_head_tied_to_it
             assert np.abs(logits(read.model, read.params, TEXT) - wanted).max() < 1e-4
 
 
+def test_an_adapter_of_the_head_has_a_copy_of_the_head_which_must_be_the_bases(tmp_path, peft):
+    """PEFT saves the base layer beside the LoRA matrices of a head by default."""
+    import torch
+    from safetensors.numpy import save_file
+
+    settings, kind = drawn("llama", random.Random(0))
+    settings.tie_word_embeddings = False
+    kind(settings).save_pretrained(tmp_path / "base")
+    with_tokenizer(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+        model = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), lora).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.add_(torch.randn_like(weight) * 0.1 * ("lora_B" in name))
+            wanted = model(torch.asarray(TEXT)).logits.numpy()
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    read = open_model(str(tmp_path / "adapter"))
+    assert np.abs(logits(read.model, read.params, TEXT) - wanted).max() < 1e-4
+    tensors = stored(tmp_path / "adapter" / WEIGHTS)
+    (copy,) = (name for name in tensors if "base_layer" in name)
+    tensors[copy] = tensors[copy] + 1
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(ExchangeError, match=r"lm_head.base_layer.weight differs from that of the base model"):
+        open_model(str(tmp_path / "adapter"))
+
+
 def test_a_bert_has_adapters_too(tmp_path, peft):
     settings, kind = drawn("bert", random.Random(0))
     kind(settings).save_pretrained(tmp_path / "base")

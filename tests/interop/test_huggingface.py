@@ -245,6 +245,30 @@ def test_bfloat16_weights(tmp_path, quiet):
     assert_same_bits(load_folder(tmp_path / "again").params, read.params)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "buffers"),
+    [
+        ("gpt2", {}, {"transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), bool), "h.0.attn.masked_bias": np.int64(-9)}),
+        (
+            "gpt_neox",
+            dict(CASES)["gpt_neox"],
+            {"gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), np.uint8)},
+        ),
+    ],
+    ids=["gpt2", "gpt_neox"],
+)
+def test_buffers_that_are_no_weights_may_have_any_dtype(tmp_path, family, changes, buffers):
+    """Masks in BOOL or U8, as older versions of transformers saved them; no weight may be so."""
+    ours = made(changes)
+    assert choose_family(ours.model).name == family
+    save_folder(ours, tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.update(buffers))
+    assert_same_bits(load_folder(tmp_path).params, ours.params)
+    edit_weights(tmp_path, lambda tensors: tensors.update({"h.0.other": np.ones(3, bool)}))
+    with pytest.raises(ExchangeError, match=r"h\.0\.other has dtype BOOL; gptjax reads F32, F16, BF16"):
+        load_folder(tmp_path)
+
+
 def test_a_bert_without_its_head_is_refused(tmp_path, quiet):
     import transformers
 
