@@ -34,17 +34,17 @@ class Verdict:
 
     outcome: Outcome
     why: str = ""
-    more_seeds: float = math.nan  # that would probably decide it; infinity: more than 1,000
+    more_seeds: float = math.nan  # an upper estimate of those that would decide it; infinity: more than 1,000
 
     @property
     def seeds_hint(self) -> str:
-        """A sentence: how many more seeds would probably decide it."""
+        """A sentence: how many more seeds would decide it."""
         if self.outcome != "cannot tell" or math.isnan(self.more_seeds):
             return ""
         if math.isinf(self.more_seeds):
             return "this would take more than 1,000 seeds"
         count = self.more_seeds if self.more_seeds < 20 else round(self.more_seeds, 2 - len(f"{self.more_seeds:.0f}"))
-        return f"about {count:,.0f} more seed{'s' if count > 1 else ''} would probably decide it"
+        return f"up to about {count:,.0f} more seed{'s' if count > 1 else ''} would decide it"
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,16 @@ def _resampled_t(x: np.ndarray) -> tuple[float, float] | None:
 
 
 def runs_needed(values: Sequence[float]) -> float:
-    """The total number of runs with which a t test finds that the mean is not 0, with probability `POWER`.
+    """A total number of runs with which a t test finds that the mean is not 0, with probability `POWER`.
 
-    Assumes the mean and the deviation of the given runs, which are rough estimates if there are few. NaN for a single
-    run, whose deviation is unknown; infinity above `MOST`. Uses the noncentral t distribution.
+    Assumes the mean of the given runs, and the upper end of the one-sided interval of their deviation at `POWER`
+    (chi-squared): few runs often show too little noise, and would promise too little. NaN for a single run, whose
+    deviation is unknown; infinity above `MOST`. Uses the noncentral t distribution.
     """
     if len(values) < 2:
         return math.nan
-    spread = float(np.std(values, ddof=1))
+    freedom = len(values) - 1
+    spread = float(np.std(values, ddof=1)) * math.sqrt(freedom / stats.chi2.ppf(1 - POWER, freedom))
     effect = abs(float(np.mean(values))) / spread if spread else 0.0
     if not effect:
         return math.inf

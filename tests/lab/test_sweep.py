@@ -501,6 +501,7 @@ def test_a_search_says_what_is_wrong_with_it(tmp_path):
 def test_a_real_sweep_shares_its_data_and_is_resumed_after_kill_9_of_everything(tmp_path):
     corpus = write_corpus(tmp_path)
     base = TINY.override({"data.source": str(corpus), "data.tokenizer": "char", "train.steps": 300})
+    base = base.override({"train.eval_every": 30, "train.checkpoint_every": 30, "train.sample_tokens": 0})
     (tmp_path / "mine.py").write_text(
         f"from gptjax.config import Experiment, grid\nbase = Experiment.from_json({base.to_json()!r})\n"
         "sweep = grid(base, {'model.ffn': ['gelu', 'relu']})\n"
