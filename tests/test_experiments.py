@@ -76,6 +76,7 @@ def test_the_variants_of_an_ablation_differ_and_have_the_shapes_that_they_say(pa
         assert len({e.train.steps * e.train.batch_size for e in variants}) == 1
 
 
+@pytest.mark.slow
 def test_the_large_run_of_the_scaling_study_takes_a_hundred_times_the_compute_of_the_smallest(tmp_path):
     path = str(ROOT / "experiments/papers/predictable_scaling.py")
     study = study_of(load_sweep(path), load_experiment(path), 1, tmp_path)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import tiny_run
 from made_runs import make_sweep
 
@@ -31,6 +32,7 @@ def test_every_notebook_is_run_here_and_is_one_for_jupytext():
         assert "format_name: percent" in text and text.count("# %% [markdown]") >= 4
 
 
+@pytest.mark.slow
 def test_reading_a_run(tmp_path):
     train.train(tiny_run(tmp_path), tmp_path / "run")
     assert "first and last training loss" in execute("01_reading_a_run.py", RUN=str(tmp_path / "run"))

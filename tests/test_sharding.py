@@ -59,9 +59,7 @@ def test_every_axis_of_a_weight_has_a_rule():
 
 @pytest.mark.slow
 def test_three_cores_train_as_one_does_and_resume_bitwise(tmp_path):
-    e = tiny_run(
-        tmp_path, **{"train.batch_size": 12, "train.microbatches": 2, "train.steps": 60, "model.dropout": 0.1}
-    )
+    e = tiny_run(tmp_path, **{"train.batch_size": 12, "train.microbatches": 2, "train.steps": 60, "model.dropout": 0.1})
     e = e.override({"train.checkpoint_every": 20, "train.eval_every": 20, "train.sample_tokens": 0})
     file, output = write_experiment(tmp_path, e), {}
     for cores in ("1", "3"):

@@ -57,6 +57,7 @@ def test_a_missing_experiment_file_names_the_command():
         load_experiment("mine.py")
 
 
+@pytest.mark.slow
 def test_the_quickstart_is_trained_and_fine_tuned(single_device):
     new(["quickstart"])
     train(load_experiment("quickstart.py").override(SMALL), Path("runs/quickstart"))
@@ -77,6 +78,7 @@ def test_the_sweep_has_a_grid_of_trials():
     assert variants[0].name == "mine-ffn=gelu-learning_rate=0.003"
 
 
+@pytest.mark.slow
 def test_the_claim_is_measured(single_device):
     new(["mine", "--from", "claim"])
     text = Path("mine.py").read_text()

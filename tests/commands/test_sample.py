@@ -61,6 +61,7 @@ def test_log_probabilities_are_shown_token_by_token(run):
     assert code == 0 and len(shown) == 3
 
 
+@pytest.mark.slow
 def test_beams_and_speculative_decoding(run, finished_run):
     code, beams, _ = run("sample", "line", "--max-new-tokens", 4, "--num-beams", 3, "--num-return-sequences", 2)
     assert code == 0 and beams.count("line") >= 2

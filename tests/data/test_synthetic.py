@@ -101,6 +101,7 @@ def test_text_has_no_columns_and_no_end(module):
         next(corpus.iter_documents("function:made_up:text", DataConfig()))
 
 
+@pytest.mark.slow
 def test_a_run_folder_never_makes_a_function_run(module, tmp_path, single_device):
     """With its text in the cache a run is evaluated like any other; without it, the function is not imported."""
     e = TINY.override({"data.source": "function:made_up:text", "data.max_documents": 2000, "train.sample_tokens": 0})

@@ -218,6 +218,7 @@ def by_engine(tokens: BPETokenizer, text: str) -> list[int]:
     return make_engine(tokens.tokenizer_json).encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_CACHE)
 @settings(max_examples=300, deadline=None)
 @given(text=st.lists(st.sampled_from(PARTS)).map("".join) | st.text(st.characters(exclude_categories=["Cs"])))
@@ -509,6 +510,7 @@ def test_bert_words(tmp_path):
         assert bert(text)["input_ids"] == [*tokens.encode_prompt(text), tokens.eos_id]
 
 
+@pytest.mark.slow
 def test_llama_and_gpt2_of_transformers_agree(tmp_path, real_data):
     transformers = pytest.importorskip("transformers")
     gpt2 = from_huggingface(real_data / "gpt2_bpe")

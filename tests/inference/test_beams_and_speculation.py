@@ -34,6 +34,7 @@ def small():
     return pretrained_of(model, CharTokenizer("abcde", False))
 
 
+@pytest.mark.slow
 def test_enough_beams_find_the_most_likely_text(small):
     """5^3 beams keep every prefix: the best of all texts of four tokens is found."""
     engine = make_engine(small)
@@ -95,6 +96,7 @@ def constant_model(logits):
 P, Q = np.log([0.5, 0.2, 0.15, 0.1, 0.05]), np.log([0.25, 0.3, 0.05, 0.2, 0.2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
     [pytest.param(SamplingParams(), marks=pytest.mark.slow), SamplingParams(0.7, top_k=4)],
@@ -121,6 +123,7 @@ def test_speculative_texts_have_the_models_probabilities(kind, sampling):
     assert chosen.sum() > 1 and tally.acceptance < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_draft_tokens", [pytest.param(n, marks=[pytest.mark.slow] * (n != 3)) for n in (1, 3, 5)])
 def test_tokens_per_call_follow_leviathans_formula(num_draft_tokens):
     """Where every draft token is accepted with the same probability: alpha = sum of min(p, q), exactly."""
@@ -135,6 +138,7 @@ def test_tokens_per_call_follow_leviathans_formula(num_draft_tokens):
     assert abs(tally.expected_tokens_per_call / formula - 1) < 0.03
 
 
+@pytest.mark.slow
 def test_a_draft_may_have_a_longer_table_of_the_same_tokens():
     """As the sizes of Pythia have: the padding of a table is never a token."""
     engine = make_engine(pretrained_of(MODEL))

@@ -77,6 +77,7 @@ def test_stop_tokens_of_the_model_end_a_text(generator):
         assert after.ids.tolist() == before.ids[:end].tolist() and after.finished == bool(len(first))
 
 
+@pytest.mark.slow
 def test_one_of_each_for_every_prompt(generator):
     done = generator.generate(
         ["ab", "xyz"], [3, 5], [SamplingParams(temperature=0), SamplingParams(1.5)], seeds=[1, 2], count=2

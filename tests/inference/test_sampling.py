@@ -49,7 +49,7 @@ settings_drawn = st.builds(  # dicts: the type checks of SamplingParams use `ran
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), settings_of_rows=st.lists(settings_drawn, min_size=ROWS, max_size=ROWS))
 def test_every_processor_is_that_of_transformers(seed, settings_of_rows):
     samplings = [SamplingParams(**row) for row in settings_of_rows]

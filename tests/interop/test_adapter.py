@@ -279,6 +279,7 @@ def test_without_peft_gptjax_reads_the_adapter_again(adapter, tmp_path, monkeypa
     assert found.difference < 1e-5 and found.reference.endswith("(peft is not installed)")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_a_run_with_lora_is_exported_as_an_adapter_and_as_one_model(tmp_path, finished_run, capsys):
     lora = {"init": str(finished_run), "data.tokenizer": "init", "model.lora_rank": 2, "model.lora_alpha": 6.0,

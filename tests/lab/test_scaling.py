@@ -250,6 +250,7 @@ result = {"steps": e.train.steps, "val_loss": loss, "seconds": 1.0}
 """
 
 
+@pytest.mark.slow
 def test_the_command_predicts_trains_waits_and_scores(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

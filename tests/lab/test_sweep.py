@@ -244,6 +244,7 @@ def test_a_stop_signal_is_forwarded_whenever_it_comes(tmp_path, learner):
     assert not any(holder(t.folder) for t in trials)
 
 
+@pytest.mark.slow
 def test_after_kill_9_the_same_command_waits_for_what_still_runs_and_runs_nothing_twice(tmp_path, learner):
     trials = made(tmp_path / "s", seeds=2, steps=400)
     process = conductor(tmp_path, learner)
@@ -389,6 +390,7 @@ def searched(folder: Path, method: str, count: int, workers: int = 2) -> SearchP
     return SearchPlan(Search(e, {"optim.learning_rate": Uniform(0.01, 1.0)}), method, count, workers, folder)
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_best_values_and_is_resumed(tmp_path, learner):
     pytest.importorskip("optuna")
     learner.write_text(SEARCHER.replace("time.sleep(0.02)", "pass"))
@@ -405,6 +407,7 @@ def test_a_search_finds_the_best_values_and_is_resumed(tmp_path, learner):
     assert len(set(rates)) == 14 and abs(nearest - 0.3) < 0.1
 
 
+@pytest.mark.slow
 def test_successive_halving_prunes_the_worse_trials(tmp_path, learner, monkeypatch):
     pytest.importorskip("optuna")
     learner.write_text(SEARCHER.replace("time.sleep(0.02)", "time.sleep(0.05)"))
@@ -421,6 +424,7 @@ def test_successive_halving_prunes_the_worse_trials(tmp_path, learner, monkeypat
     assert {t.name: read_note(t) for t in trials.values()} == again, "nor is it tried again"
 
 
+@pytest.mark.slow
 def test_a_search_continues_after_trials_that_are_killed_or_diverge(tmp_path, learner):
     pytest.importorskip("optuna")
     rate = 'experiment["optim"]["learning_rate"]'

@@ -32,7 +32,7 @@ def check_concatenated(size, chunks, axis):
     np.testing.assert_array_equal(second, x * 2)
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 2))
 def test_chunks_are_concatenated_in_order(size, chunks, axis):
     with jax.disable_jit():  # each size would be a program of its own
@@ -55,7 +55,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    "kind, documents", [("plain", False), *((kind, True) for kind in KINDS)], ids=["one document", *KINDS]
+    "kind, documents",
+    [
+        ("plain", False),
+        ("grouped, window, capped", True),
+        *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in ("plain", "ALiBi", "encoder")),
+    ],
 )
 def test_chunks_have_the_losses_and_gradients_of_the_full_computation(monkeypatch, kind, documents):
     m = tiny_model(vocab_size=24, context_length=24, **KINDS[kind])
@@ -81,7 +86,14 @@ def test_chunks_have_the_losses_and_gradients_of_the_full_computation(monkeypatc
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), chunked, expected)
 
 
-@pytest.mark.parametrize("kind, dtype", [*((kind, "float32") for kind in KINDS), ("plain", "bfloat16")])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("plain", "float32"),
+        ("plain", "bfloat16"),
+        *(pytest.param(kind, "float32", marks=pytest.mark.slow) for kind in KINDS if kind != "plain"),
+    ],
+)
 def test_blocks_of_causal_attention_equal_full_attention_with_fewer_flops(monkeypatch, kind, dtype):
     m = tiny_model(context_length=64, dtype=dtype, **KINDS[kind])
     layer, x = attention.Attention(m), jax.random.normal(jax.random.key(0), (2, 64, m.embed_dim), dtype)
@@ -115,6 +127,7 @@ def test_every_chunk_has_its_own_dropout(monkeypatch):
     assert all(not np.allclose(chunks[i, -1], chunks[j, -1]) for i in range(4) for j in range(i))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["scan", "unrolled"])
 def test_memory_grows_linearly_with_the_context(monkeypatch, layers):
     monkeypatch.setattr(attention, "MAX_SCORES", 1 << 14)

@@ -39,6 +39,13 @@ VARIANTS = {
     "relu-bfloat16": dict(ffn="relu", dtype="bfloat16"),
 }
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+QUICK = ("learned", "gqa", "window-alibi-caps", "llama3-qk-norm", "relu-bfloat16")
+# of tests that compile much; the others are for `pytest -m slow`
+every_variant_if_slow = pytest.mark.parametrize(
+    "changes",
+    [pytest.param(changes, marks=[] if name in QUICK else pytest.mark.slow) for name, changes in VARIANTS.items()],
+    ids=VARIANTS,
+)
 
 
 def random_params(config, seed=0):
@@ -81,7 +88,7 @@ def influence(config, params, tokens, segment_ids=None, positions=None, prefix_m
     return np.array(jacobian())
 
 
-@every_variant
+@every_variant_if_slow
 def test_no_token_attends_to_a_later_one(changes):
     config = tiny_model(**changes)
     seen = influence(config, random_params(config), random_tokens(config, rows=1, length=8))
@@ -98,7 +105,7 @@ def test_a_bidirectional_model_attends_to_everything():
     assert np.all(influence(config, random_params(config), random_tokens(config, rows=1, length=6)) > 0)
 
 
-@every_variant
+@every_variant_if_slow
 def test_documents_do_not_leak(changes):
     config = tiny_model(**changes)
     params = random_params(config)
@@ -115,7 +122,9 @@ def test_documents_do_not_leak(changes):
     np.testing.assert_allclose(packed[:, 3:7], alone, atol=tolerance)
 
 
-some_variants = pytest.mark.parametrize("name", ["learned", "rope", "window-alibi-caps", "gqa"])
+some_variants = pytest.mark.parametrize(
+    "name", ["learned", "gqa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rope", "window-alibi-caps"))]
+)
 PACKED = dict(
     segment_ids=jnp.array([[1, 1, 1, 1, 2, 2, 2, 2]]),
     positions=jnp.array([[0, 1, 2, 3, 0, 1, 2, 3]]),
@@ -162,7 +171,7 @@ def test_a_prefix_of_everything_is_the_bidirectional_model():
     np.testing.assert_allclose(everything, logits_of(tiny_model(causal=False), params, tokens), atol=1e-6)
 
 
-@every_variant
+@every_variant_if_slow
 def test_the_cache_changes_nothing(changes):
     """Two sequences, one two tokens longer, in several steps; with a sliding window the cache overwrites old tokens."""
     config = tiny_model(**changes)
@@ -323,6 +332,7 @@ def test_cudnn_is_not_chosen_for_heads_that_it_does_not_support(monkeypatch, cap
         assert kernel == ("cudnn" if obstacle is None else "xla") and (obstacle or "") in why
 
 
+@pytest.mark.slow
 def test_training_with_a_mask_and_an_odd_length_uses_xla(monkeypatch):
     """cuDNN has no gradient for it. Attention passes the length and whether there is a mask to `choose_kernel`."""
     on_gpu(monkeypatch, "9.0")

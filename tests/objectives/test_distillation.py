@@ -55,6 +55,7 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn(divergence):
     assert max(float(abs(x).max()) for x in jax.tree.leaves(gradient)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_a_student_comes_near_its_teacher(tmp_path, finished_run):
     e = TINY.override({

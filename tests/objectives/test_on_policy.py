@@ -161,6 +161,7 @@ def questions(tmp_path):
             "train.batch_size": 16}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize("name", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_a_run_earns_more_reward_and_resumes_bitwise(tmp_path, finished_run, questions, name):
@@ -197,6 +198,7 @@ def tuned(name, questions, init) -> Experiment:
     return TINY.override(changes | {"train.microbatches": 2, "model.lora_rank": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "distill"))])
 def test_every_mesh_learns_the_same(monkeypatch, finished_run, questions, name):
     e = tuned(name, questions, finished_run)
@@ -217,6 +219,7 @@ def test_every_mesh_learns_the_same(monkeypatch, finished_run, questions, name):
         np.testing.assert_allclose(other, seen[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize("name", ["dpo", "distill"])
 def test_a_run_with_a_reference_model_resumes_bitwise_and_refuses_another_reference(

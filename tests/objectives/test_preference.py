@@ -72,6 +72,7 @@ class Table:
         return jnp.broadcast_to(variables["params"], (*x.shape[:2], len(variables["params"])))
 
 
+@pytest.mark.slow
 def test_over_all_pairs_of_all_answers_the_best_model_is_the_one_of_the_theorem():
     """Preferences by Bradley and Terry's model of a reward: the minimum is reference x exp(reward / beta)."""
     rng, count, beta = np.random.default_rng(0), 5, 0.7
@@ -116,6 +117,7 @@ def test_a_worse_answer_follows_each_better_one(pairs, tmp_path):
         list(load_examples(data.source, data, "train"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_a_run_prefers_the_chosen_answers_and_keeps_pairs_in_one_batch(pairs, tmp_path, finished_run):
     e = TINY.override(pairs | {"init": str(finished_run), "data.tokenizer": "init", "train.steps": 30,

@@ -16,7 +16,7 @@ from gptjax.probing.profiling import profile
 from gptjax.training.train_setup import build_train_setup, first_state
 
 
-@pytest.mark.parametrize("layers", ["scan", "unrolled"])
+@pytest.mark.parametrize("layers", ["scan", pytest.param("unrolled", marks=pytest.mark.slow)])
 def test_every_module_of_the_step_is_found_both_ways(tmp_path, layers):
     setup = build_train_setup(tiny_run(tmp_path, **{"model.layers": layers}), one_device())
     with jax.set_mesh(setup.mesh):

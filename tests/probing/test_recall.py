@@ -57,6 +57,7 @@ def test_training_texts_have_constant_facts_that_differ_between_texts():
     assert document(1, 0, 200) != texts[0] == document(0, 0, 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_an_untrained_model_is_right_by_chance_at_every_distance(causal):
     tokenizer = ByteTokenizer()

@@ -79,7 +79,10 @@ def test_every_single_flipped_bit_is_noticed(run):
     assert noticed == 200 and checkpoint.problem(checkpoint.choose(run / "checkpoints")) is None
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest", "unlisted"])
+@pytest.mark.parametrize(
+    "harm",
+    ["flip", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("truncate", "delete", "manifest", "unlisted"))],
+)
 def test_a_damaged_last_checkpoint_is_quarantined_and_the_run_resumes_from_the_one_before(run, harm, capfd):
     unbroken = restored(run)
     path = largest_file(run, 6)
@@ -136,6 +139,7 @@ def test_other_folders_are_not_taken_for_checkpoints(run, capfd):
     assert [p.name for p in (folder / "set-aside").iterdir()] == ["00000006-uncommitted"], "what has data is kept"
 
 
+@pytest.mark.slow
 def test_a_rollback_quarantines_later_checkpoints(run, capfd):
     before, unbroken = (run / "metrics.jsonl").read_text(), restored(run)
     resume(run, rollback_to=2)
@@ -164,6 +168,7 @@ def test_a_refused_command_moves_nothing(run):
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before, (changes, options)
 
 
+@pytest.mark.slow
 def test_a_run_killed_amid_its_first_save_starts_again_and_one_that_lost_its_folder_is_refused(run, capfd):
     unbroken = restored(run)
     folder = run / "checkpoints"
@@ -286,6 +291,7 @@ def test_a_checkpoint_of_release_0_1_loads_and_trains_on(tmp_path, monkeypatch):
         load_params(open_run(tmp_path / "run"), "4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["1", "4x2"], pytest.param(["1", "8x1", "4x2", "2x4"], marks=pytest.mark.slow)])
 def test_a_state_moves_between_meshes_bit_for_bit(tmp_path, names):
     """1, 8x1, 4x2 and 2x4 devices: the same arrays, the same batches, and losses within 1e-5 afterwards."""
@@ -340,7 +346,7 @@ if how == "raise":
 """
 
 
-@pytest.mark.parametrize("how", ["leave", "full", "raise"])
+@pytest.mark.parametrize("how", ["leave", *(pytest.param(how, marks=pytest.mark.slow) for how in ("full", "raise"))])
 def test_a_process_that_leaves_right_after_a_save_finishes_it_or_says_that_it_could_not(run, tmp_path, how):
     script = tmp_path / "leave.py"
     script.write_text(LEAVES)

@@ -51,6 +51,7 @@ def letters(tmp_path):
     })  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 @pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_classifier_learns_a_rule_and_its_metrics_are_right(tmp_path, letters, causal, capsys):
@@ -134,6 +135,7 @@ def of_tokens(model) -> Pretrained:
     return Pretrained("theirs", model, init_params(model, jax.random.key(5)), ByteTokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MASKED, FREE], ids=["masked", "free"])
 def test_the_body_of_any_model_gets_a_new_head(letters, model):
     first = of_tokens(model)
@@ -150,6 +152,7 @@ def test_the_body_of_any_model_gets_a_new_head(letters, model):
     assert 0.01 < ours["classifier.weight"].std() < 0.04 and not ours["classifier.bias"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_a_run_from_a_masked_model_resumes_bit_for_bit(tmp_path, letters):
     e = letters.override({"init": "theirs", "data.tokenizer": "init", "model.dropout": 0.1, "train.steps": 4})
@@ -170,6 +173,7 @@ def stored(folder) -> dict:
     return names(restore_state(checkpoint.choose(run.checkpoints, "last"), setup.abstract, setup.experiment))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_lora_trains_the_head_too_and_frozen_patterns_hold(tmp_path, letters, finished_run):
     begun = {"init": str(finished_run), "data.tokenizer": "init", "train.steps": 3, "optim.warmup_steps": 0}
@@ -273,6 +277,7 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, letters, finished_r
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_labels_that_were_lost_are_noticed(tmp_path, letters):
     train.train(letters.override({"train.steps": 1, "optim.warmup_steps": 0}), tmp_path / "run")

@@ -50,6 +50,7 @@ def poisoned_run(folder, monkeypatch, **changes):
     return e, first + 1, guilty.tolist()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_counted_and_found_again(tmp_path, monkeypatch, capfd):
     e, bad, guilty = poisoned_run(tmp_path, monkeypatch)
     e = e.override(
@@ -130,6 +131,7 @@ def test_a_diagnosis_names_the_module_and_the_layer(tmp_path, where):
     assert len(found.samples) == 8
 
 
+@pytest.mark.slow
 def test_a_gradient_alone_that_is_not_finite_is_named(tmp_path):
     """Queries that are exactly 0 stay so in their norm, however they are scaled, but their gradient is too large."""
     e = tiny_run(tmp_path, **{"model.qk_norm": True, "model.norm_epsilon": 1e-36})

@@ -124,6 +124,7 @@ def test_patterns_treat_the_output_head_as_a_module_outside_the_embedding(patter
     assert {path for path, trains in names(trainable_mask(e)).items() if not trains} == expected
 
 
+@pytest.mark.slow
 def test_rates_fall_from_layer_to_layer():
     flat, steep = (
         TINY.override(model=dict(vocab_size=11, num_layers=3), optim=dict(layer_decay=d, weight_decay=0.0)).resolved(11)
@@ -147,6 +148,7 @@ def examples(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_lora_trains_saves_resumes_and_is_merged_where_it_is_used(tmp_path, examples, finished_run, capfd):
     lora = {"init": str(finished_run), "data.tokenizer": "init", "model.lora_rank": 2, "train.steps": 8,
@@ -174,6 +176,7 @@ def test_lora_trains_saves_resumes_and_is_merged_where_it_is_used(tmp_path, exam
     assert_same(restored(tmp_path / "whole"), restored(tmp_path / "in pieces"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_a_run_resumes_when_its_initial_model_is_gone(tmp_path, examples, finished_run):
     shutil.copytree(finished_run, tmp_path / "first")
@@ -188,6 +191,7 @@ def test_a_run_resumes_when_its_initial_model_is_gone(tmp_path, examples, finish
         train.train(e, tmp_path / "another")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_any_model_can_be_what_it_starts_from(tmp_path, examples):
     model = tiny_model(vocab_size=300, positions="rope", context_length=32, dtype="bfloat16")  # rows beyond the ids

@@ -87,6 +87,7 @@ def test_scores_are_divided_by_the_width_of_a_head():
     )
 
 
+@pytest.mark.slow
 def test_logits_move_less_with_width_than_in_the_standard_parametrisation(tmp_path, single_device):
     widths = (16, 64)
     slopes = {}

@@ -91,6 +91,7 @@ def sliced(tree, layer):
     return jax.tree.map_with_path(one, tree["blocks"])
 
 
+@pytest.mark.slow
 def test_muon_treats_every_layer_as_plain_muon_does():
     e = experiment(name="muon", clip_norm=None, weight_decay=0.1)
     params, *gradients = trees(e, 3)

@@ -143,6 +143,7 @@ def test_the_gradient_is_that_of_windows_one_by_one(library, tiny):
     assert float(shown["loss"]) == pytest.approx(nats / batch.loss_weights.sum(), rel=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(row=st.integers(0, 7), seed=st.integers(0, 2**16), limit=st.sampled_from([1e-3, 0.1, 10.0]))
 def test_no_window_moves_the_gradient_by_more_than_the_norm(library, tiny, row, seed, limit):
@@ -168,6 +169,7 @@ def test_noise_is_normal_and_its_own_in_every_weight_and_step(library):
     assert np.abs(correlations).max() < 4.5 / math.sqrt(2000)
 
 
+@pytest.mark.slow
 def test_the_noise_is_in_every_update_and_only_on_trainable_weights(library, tiny):
     model, state, batch = tiny
     trainable = jax.tree.map_with_path(lambda path, x: path[0].key != "embedding", state.params)
@@ -277,6 +279,7 @@ def test_epsilon_of_a_run(library):
     assert roomy <= epsilon < 1.01 * roomy, "batches that overflow cost something, and seldom happen"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_a_private_run_reports_epsilon_and_resumes_bitwise(library, tmp_path, capfd):
     e = tiny_run(tmp_path, **PRIVATE | {"model.dropout": 0.1, "train.batch_size": 32})

@@ -137,7 +137,7 @@ def test_any_run_in_any_pieces_is_the_unbroken_run_bit_for_bit(finished_run, kin
     check_in_pieces(changes, stops, finished_run if kind == "fine-tuning" else None)
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", ["pre-training", pytest.param("fine-tuning", marks=pytest.mark.slow)])
 def test_a_run_stopped_three_times_is_the_unbroken_run_bit_for_bit(finished_run, kind):
     """By a signal, by a crash with a save in flight, and by a signal again; dropout, accumulation and averages on."""
     changes = {"model.dropout": 0.1, "train.microbatches": 2, "optim.ema_decay": 0.9, "train.checkpoint_every": 2}
@@ -155,6 +155,7 @@ def test_a_run_stopped_exactly_at_an_epochs_end_is_the_unbroken_run_bit_for_bit(
     check_in_pieces(changes | {"train.log_every": 1}, [(end, "signal"), (end + 1, "signal")])
 
 
+@pytest.mark.slow
 def test_the_speed_of_a_run_in_pieces_is_that_of_its_steps(tmp_path, monkeypatch):
     """By a clock on which a step takes 1.25 s, 0.25 of it for the batch, and the first of a process 100 s more.
 

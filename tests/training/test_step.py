@@ -61,6 +61,7 @@ def test_every_mesh_gives_the_same_losses(tmp_path, finished_run, changes):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, reference.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [dict(data=4, model=2), dict(data=1, model=1, cores=4)], ids=["4 x 2", "4 cores"])
 def test_parts_of_scores_and_logits_lose_the_same_on_every_mesh(tmp_path, monkeypatch, mesh):
     e = tiny_run(tmp_path, **{"model.dropout": 0.3})
@@ -70,6 +71,7 @@ def test_parts_of_scores_and_logits_lose_the_same_on_every_mesh(tmp_path, monkey
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"model.layers": "scan", "model.remat": "full"}, PRIVATE], ids=["plain", "private"]
 )
@@ -80,6 +82,7 @@ def test_bfloat16_is_laid_for_cpus_on_every_mesh(tmp_path, changes):
         np.testing.assert_allclose(losses_on(e, **mesh, steps=3)[0], expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_cores_wait_for_each_other_at_one_place_at_a_time(tmp_path):
     """Two sums that could be made at once take all threads of a CPU, and leave none to a core that is waited for."""
     e = tiny_run(tmp_path, **{"train.microbatches": 1, "model.dropout": 0.1})
@@ -95,6 +98,7 @@ def test_cores_wait_for_each_other_at_one_place_at_a_time(tmp_path):
     assert not re.search("all-reduce|all-gather|permute|all-to-all", look)
 
 
+@pytest.mark.slow
 def test_what_comes_back_to_a_layer_is_added_up_once(tmp_path):
     """Without barriers XLA adds the gradients of all later layers up again wherever one of them is needed."""
     most = []
@@ -109,6 +113,7 @@ def test_what_comes_back_to_a_layer_is_added_up_once(tmp_path):
     assert most[0] == most[1] < 16  # 54 and 141
 
 
+@pytest.mark.slow
 def test_moments_lie_where_their_weights_lie(tmp_path):
     e = tiny_run(tmp_path, **{"model.num_heads": 4, "optim.ema_decay": 0.9})
     _, state, _ = losses_on(e, 4, 2, steps=1)

@@ -12,7 +12,7 @@ from conftest import tiny_run
 
 from gptjax.errors import ConfigError, DataError, RunError
 from gptjax.model.size import flops_per_token, num_params
-from gptjax.training import checkpoint, metrics, train
+from gptjax.training import checkpoint, hardware, train
 from gptjax.training.evaluation import evaluate_run
 from gptjax.training.hardware import peak_flops
 from gptjax.training.restore import load_params
@@ -57,6 +57,7 @@ def test_a_run_leaves_everything_that_is_promised(tmp_path):
     assert again["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_nothing_is_recompiled_in_a_run_with_evaluation(tmp_path, monkeypatch):
     shops = []
     prepared = train.build_train_setup
@@ -66,6 +67,7 @@ def test_nothing_is_recompiled_in_a_run_with_evaluation(tmp_path, monkeypatch):
     assert shops[0].eval_step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_last_and_best_checkpoints_are_kept(tmp_path):
     e = tiny_run(
         tmp_path, **{"train.steps": 8, "train.checkpoint_every": 1, "train.eval_every": 1, "train.keep_last": 2}
@@ -167,6 +169,8 @@ def test_the_peak_is_that_of_the_very_device_times_their_number(monkeypatch, kin
 @pytest.mark.parametrize("platform, counted", [("gpu", 4), ("cpu", 1)])
 def test_a_device_without_a_data_sheet_is_measured_and_all_but_cores_are_counted(monkeypatch, platform, counted):
     four_devices(monkeypatch, "Wonder 1", platform)
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a product a second
+    monkeypatch.setattr(
+        hardware, "time", SimpleNamespace(perf_counter=itertools.count().__next__)
+    )  # a product a second
     found, source = peak_flops()
     assert found == counted * 2 * 1024**3 and source.startswith("measured")

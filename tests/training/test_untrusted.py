@@ -108,6 +108,7 @@ class Payload:
         return os.system, (f"touch {os.environ['GPTJAX_TEST_MARK']}",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["verify"], *(pytest.param(v, marks=pytest.mark.slow) for v in SLOW_COMMANDS)])
 def test_no_code_from_a_run_folder_runs(run, tmp_path, monkeypatch, command):
     mark = tmp_path / "it-ran"

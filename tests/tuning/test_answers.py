@@ -95,6 +95,7 @@ def test_the_most_probable_label_is_chosen_and_its_likelihood_is_the_models(regi
     assert (figures["examples"], figures["shortened"]) == (8, 0)
 
 
+@pytest.mark.slow
 def test_known_answers_are_written_to_the_end_of_their_line_and_in_order(register):
     """The chain says what follows the prompt's last letter; the batches are sorted by length, the answers are not."""
     model = chain("1ab\nno", "2cde", "3fghijklmnopq")
@@ -122,6 +123,7 @@ def test_another_model_replaces_the_baseline(register):
     assert figures["exact_match_difference"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_answers_are_drawn_by_the_seed_alone(register):
     task, model = register([{"x": str(i), "y": "a"} for i in range(6)]), random_model(scale=2.0)
     drawn = [[p.prediction for p in evaluate_task(model, task, seed=seed, batch_size=size, temperature=1.0)[1]]

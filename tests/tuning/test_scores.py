@@ -85,6 +85,7 @@ def test_equality_takes_any_reference_and_leaves_the_space_around_it_out():
     assert value == accuracy_score(true, [m.strip() for m in made]) == 0.75
 
 
+@pytest.mark.slow
 def test_intervals_of_95_percent_hold_the_truth_about_that_often_and_do_not_change():
     rng, truth, held = np.random.default_rng(0), 0.7, []
     for _ in range(200):
