@@ -122,12 +122,12 @@ def test_a_dialogue_on_the_terminal(run, monkeypatch):
     code, again, _ = run("chat", "--max-new-tokens", 3, typed="a\n/reset\nb\n")
     assert (code, again) == (0, out), "the same seed and questions give the same answers"
     code, _, err = run("chat", "--max-new-tokens", 3, typed="a question that is far too long, " * 2 + "\n")
-    assert code == 0 and "shorten one of them" in err
+    assert code == 2 and "shorten one of them" in err and "no message got an answer" in err
 
 
 @pytest.mark.parametrize("command", ["sample", "chat"])
 def test_checkpoint_is_an_option_for_runs_only(run, command, tmp_path):
-    code, out, err = run(command, "--checkpoint", 4, "--max-new-tokens", 3, typed="hi\n")
+    code, out, err = run(command, "--checkpoint", 4, "--max-new-tokens", 3, typed="/exit\n")
     assert code == 0 and "no effect" not in err, "it is an option for a run"
     code, out, err = run(command, "--checkpoint", 4, "--seed", 2, "--temperature", 0, model=tmp_path)
     assert (code, out) == (2, "")

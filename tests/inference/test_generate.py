@@ -160,6 +160,7 @@ def test_a_bidirectional_model_cannot_generate():
         make_engine(pretrained_of(tiny_model(vocab_size=257, causal=False)))
 
 
+@pytest.mark.slow
 def test_int8_changes_little_and_takes_a_quarter_of_the_bytes():
     model = tiny_model(vocab_size=257, context_length=32, embed_dim=64, num_heads=4, ffn="swiglu", tie_embeddings=False)
     pretrained = pretrained_of(model, 1.0)

@@ -625,6 +625,7 @@ def test_an_imported_run_is_the_model_again(folder, tmp_path):
         open_model(str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_training_starts_from_an_imported_run_and_never_in_it(tmp_path):
     e = tiny_run(tmp_path)
     model = e.resolved(ByteTokenizer().vocab_size).model

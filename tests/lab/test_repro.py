@@ -175,6 +175,7 @@ TRAINS = """import conftest
     return Measurement(f"{loss}", True)"""
 
 
+@pytest.mark.slow
 def test_a_claim_trains_in_its_folder_and_what_is_trained_is_not_trained_again(papers, tmp_path, single_device):
     papers("mine", TRAINS)
     (first,) = repro.reproduce([repro.load_claim("mine")], tmp_path / "out")

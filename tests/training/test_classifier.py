@@ -73,6 +73,7 @@ def test_a_classifier_learns_a_rule_and_its_metrics_are_right(tmp_path, letters,
     assert logits[0, -1].argmax() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_device")
 def test_the_accuracy_is_the_mean_over_all_targets(tmp_path, letters):
     e = letters.override({"train.steps": 2, "optim.warmup_steps": 0, "train.microbatches": 2})

@@ -113,6 +113,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_that_is_not_finite(tmp_path
         assert all(np.isfinite(x).all() for x in saved if x.dtype == np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["attention.out", pytest.param("ffn.up", marks=pytest.mark.slow)])
 def test_a_diagnosis_names_the_module_and_the_layer(tmp_path, where):
     """Infinite weights in layer 1: the first output that is not finite is that module's, in either direction."""

@@ -69,6 +69,7 @@ def test_weights_fit_where_they_can():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_model_with_lora_is_the_merged_model():
     model = tiny_model(lora_rank=3, lora_alpha=5.0, lora_targets=("tokens", "query", "value", "out", "up", "down"))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), init_params(

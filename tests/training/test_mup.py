@@ -31,6 +31,7 @@ def first_update(e, seed=0):
     return names(tx.update(grads, tx.init(params), params)[0])
 
 
+@pytest.mark.slow
 def test_at_its_own_width_it_is_the_standard_parametrisation():
     plain, mup = experiment(16), experiment(16, mup_base_width=16)
     params = [init_params(e.model, jax.random.key(3)) for e in (plain, mup)]

@@ -268,6 +268,7 @@ def test_every_window_is_drawn_by_itself_and_none_beyond_the_room(library, tmp_p
     np.testing.assert_array_equal(batch.tokens[0, :size], plain[drawn[7][:size], :-1])
 
 
+@pytest.mark.slow
 def test_epsilon_of_a_run(library):
     assert spent_by(PoissonSampler.of(20, 32), 2.0, 5)[0] == pytest.approx(
         spent(1.0, 2.0, 5, 0.1 / 20).epsilon, rel=1e-6

@@ -211,6 +211,7 @@ def test_a_finished_run_or_one_killed_before_its_result_is_only_reported(tmp_pat
     assert "is already finished; nothing to do" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twice(tmp_path):
     e = tiny_run(tmp_path, **{"train.steps": 4, "train.checkpoint_every": 2, "train.eval_every": 0})
     train.train(e, tmp_path / "run")

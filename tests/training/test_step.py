@@ -184,6 +184,7 @@ def test_z_loss_pulls_log_z_towards_zero():
     assert with_z - without == pytest.approx(0.5 * (log_z**2 * batch.loss_weights).sum(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation_uses_the_average_and_no_dropout():
     e = TINY.override({"model.vocab_size": 11, "model.dropout": 0.5, "optim.ema_decay": 0.5})
     tx, batch = make_optimizer(e), random_batch(3)

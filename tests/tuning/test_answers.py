@@ -73,6 +73,7 @@ def _logits(params, ids, *, model):
     return GPT(model).apply({"params": params}, ids)
 
 
+@pytest.mark.slow
 def test_the_most_probable_label_is_chosen_and_its_likelihood_is_the_models(register):
     texts = ["a fine day", "bad", "why not", "so much of it, for so long", "é", "a", "b", "end"]
     labels = ("yes", "no, never", "maybe")
