@@ -151,7 +151,7 @@ def add_adapter(folder: Path, family: Family, config: ModelConfig, params: Any) 
 def _base_copies(
     weights: files.SafetensorsReader, family: Family, config: ModelConfig, base: dict[str, np.ndarray]
 ) -> set[str]:
-    """The copies of the base model's embedding and head, which PEFT saves beside their LoRA matrices by default.
+    """The copies of the base model's embedding and head, which PEFT saves with their LoRA matrices by default.
 
     Raises `ExchangeError` for a copy that differs from the base model.
     """

@@ -169,8 +169,7 @@ def test_the_peak_is_that_of_the_very_device_times_their_number(monkeypatch, kin
 @pytest.mark.parametrize("platform, counted", [("gpu", 4), ("cpu", 1)])
 def test_a_device_without_a_data_sheet_is_measured_and_all_but_cores_are_counted(monkeypatch, platform, counted):
     four_devices(monkeypatch, "Wonder 1", platform)
-    monkeypatch.setattr(
-        hardware, "time", SimpleNamespace(perf_counter=itertools.count().__next__)
-    )  # a product a second
+    a_product_a_second = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(hardware, "time", a_product_a_second)
     found, source = peak_flops()
     assert found == counted * 2 * 1024**3 and source.startswith("measured")
