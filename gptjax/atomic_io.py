@@ -95,6 +95,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def format_bytes(size: float) -> str:
+    """A size in the unit that fits it: `8 bytes`, `4.1 kB`, `1.20 GB`."""
+    for unit, digits in (("bytes", 0), ("kB", 1), ("MB", 1)):
+        if size < 1000:
+            return f"{size:.{digits}f} {unit}"
+        size /= 1000
+    return f"{size:,.2f} GB"
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

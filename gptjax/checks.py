@@ -19,6 +19,16 @@ NOT_NEGATIVE = """seed model.num_classes model.lora_rank model.init_std objectiv
     optim.final_learning_rate optim.warmup_steps optim.weight_decay
     train.eval_every train.checkpoint_every train.keep_best train.sample_tokens""".split()
 FRACTIONS = "model.dropout optim.beta1 optim.beta2 data.val_fraction optim.cooldown_fraction".split()
+MAX_NAME = 200  # bytes: file systems allow 255, and a sweep adds the seed and a suffix
+# far above what any machine can hold; a larger value would fill the memory before it is noticed
+LIMITS = {
+    "model.vocab_size": 10**8, "model.context_length": 10**8, "model.num_layers": 10**5, "model.embed_dim": 10**6,
+    "model.num_heads": 10**5, "model.num_kv_heads": 10**5, "model.head_dim": 10**5, "model.ffn_dim": 10**7,
+    "model.num_classes": 10**7, "model.lora_rank": 10**5, "model.sliding_window": 10**9, "model.mup_base_width": 10**6,
+    "data.max_documents": 10**12, "data.tokenizer_vocab_size": 10**7, "objective.num_generations": 10**6,
+    "objective.max_new_tokens": 10**8, "train.steps": 10**12, "train.batch_size": 10**7, "train.microbatches": 10**7,
+    "train.sample_tokens": 10**8, "train.prefetch": 10**4, "mesh.data": 10**6, "mesh.model": 10**6,
+}  # fmt: skip
 Need = Callable[[bool, str], None]
 
 
@@ -57,7 +67,16 @@ def _range_problems(e: Experiment) -> dict[str, str]:
             value = value_at(e, path)
             if value is not None and not holds(value):
                 found[path] = f"{path} = {value}: {message}"
+    for path, limit in LIMITS.items():
+        value = value_at(e, path)
+        if value is not None and value > limit:
+            found[path] = f"{path} = {_short(value)}: must be at most {limit:,}"
     return found
+
+
+def _short(value: int) -> str:
+    """A number for a message, which an untrusted file may give thousands of digits."""
+    return f"{value:,}" if value < 10**30 else f"about 10**{value.bit_length() * 3 // 10}"
 
 
 def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
@@ -69,7 +88,10 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
             found.append(message)
 
     need(e.seed < 2**63, f"seed = {e.seed}: must be below 2**63")
-    need(bool(e.name.strip(".")) and "/" not in e.name, f"name = {e.name!r}: must name a folder under runs/")
+    need(bool(e.name.strip(".")) and "/" not in e.name, f"name = {e.name[:80]!r}: must name a folder under runs/")
+    need(e.name.isprintable(), f"name = {e.name[:80]!r}: has characters that cannot be printed; leave them out")
+    size = len(e.name.encode(errors="surrogatepass"))
+    need(size <= MAX_NAME, f"name = {e.name[:20] + '...'!r}: has {size:,} bytes; at most {MAX_NAME} are allowed")
     need(
         e.init is not None or e.objective.reference is not None or e.data.tokenizer != "init",
         "data.tokenizer = 'init': there is no init; set init to a run or a model",

@@ -8,7 +8,7 @@ import time
 import traceback
 
 from gptjax import __version__
-from gptjax.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, GptjaxError
+from gptjax.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, GptjaxError, printable
 
 COMMANDS = {  # command -> its module and function
     "new": ("gptjax.commands.new", "new"),
@@ -72,6 +72,8 @@ def main() -> None:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         _stop(f"gptjax: no such command: {command!r}; {hint} (gptjax --help)", 2)
     module, function = COMMANDS[command]
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m gptjax` does, for modules that an experiment names
     try:
         getattr(importlib.import_module(module), function)(arguments)
     except GptjaxError as e:
@@ -89,7 +91,7 @@ def main() -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
     if code == EXIT_FAILED or (_is_distributed() and code != EXIT_INTERRUPTED):
         sys.stdout.flush()
         if code != EXIT_FAILED:  # training has already waited for the others

@@ -13,9 +13,14 @@ EXIT_FAILED = 3  # training failed (non-finite numbers, a failed save, a lost pr
 EXIT_INTERRUPTED = 75  # Ctrl-C or SIGTERM: state saved, the same command resumes (sysexits' EX_TEMPFAIL)
 
 
+def printable(text: str) -> str:
+    """A text for a terminal: control characters, escape sequences and halves of surrogate pairs are written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def warn(message: str) -> None:
     """Prints a warning on stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 class GptjaxError(Exception):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import config
-from gptjax.checks import check
+from gptjax.checks import LIMITS, check
 from gptjax.commands import parse
 from gptjax.config import (
     RENAMED,
@@ -290,3 +290,26 @@ def test_the_config_stays_small_and_every_field_says_what_it_is():
     for node in fields:
         section = isinstance(node.value, ast.Call)  # documented by the docstring of its class
         assert section or "  # " in lines[node.lineno - 1], f"{lines[node.lineno - 1]}: has no comment"
+
+
+@pytest.mark.parametrize("path", LIMITS)
+def test_a_value_beyond_all_measure_is_refused_before_any_work(path):
+    for value in (LIMITS[path] + 1, 10**30, 10**4000):
+        e = Experiment().override({"data.tokenizer": "byte", path: value})
+        with pytest.raises(ConfigError) as caught:
+            check(e)
+        assert any(f"{path} = " in p and f"must be at most {LIMITS[path]:,}" in p for p in caught.value.problems)
+        assert all(len(problem) < 400 for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("实验" * 45, "has 270 bytes; at most 200"), ("x" * 10**6, "has 1,000,000 bytes"),
+     ("a\x1b[31mb", "cannot be printed"), ("a\nb", "cannot be printed"), ("a\ud83d", "cannot be printed"),
+     ("a/b", "must name a folder")],
+)  # fmt: skip
+def test_a_name_is_a_folders_name_that_can_be_printed(name, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check(Experiment(name=name))
+    assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
+    check(Experiment(name="lr $\\frac{$ 实验 é"))

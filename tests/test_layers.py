@@ -13,6 +13,7 @@ LAYERS = [
         "gptjax.config",
         "gptjax.loading",
         "gptjax.cpu",
+        "gptjax.environment",
         "gptjax.sharding",
         "gptjax.random_streams",
         "gptjax.atomic_io",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import RENAMED, unknown_field
-from gptjax.errors import ConfigError, GptjaxError
+from gptjax.errors import ConfigError, GptjaxError, printable
 
 RENAMED_OPTIONS = {  # command -> old option -> new option
     "train": {"--from-step": "--rollback-to"},
@@ -85,13 +85,19 @@ def start_jax() -> None:
     for name in ("absl", "asyncio"):  # Orbax logs hundreds of lines about a failed save; gptjax prints one
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisablehook
-    from gptjax import cpu, sharding
+    from gptjax import cpu, environment, sharding
     from gptjax.training.train_setup import enable_compilation_cache
 
+    environment.pin()
     enable_compilation_cache()
     sharding.join_cluster()
     cpu.use_cores()
     cpu.release_after_compiling()
+
+
+def for_terminal(text: str) -> str:
+    """Generated text as stdout gets it: exact in a file or a pipe, and without control characters on a terminal."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def _unraisablehook(what: "sys.UnraisableHookArgs") -> None:

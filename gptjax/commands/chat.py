@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes
 
-from gptjax.commands import check_unused, parse, start_jax, without_run
+from gptjax.commands import check_unused, for_terminal, parse, start_jax, without_run
 from gptjax.commands.options import Checkpoint, DtypeOption, IntOption, ModelArgument, TextOption
 from gptjax.commands.sampling_options import SamplingOptions, open_generator, sampling_params, unused_when_greedy
 from gptjax.errors import GptjaxError
@@ -67,7 +67,7 @@ def _print_reply(dialogue: "Chat", line: str, params: "SamplingParams", seed: in
     answered = True
     try:
         for part in parts:
-            print(part, end="", flush=True)
+            print(for_terminal(part), end="", flush=True)
     except GptjaxError as e:
         print(f"gptjax chat: {e}", file=sys.stderr)
         answered = False

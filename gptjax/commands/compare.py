@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from gptjax.atomic_io import write_atomic
 from gptjax.commands import parse
-from gptjax.errors import GptjaxError
+from gptjax.errors import GptjaxError, printable
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def report(arguments: list[str]) -> None:
     folder = options.out or (options.folders[0] if len(options.folders) == 1 else Path())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "report.html", page(c, title))
+        write_atomic(folder / "report.html", page(c, title).encode(errors="backslashreplace"))
         plot_comparison(c, folder / "report.png", title)
     except OSError as e:
         raise GptjaxError(f"{folder}: cannot be written ({e.strerror}); choose another folder with --out") from None
@@ -57,7 +57,7 @@ def report(arguments: list[str]) -> None:
         print(json.dumps(as_json(c) | {"page": str(folder / "report.html")}))
         return
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    print(as_text(c) + "".join(f"\n\n{bold}NOTE: {w}{plain}" for w in c.warnings))
+    print(printable(as_text(c)) + "".join(f"\n\n{bold}NOTE: {printable(w)}{plain}" for w in c.warnings))
     print(f"\n{folder / 'report.html'}, {folder / 'report.png'}")
 
 
@@ -77,7 +77,7 @@ def diff(arguments: list[str]) -> None:
 
     a, b = load_side(options.a), load_side(options.b)
     found = differences(a, b)
-    print(json.dumps(found) if options.json else as_text(a, b, found))
+    print(json.dumps(found) if options.json else printable(as_text(a, b, found)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def runs(arguments: list[str]) -> None:
         print(json.dumps(as_json(kept)))
         return
     if kept:
-        print(as_text(kept))
+        print(printable(as_text(kept)))
     if not found:
         print(f"{options.folder}: no runs yet")
     elif len(kept) < len(found):

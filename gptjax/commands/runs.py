@@ -8,7 +8,7 @@ import tyro
 from tyro.conf import Positional
 
 from gptjax.commands import parse, start_jax
-from gptjax.errors import RunError
+from gptjax.errors import RunError, printable
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ def verify(arguments: list[str]) -> None:
             continue  # removed by the run in the meantime
         if why:
             damaged += 1
-            print(f"step {c.step:>8,}  DAMAGED  {why}")
+            print(f"step {c.step:>8,}  DAMAGED  {printable(why)}")
             continue
         size = sum(size for size, _ in c.files.values())
         loss = "" if c.val_loss is None else f", val loss {c.val_loss:.4f}"
         print(f"step {c.step:>8,}  ok       {len(c.files)} files, {size:,} bytes{loss}")
     for path, why in checkpoint.unfinished(run.checkpoints):
-        print(f"not a checkpoint: {path}: {why}")
+        print(printable(f"not a checkpoint: {path}: {why}"))
     if not checkpoints:
         raise RunError(f"{run.folder}: has no checkpoint")
     if damaged:
@@ -66,4 +66,4 @@ def replay(arguments: list[str]) -> None:
     start_jax()
     from gptjax.training.diagnosis import replay as recompute
 
-    print("\n".join(recompute(run, options.step, open_local)))
+    print(printable("\n".join(recompute(run, options.step, open_local))))

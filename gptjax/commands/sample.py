@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from gptjax.commands import check_unused, parse, start_jax, without_run
+from gptjax.commands import check_unused, for_terminal, parse, start_jax, without_run
 from gptjax.commands.options import (
     Checkpoint,
     DtypeOption,
@@ -119,7 +119,7 @@ def sample(arguments: list[str]) -> None:
             continue
         if len(completions) > 1:
             print(f"--- {i + 1} ---")
-        print(prompt + completion.text)
+        print(for_terminal(prompt + completion.text))
         if options.logprobs:
             _print_logprobs(generator, completion)
     _check_complete(constraints)
@@ -169,9 +169,9 @@ def _stream(
     """Prints one text while it is generated."""
     constraints = [grammar.constraint()] if grammar else []
     parts = generator.stream(prompt, length, params, options.seed, options.stop, constraints)
-    print(prompt, end="", flush=True)
+    print(for_terminal(prompt), end="", flush=True)
     for part in parts:
-        print(part, end="", flush=True)
+        print(for_terminal(part), end="", flush=True)
     print()
     _check_complete(constraints)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gptjax.commands import parse, start_jax
+from gptjax.commands import for_terminal, parse, start_jax
 from gptjax.config import Experiment
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.loading import load_experiment
@@ -61,9 +61,9 @@ def train(arguments: list[str]) -> None:
     if experiment.train.sample_tokens and jax.process_count() == 1:
         samples = folder / "samples.txt"
         if samples.is_file() and metrics == before:  # the run was already finished
-            print(read_text(samples).rstrip(), flush=True)
+            print(for_terminal(read_text(samples).rstrip()), flush=True)
         else:
-            print(_final_samples(run), flush=True)
+            print(for_terminal(_final_samples(run)), flush=True)
     log(_summary(folder, metrics) + (f"; loss curve in {plot}" if plot else ""))
 
 

@@ -100,9 +100,12 @@ class SafetensorsReader:
         self._open.clear()
 
     def read_tensor(self, name: str) -> np.ndarray:
-        """A copy of a tensor."""
+        """A copy of a tensor. Raises `ExchangeError` if it is damaged, or holds NaN or Inf."""
         path = self.tensors[name].path
-        return _open_safely(path, lambda: self._open[path].get_tensor(name))
+        tensor = _open_safely(path, lambda: self._open[path].get_tensor(name))
+        if not np.isfinite(tensor).all():
+            raise ExchangeError(path, [f"{name} holds NaN or Inf, so the model cannot be used; get its weights again"])
+        return tensor
 
     def check_dtypes(self, is_buffer: Callable[[str], bool] = lambda _: False) -> None:
         """Raises `ExchangeError` for tensors of dtypes that weights do not have, unless they are buffers."""

@@ -3,11 +3,19 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from gptjax.errors import printable
+
 SHORT = {  # field -> how a label calls it
     "learning_rate": "lr", "final_learning_rate": "final lr", "warmup_steps": "warmup", "weight_decay": "wd",
     "batch_size": "batch", "num_layers": "layers", "num_heads": "heads", "num_kv_heads": "kv heads",
     "context_length": "context",
 }  # fmt: skip
+
+
+def plain(name: str, most: int = 40) -> str:
+    """A name as a plot shows it: as it is written, not as a formula, and cut where it is too long."""
+    shown = printable(name[:most]) + ("..." if len(name) > most else "")
+    return shown.replace("\n", " ").replace("$", r"\$")
 
 
 def short_labels(names: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 from gptjax.errors import GptjaxError
 from gptjax.lab.comparison import Comparison
 from gptjax.lab.curves import Curves, curves, limits, smooth
+from gptjax.lab.labels import plain
 from gptjax.lab.text_report import loss_unit
 from gptjax.training.run import Run
 
@@ -36,7 +37,7 @@ def plot_loss(run: Run) -> Path | None:
         axes.plot(*val.T, color="#c8541b", linewidth=1.6, marker="o", markersize=3.5, label="validation")
         axes.annotate(f"{val[-1, 1]:.4f}", val[-1], (4, 6), textcoords="offset points", color="#c8541b", fontsize=9)
     unit = "label" if run.experiment.model.num_classes else "token"
-    axes.set(xlabel="step", ylabel=f"loss (nats/{unit})", title=run.experiment.name)
+    axes.set(xlabel="step", ylabel=f"loss (nats/{unit})", title=plain(run.experiment.name, 80))
     axes.margins(x=0.06)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -73,7 +74,7 @@ def plot_by_position(bins: Sequence[Mapping[str, Any]], path: Path, title: str) 
     axes.set_xticks(centres, [str(b["to"]) if b["from"] == b["to"] else f"{b['from']}-{b['to']}" for b in bins])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelsize=7.5)
-    axes.set(xlabel="position (tokens of context)", ylabel="loss (nats/token)", title=title)
+    axes.set(xlabel="position (tokens of context)", ylabel="loss (nats/token)", title=plain(title))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -94,7 +95,7 @@ def plot_by_distance(
     for (name, curve), color in zip(curves.items(), COLORS, strict=False):
         value, low, high = np.clip(curve, 0, 1)
         axes.fill_between(distances, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(distances, value, color=color, linewidth=1.6, marker="o", markersize=3.5, label=name)
+        axes.plot(distances, value, color=color, linewidth=1.6, marker="o", markersize=3.5, label=plain(name))
     axes.axvline(context, color="#888888", linewidth=0.8)
     axes.annotate("training context", (context, 0.02), (4, 0), textcoords="offset points", color="#666666", fontsize=8)
     axes.axhline(chance, color="#888888", linewidth=0.8, linestyle=":", label="chance")
@@ -140,7 +141,7 @@ def plot_scaling(prediction: Mapping[str, Any], score: Mapping[str, Any] | None,
         axes.plot(large["flops"], score["loss"], "*", color=COLORS[1], markersize=12, zorder=3,
                   label=f"large run: {score['loss']:.4f} ({score['relative_error']:+.2%})")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="training compute (FLOPs)", ylabel="validation loss (nats/token)",
-             title=large["name"])  # fmt: skip
+             title=plain(large["name"]))  # fmt: skip
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -159,11 +160,11 @@ def plot_comparison(c: Comparison, path: Path, title: str) -> None:
     compared = [(i, row) for i, row in enumerate(c.rows) if row.difference is not None]
     figure = Figure(figsize=(15 if compared else 10, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(plain(title, 120))
     panels = figure.subplots(1, 3 if compared else 2)
     for axes, (key, name) in zip(panels, (("loss", "training loss, smoothed"), ("val_loss", "validation loss")),
                                  strict=False):  # fmt: skip
-        _draw_curves(axes, [(row.variant.label, curves(row.variant, key)) for row in c.rows])
+        _draw_curves(axes, [(plain(row.variant.label), curves(row.variant, key)) for row in c.rows])
         axes.set(xlabel="step", ylabel=loss_unit(c), title=name)
     panels[0].legend(frameon=False, fontsize=8)
     if compared:
@@ -175,10 +176,11 @@ def plot_comparison(c: Comparison, path: Path, title: str) -> None:
             axes.errorbar([d.value], [-i], xerr=error, color=COLORS[i % len(COLORS)], marker="o", capsize=3)
         axes.axvline(0, color="#888888", linewidth=0.8, linestyle=":")
         axes.set_yticks(
-            [-i for i, _ in compared], [f"{row.variant.label}\n{row.verdict.outcome}" for _, row in compared]
+            [-i for i, _ in compared], [f"{plain(row.variant.label)}\n{row.verdict.outcome}" for _, row in compared]
         )
         axes.set(
-            title=f"{c.metric}: difference from {c.baseline}", ylim=(-compared[-1][0] - 0.6, -compared[0][0] + 0.6)
+            title=plain(f"{c.metric}: difference from {c.baseline}", 80),
+            ylim=(-compared[-1][0] - 0.6, -compared[0][0] + 0.6),
         )
     for axes in panels:
         axes.grid(color="#dddddd", linewidth=0.6)

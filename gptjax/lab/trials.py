@@ -23,7 +23,6 @@ from gptjax.loading import load_experiment
 
 FORMAT_VERSION = 1
 SWEEP = "sweep.json"
-MAX_NAME_LENGTH = 200  # characters: file systems allow 255, and the seed and the suffix come on top
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,6 @@ def _variant_problems(variants: Sequence[Experiment]) -> list[str]:
             elif a.name == b.name:
                 fields = ", ".join(diff(a, b))
                 problems.append(f"{a.name}: two variants have this name and differ in {fields}; rename one of them")
-        if len(a.name) > MAX_NAME_LENGTH:
-            problems.append(f"{a.name[:40]}...: {len(a.name)} characters are too many for a folder name; shorten it")
         try:
             check(a)
         except ConfigError as error:

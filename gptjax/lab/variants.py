@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gptjax.checks import MAX_NAME
 from gptjax.config import Experiment
 from gptjax.errors import RunError
 from gptjax.lab.labels import short_labels
@@ -54,8 +55,8 @@ def variants_of(folders: Iterable[Path]) -> tuple[list[Variant], list[str]]:
         for name, record in _records(folder, left_out):
             same = own.get(name) or next((records for _, records in groups if _are_alike(record, records)), None)
             if same is None:
-                groups.append((name or _without_seed(record.experiment.name if record.experiment else record.name),
-                               same := []))  # fmt: skip
+                named = record.experiment.name if record.experiment else record.name
+                groups.append((name or _without_seed(named[:MAX_NAME]), same := []))
             if name:
                 own[name] = same
             if any(seed_of(r) == seed_of(record) for r in same):

@@ -7,17 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from gptjax.atomic_io import write_atomic
 from gptjax.config import Experiment, diff
 from gptjax.data.batches import DataPosition
 from gptjax.data.store import Store
-from gptjax.errors import RunError
+from gptjax.environment import differences, environment
+from gptjax.errors import RunError, warn
 from gptjax.inference.pretrained import Pretrained
 from gptjax.training.run import (
     EXPERIMENT,
@@ -74,6 +72,7 @@ def start_run(
             f"{folder}: holds another experiment; use the same values, choose another --run-dir, or resume with the "
             "new values with --allow-changes:\n" + "\n".join(format_changes(changes))
         )
+    _note_environment(run)
     private = any(e.optim.noise_multiplier is not None for e in (run.experiment, experiment))
     changed = [path for path in PRIVACY_FIELDS if path in changes]
     if private and changed:
@@ -86,6 +85,19 @@ def start_run(
             f"{folder}: was trained with another tokenizer, so its ids mean other text; choose another --run-dir"
         )
     return changes
+
+
+def _note_environment(run: Run) -> None:
+    """Warns if the run is resumed with other versions, devices or settings of jax than before, and records them."""
+    provenance = run.provenance()
+    later = [x for x in provenance.get("environments", []) if isinstance(x, dict)]
+    now = environment()
+    if found := differences(provenance | (later[-1] if later else {}), now):
+        shown = "; ".join(found)
+        warn(f"{run.folder}: resumes in another environment, so bits may differ from an uninterrupted run's: {shown}")
+        entry = {"when": datetime.now(UTC).isoformat(timespec="seconds")} | now
+        provenance["environments"] = [*later, entry]
+        write_atomic(run.folder / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
 
 
 def format_changes(changes: Changes) -> list[str]:
@@ -127,8 +139,6 @@ def quarantine_later(run: Run, step: int) -> None:
 
 def new_provenance(data: str | None) -> dict[str, Any]:
     """The versions, devices, command and data of a run folder that is created now."""
-    packages = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    device = jax.devices()[0]
     return {
         "format": FORMAT_VERSION,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -136,10 +146,7 @@ def new_provenance(data: str | None) -> dict[str, Any]:
         "commit": _commit(),
         "data": data,
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
-        "devices": {"count": jax.device_count(), "kind": device.device_kind, "platform": device.platform},
-        "processes": jax.process_count(),
-    }
+    } | environment()
 
 
 def _commit() -> str | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptjax.atomic_io import read_json, read_text, write_atomic
+from gptjax.atomic_io import format_bytes, read_json, read_text, write_atomic
 from gptjax.config import Experiment
 from gptjax.data import tokenizer
 from gptjax.data.splits import source_names
@@ -163,8 +163,8 @@ def check_room(folder: Path, needed: int) -> None:
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < needed:
         raise RunError(
-            f"{folder}: has {free / 1e9:.2f} GB free, and one checkpoint takes {needed / 1e9:.2f} GB; free some space, "
-            "or choose another --run-dir"
+            f"{folder}: has {format_bytes(free)} free, and one checkpoint takes {format_bytes(needed)}; free some "
+            "space, or choose another --run-dir"
         )
 
 

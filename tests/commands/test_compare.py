@@ -8,6 +8,8 @@ import pytest
 from made_runs import BASE, make_run, make_sweep
 
 from gptjax.cli import main
+from gptjax.lab.report import plot_loss
+from gptjax.training.run import open_run
 
 
 @pytest.fixture
@@ -31,6 +33,21 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def sweep(tmp_path):
     return make_sweep(tmp_path / "lr", {"high": [3.0, 3.5, 4.0], "low": [2.9, 3.41, 3.9], "lowest": [3.3, 3.9]})
+
+
+def test_names_are_neither_formulas_nor_terminal_commands(run, tmp_path):
+    """A run folder of someone else may have any name in its experiment.json."""
+    for number, name in enumerate((r"lr $\frac{$", "_under", "red \x1b[31m", "x" * 100_000, "half \ud83d")):
+        e = BASE.override(name=name, optim=dict(learning_rate=1e-3 * (number + 1)))
+        make_run(tmp_path / str(number), e, 3.0)
+    code, out, err = run("report", *(tmp_path / str(number) for number in range(5)), "--out", tmp_path / "page")
+    assert code == 0 and "\x1b" not in out + err and r"lr $\frac{$" in out and r"red \x1b[31m" in out
+    assert len(out) < 5_000 and (tmp_path / "page" / "report.png").is_file()
+    code, out, _ = run("runs", tmp_path)
+    assert code == 0 and "\x1b" not in out
+    code, out, _ = run("diff", tmp_path / "0", tmp_path / "2")
+    assert code == 0 and "\x1b" not in out
+    assert plot_loss(open_run(tmp_path / "0")) == tmp_path / "0" / "loss.png"
 
 
 def test_a_report_prints_a_table_and_leaves_a_page_and_a_picture(run, sweep, tmp_path):

@@ -18,6 +18,7 @@ from conftest import assert_same, restored, tiny_run
 from processes import PATIENCE, QUICK, ROOT, start, write_experiment
 
 from gptjax import sharding
+from gptjax.atomic_io import format_bytes
 from gptjax.config import Experiment
 from gptjax.data.batches import DataPosition
 from gptjax.errors import RunError, TrainingFailed
@@ -424,6 +425,8 @@ def test_a_disk_without_any_room_or_a_folder_that_cannot_be_written_is_refused_b
     assert process.returncode == 2 and "cannot be written" in errors and "Traceback" not in errors
     # two terabytes of weights and moments: no disk of a test machine has room for one checkpoint of that
     size = {"model.num_layers": 96, "model.embed_dim": 12288, "model.num_heads": 96}
-    with pytest.raises(RunError, match=r"GB free, and one checkpoint takes 2,?\d+\.\d+ GB"):
+    with pytest.raises(RunError, match=r"B free, and one checkpoint takes 2,?\d+\.\d+ GB"):
         train.train(tiny_run(tmp_path, **size), tmp_path / "large")
     assert not (tmp_path / "large").exists()
+    assert [format_bytes(x) for x in (0, 512, 4096, 31e6, 2e12)] == ["0 bytes", "512 bytes", "4.1 kB", "31.0 MB",
+                                                                     "2,000.00 GB"]  # fmt: skip

@@ -263,6 +263,21 @@ def test_changes_are_refused_and_with_permission_no_example_is_lost_or_read_twic
     assert read == list(range(12))
 
 
+def test_another_environment_at_a_resume_is_said_and_recorded(tmp_path, single_device, monkeypatch, capfd):
+    e = tiny_run(tmp_path, **{"train.steps": 2, "optim.warmup_steps": 1})
+    train.train(e, tmp_path / "run")
+    train.train(e.override({"train.steps": 3}), tmp_path / "run", allow_changes=True)
+    assert "another environment" not in capfd.readouterr().err
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    for steps in (4, 5):  # it is said when it changes, and not again
+        train.train(e.override({"train.steps": steps}), tmp_path / "run", allow_changes=True)
+    err = capfd.readouterr().err
+    assert err.count("resumes in another environment, so bits may differ") == 1
+    assert "-> '--xla_cpu_enable_fast_math=true'" in err
+    (entry,) = open_run(tmp_path / "run").provenance()["environments"]
+    assert entry["settings"]["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=true" and "when" in entry
+
+
 @pytest.mark.parametrize("change", [{"model.num_heads": 4}, {"model.ffn": "relu"}, {"model.positions": "alibi"}])
 def test_the_same_shapes_with_another_meaning_are_refused(finished_run, change):
     (field,) = change
