@@ -19,7 +19,7 @@ NOT_NEGATIVE = """seed model.num_classes model.lora_rank model.init_std objectiv
     optim.final_learning_rate optim.warmup_steps optim.weight_decay
     train.eval_every train.checkpoint_every train.keep_best train.sample_tokens""".split()
 FRACTIONS = "model.dropout optim.beta1 optim.beta2 data.val_fraction optim.cooldown_fraction".split()
-MAX_NAME = 200  # bytes: file systems allow 255, and a sweep adds the seed and a suffix
+MAX_NAME = 230  # bytes of a run's name: file systems allow 255
 # far above what any machine can hold; a larger value would fill the memory before it is noticed
 LIMITS = {
     "model.vocab_size": 10**8, "model.context_length": 10**8, "model.num_layers": 10**5, "model.embed_dim": 10**6,

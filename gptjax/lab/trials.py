@@ -23,6 +23,7 @@ from gptjax.loading import load_experiment
 
 FORMAT_VERSION = 1
 SWEEP = "sweep.json"
+MAX_VARIANT_NAME = 200  # bytes: a trial adds the seed and a suffix
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,14 @@ def _variant_problems(variants: Sequence[Experiment]) -> list[str]:
             elif a.name == b.name:
                 fields = ", ".join(diff(a, b))
                 problems.append(f"{a.name}: two variants have this name and differ in {fields}; rename one of them")
+        name = a.name if len(a.name) <= 60 else f"{a.name[:40]}..."
+        if (size := len(a.name.encode(errors="surrogatepass"))) > MAX_VARIANT_NAME:
+            problems.append(f"{name}: {size} bytes are too many for a folder name; at most {MAX_VARIANT_NAME}")
+            continue
         try:
             check(a)
         except ConfigError as error:
-            problems += [f"{a.name}: {problem}" for problem in error.problems]
+            problems += [f"{name}: {problem}" for problem in error.problems]
     return problems
 
 

@@ -107,7 +107,7 @@ def test_all_problems_of_a_sweep_are_reported_at_once(tmp_path):
     close = [TINY.override(name="x", seed=1), TINY.override(name="y", seed=2)]
     with pytest.raises(ConfigError, match=r"^y-seed2 and x-seed2: are the same experiment.*take fewer seeds"):
         trials_of(close, 2, tmp_path)
-    with pytest.raises(ConfigError, match="300 characters are too many for a folder name"):
+    with pytest.raises(ConfigError, match="300 bytes are too many for a folder name"):
         trials_of([TINY.override(name="n" * 300)], 1, tmp_path)
     with pytest.raises(ConfigError, match=r"model.num_layer.*num_layers"):
         grid(TINY, {"model.num_layer": [1, 2]})
