@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gptjax.errors import RunError
 
@@ -69,6 +69,25 @@ def sync_tree(folder: Path) -> None:
             with Path(root, name).open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(root))
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Opens an untrusted file to read its bytes. Raises `RunError` for a pipe or a device, without waiting for it."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise RunError(f"{path}: is not a plain file; remove it")
+    return os.fdopen(handle, "rb")
+
+
+def read_tail(path: Path, size: int) -> str:
+    """The end of an untrusted text file, at most `size` bytes; empty if there is no file."""
+    try:
+        with open_plain(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            return file.read(size).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from gptjax.atomic_io import read_json, write_atomic
+from gptjax.atomic_io import read_json, read_tail, write_atomic
 from gptjax.config import Experiment
 from gptjax.errors import EXIT_INTERRUPTED
 from gptjax.lab.trials import Trial
@@ -105,13 +104,7 @@ def _exit_reason(code: int) -> str:
 def _latest_metrics(folder: Path) -> dict[str, Any]:
     """The last step, training loss, validation loss and speed in a run's metrics.jsonl."""
     latest: dict[str, Any] = {}
-    try:
-        with (folder / METRICS).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return latest
-    for line in lines:
+    for line in read_tail(folder / METRICS, TAIL_BYTES).splitlines():
         with contextlib.suppress(
             ValueError, KeyError, TypeError, AttributeError
         ):  # a line that is cut off or being written
@@ -123,8 +116,7 @@ def _latest_metrics(folder: Path) -> dict[str, Any]:
 
 def last_lines(trial: Trial) -> list[str]:
     """The last lines of a trial's log."""
-    text = trial.log.read_text(errors="replace") if trial.log.exists() else ""
-    return [line for line in text.splitlines() if line.strip()][-LAST_LINES:]
+    return [line for line in read_tail(trial.log, TAIL_BYTES).splitlines() if line.strip()][-LAST_LINES:]
 
 
 def flops(e: Experiment) -> float:

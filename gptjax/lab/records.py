@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gptjax.atomic_io import LARGEST_TEXT, read_text
+from gptjax.atomic_io import LARGEST_TEXT, read_tail, read_text
 from gptjax.config import Experiment
 from gptjax.errors import GptjaxError, RunError
 from gptjax.lab.progress import state_of
@@ -130,10 +130,8 @@ def _unfinished_state(trial: Trial, record: RunRecord) -> dict[str, Any]:
 
 def _last_line(log: Path) -> str:
     try:
-        with log.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            lines = file.read().decode(errors="replace").split("\n")
-    except OSError:
+        lines = read_tail(log, 4096).split("\n")
+    except (OSError, RunError):
         return ""
     return next((" ".join(line.split())[-300:] for line in reversed(lines) if line.strip()), "")
 

@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl, trackers and the progress line."""
 
+import itertools
 import json
 import os
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from gptjax.atomic_io import write_atomic
+from gptjax.atomic_io import open_plain, write_atomic
 from gptjax.config import Experiment
 from gptjax.errors import GptjaxError, RunError, TrainingFailed
 from gptjax.training.hardware import memory_bytes
+
+MAX_LINE = 1 << 20  # bytes of a line of metrics.jsonl
 
 
 class MetricsLog:
@@ -78,11 +81,14 @@ def read_metrics(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+    with open_plain(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE).decode(errors="replace")
+            if not line.endswith("\n") and len(line) < MAX_LINE:
                 return
             try:
+                if not line.endswith("\n"):
+                    raise ValueError(f"it has more than {MAX_LINE:,} bytes")
                 values = json.loads(line)
                 if not isinstance(values["step"], int):
                     raise ValueError("its step is not an integer")

@@ -1,6 +1,7 @@
 """The commands `gptjax report`, `diff` and `runs`."""
 
 import json
+import os
 import re
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 from made_runs import BASE, make_run, make_sweep
 
 from gptjax.cli import main
+from gptjax.errors import RunError
 from gptjax.lab.report import plot_loss
+from gptjax.training.metrics import read_metrics
 from gptjax.training.run import open_run
 
 
@@ -48,6 +51,29 @@ def test_names_are_neither_formulas_nor_terminal_commands(run, tmp_path):
     code, out, _ = run("diff", tmp_path / "0", tmp_path / "2")
     assert code == 0 and "\x1b" not in out
     assert plot_loss(open_run(tmp_path / "0")) == tmp_path / "0" / "loss.png"
+
+
+@pytest.mark.parametrize("what", ["metrics.jsonl", "result.json", "provenance.json", "samples.txt", "experiment.json"])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_never_waited_for(run, tmp_path, what):
+    for kind in ("pipe", "folder"):
+        folder = make_run(tmp_path / kind, BASE, 3.0)
+        (folder / what).unlink()
+        os.mkfifo(folder / what) if kind == "pipe" else (folder / what).mkdir()
+    code, out, _ = run("runs", tmp_path)
+    assert code == 0 and "pipe" in out and "folder" in out
+    for kind in ("pipe", "folder"):
+        code, _, err = run("report", tmp_path / kind, "--out", tmp_path / "page")
+        assert code in (0, 2) and err.count("\n") <= 2
+
+
+def test_a_line_of_metrics_without_end_is_damage_and_not_read_whole(run, tmp_path):
+    folder = make_run(tmp_path / "run", BASE, 3.0)
+    with (folder / "metrics.jsonl").open("r+b") as file:
+        file.truncate(40 << 30)  # a sparse file: 40 GB of zeros after the lines
+    code, _, err = run("report", folder, "--out", tmp_path / "page")
+    assert code == 2 and "metrics.jsonl: has" in err
+    with pytest.raises(RunError, match=r"metrics.jsonl, line \d+: is damaged \(it has more than 1,048,576 bytes\)"):
+        list(read_metrics(folder / "metrics.jsonl"))
 
 
 def test_a_report_prints_a_table_and_leaves_a_page_and_a_picture(run, sweep, tmp_path):

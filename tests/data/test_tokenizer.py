@@ -21,6 +21,7 @@ from gptjax.data.tokenizer import (
     PieceTokenizer,
     SentencePieceTokenizer,
     WordPieceTokenizer,
+    engine,
 )
 from gptjax.data.tokenizer.builtin import _training_lines
 from gptjax.data.tokenizer.engine import byte_characters, make_engine
@@ -147,6 +148,16 @@ def test_sentencepiece_training_is_reproducible_and_compresses():
         SentencePieceTokenizer.train([CORPUS], 10)
     with pytest.raises(DataError, match=r"this text needs at least \d+ pieces"):
         SentencePieceTokenizer.train(["".join(map(chr, range(0x4E00, 0x5000)))], 400)
+
+
+def test_the_dropout_of_a_tokenizer_is_switched_off_and_this_is_said(capfd):
+    engine._say_dropout_is_off.cache_clear()
+    spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
+    spec["model"]["dropout"] = 0.5
+    with_dropout, text = BPETokenizer(json.dumps(spec)), CORPUS[:400]
+    assert "BPE dropout of 0.5 is switched off" in capfd.readouterr().err
+    for _ in range(5):
+        np.testing.assert_array_equal(with_dropout.encode(text), LOSSLESS["bpe"].encode(text))
 
 
 def test_special_tokens_decode_to_nothing():

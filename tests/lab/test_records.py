@@ -70,7 +70,7 @@ DAMAGES = [
     (lambda run: (run / "experiment.json").unlink(), "has no experiment.json"),
     (replace_by("metrics.jsonl", lambda path: path.symlink_to("/etc/hostname")), "is a link out of the run folder"),
     (replace_by("metrics.jsonl", os.mkfifo), "neither a file nor a folder"),
-    (replace_by("metrics.jsonl", lambda path: path.mkdir()), "Is a directory"),
+    (replace_by("metrics.jsonl", lambda path: path.mkdir()), "is not a plain file"),
 ]
 
 

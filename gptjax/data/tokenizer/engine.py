@@ -10,7 +10,7 @@ import numpy as np
 
 from gptjax.data.tokenizer.base import BYTE_PIECE, SPACE, Ids, Tokenizer, utf8
 from gptjax.data.tokenizer.word_cache import WordCache, pattern_of
-from gptjax.errors import DataError
+from gptjax.errors import DataError, warn
 
 LARGEST_ID = 1 << 24  # far above any vocabulary; a larger one in an untrusted file would allocate any memory
 
@@ -194,10 +194,18 @@ def make_engine(tokenizer_json: str) -> Any:
         raise
     except BaseException as e:  # a Rust panic is not an `Exception`
         raise DataError(f"tokenizer.json: the library tokenizers cannot read it ({e})") from None
+    if getattr(made.model, "dropout", None):
+        _say_dropout_is_off(made.model.dropout)
+        made.model.dropout = None
     made.no_truncation()
     made.no_padding()
     made.encode_special_tokens = True
     return made
+
+
+@functools.cache  # once
+def _say_dropout_is_off(rate: float) -> None:
+    warn(f"tokenizer.json: its BPE dropout of {rate:g} is switched off: a text has the same ids every time")
 
 
 def bpe_files(path: Path) -> list[Path]:
