@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, tiny_run
-from processes import QUICK
+from processes import QUICK, write_experiment
 
 from gptjax.cli import main
 from gptjax.training import checkpoint
@@ -100,6 +100,18 @@ def test_results_of_a_finished_run_survive_a_damaged_checkpoint(finished, tmp_pa
     before = (run / "samples.txt").read_text()
     code, out, err = gptjax("train", path, "--run-dir", run, "--train.steps", 8, "--seed", 1)
     assert code == 0 and out == before == (run / "samples.txt").read_text() and "nothing to do" in err
+
+
+def test_a_module_in_the_current_folder_is_found_as_by_python_m(tmp_path):
+    """By both ways to start gptjax, for training and for evaluation."""
+    (tmp_path / "mine_here.py").write_text("def text(seed, index):\n    raise ValueError('found me')\n")
+    (tmp_path / "neighbour_here.py").write_text("STEPS = 7\n")
+    write_experiment(tmp_path, TINY.override({"data.source": "function:mine_here:text", "data.max_documents": 2}))
+    with (tmp_path / "tiny.py").open("a") as file:
+        file.write("import neighbour_here\nexperiment = experiment.override({'train.steps': neighbour_here.STEPS})\n")
+    for command in ([sys.executable, "-m", "gptjax"], [str(Path(sys.executable).parent / "gptjax")]):
+        done = subprocess.run([*command, "train", "tiny.py"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "the function fails (ValueError: found me)" in done.stderr, done.stderr
 
 
 def test_sampling_prints_texts_only(finished, in_process):

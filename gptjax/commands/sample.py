@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from gptjax.inference.generator import Completion, Generator
     from gptjax.inference.sampling import SamplingParams
 
+MAX_SEQUENCES = 10_000
+
 
 @dataclass(frozen=True)
 class BeamOptions:
@@ -105,8 +107,11 @@ def sample(arguments: list[str]) -> None:
     if options.streams and len(prompts) == options.num_return_sequences == 1:
         _stream(options, generator, prompts[0], lengths[0], params, grammar)
         return
-    if options.num_return_sequences < 1:
-        raise PromptError(f"num_return_sequences = {options.num_return_sequences}: must be at least 1")
+    if not 1 <= options.num_return_sequences <= MAX_SEQUENCES:
+        raise PromptError(
+            f"num_return_sequences = {options.num_return_sequences}: must be at least 1 and at most {MAX_SEQUENCES:,}, "
+            "which are generated together; use more commands, with another --seed, for more"
+        )
     constraints = [grammar.constraint() for _ in range(len(prompts) * options.num_return_sequences)] if grammar else []
     if options.beam_search.num_beams == 1:
         completions = _generate(options, generator, prompts, lengths, params, constraints)

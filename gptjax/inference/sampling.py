@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Key, UInt32
 
 from gptjax.errors import PromptError
 
+MAX_NGRAM = 10**9
 SAMPLING_BLOCK = 256  # tokens of a block in `categorical`
 
 
@@ -46,9 +47,17 @@ class SamplingParams:
             (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "must be at least 0 and at most 1"),
             (math.isfinite(self.presence_penalty), "presence_penalty", "must be a finite number"),
             (math.isfinite(self.frequency_penalty), "frequency_penalty", "must be a finite number"),
-            (not any(math.isnan(b) for _, b in self.logit_bias), "logit_bias", "must be numbers"),
+            (
+                all(b < math.inf for _, b in self.logit_bias),
+                "logit_bias",
+                "must be numbers below infinity; -inf forbids",
+            ),
             (0 < self.repetition_penalty < math.inf, "repetition_penalty", "must be above 0; 1 turns it off"),
-            (self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "must be at least 0; 0 turns it off"),
+            (
+                0 <= self.no_repeat_ngram_size <= MAX_NGRAM,
+                "no_repeat_ngram_size",
+                f"must be at least 0 (off) and at most {MAX_NGRAM:,}",
+            ),
         ]
         if wrong := [f"{name} = {getattr(self, name)}: {message}" for holds, name, message in rules if not holds]:
             raise PromptError("\n".join(wrong))
@@ -176,7 +185,8 @@ def _forbid_repeated_ngrams(
         return matches & (equal | (offset >= sizes[:, None]))
 
     completes = jnp.broadcast_to((positions < lengths) & (sizes[:, None] > 0), tokens.shape)
-    completes = jax.lax.fori_loop(1, sizes.max(), compare, completes)
+    most = jnp.minimum(sizes.max(), tokens.shape[1] + 1)  # a longer n-gram than the text is not in it
+    completes = jax.lax.fori_loop(1, most, compare, completes)
     return logits.at[jnp.arange(len(tokens))[:, None], tokens].min(jnp.where(completes, -jnp.inf, jnp.inf))
 
 

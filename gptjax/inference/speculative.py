@@ -48,6 +48,8 @@ from gptjax.inference.sampling import (
 )
 from gptjax.model.gpt import Cache, Params, decode_step, unembed
 
+MAX_DRAFT_TOKENS = 1024  # far more than are ever accepted
+
 
 @dataclass
 class Tally:
@@ -90,8 +92,8 @@ def speculate(
 
     Raises `PromptError` as `generate` does, and for sampling parameters or constraints that need every single token.
     """
-    if num_draft_tokens < 1:
-        raise PromptError(f"draft_tokens = {num_draft_tokens}: must be at least 1")
+    if not 1 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+        raise PromptError(f"draft_tokens = {num_draft_tokens}: must be at least 1 and at most {MAX_DRAFT_TOKENS}")
     if any(r.sampling.uses_history for r in requests):
         raise PromptError(
             "penalties and no_repeat_ngram_size depend on every token of the text, so they cannot be combined with "

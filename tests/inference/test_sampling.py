@@ -133,6 +133,13 @@ def test_a_batch_may_mix_temperatures():
     assert {int(d[1]) for d in drawn} == {0, 1, 2}
 
 
+def test_an_ngram_longer_than_the_text_is_never_repeated():
+    logits, history = jnp.zeros((1, 3)), history_of([[1, 1, 1, 1]], [1], [4])
+    for size, allowed in ((3, 2), (4, 2), (5, 3), (10**9, 3)):  # 1 1 1 is in the text, and so is 1 1 1 1
+        sampling_batch = batch_params([SamplingParams(no_repeat_ngram_size=size)], 3, 3)
+        assert np.isfinite(process_logits(logits, sampling_batch, history)).sum() == allowed, size
+
+
 def test_minus_one_where_no_token_is_allowed():
     logits = jnp.zeros((2, 3))
     sampling_batch = batch_params([SamplingParams(temperature=0, no_repeat_ngram_size=1)] * 2, 3, 3)
@@ -146,7 +153,8 @@ def test_minus_one_where_no_token_is_allowed():
 @pytest.mark.parametrize(
     "wrong",
     [dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1), dict(min_p=1.5),
-     dict(repetition_penalty=0.0), dict(no_repeat_ngram_size=-1)],
+     dict(repetition_penalty=0.0), dict(no_repeat_ngram_size=-1), dict(no_repeat_ngram_size=10**24),
+     dict(logit_bias=((1, float("inf")),))],
 )  # fmt: skip
 def test_invalid_sampling_params_are_refused(wrong):
     with pytest.raises(PromptError, match=next(iter(wrong))):
