@@ -17,7 +17,7 @@ import numpy as np
 
 from gptjax.checks import check
 from gptjax.config import Experiment, ModelConfig
-from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.tokenizer import EngineTokenizer, Tokenizer
 from gptjax.data.tokenizer.huggingface_read import from_huggingface
 from gptjax.errors import ConfigError, DataError, ExchangeError, PromptError, warn
 from gptjax.inference.pretrained import Pretrained
@@ -82,6 +82,7 @@ def load_folder(folder: Path, name: str | None = None, tokenizer: Tokenizer | No
     config, params = read_weights(folder)
     if tokenizer is None:
         tokenizer = _folder_tokenizer(folder)
+    tokenizer = _without_unused_ids(folder, tokenizer, config.vocab_size or 0)
     _check_tokenizer(folder, tokenizer.vocab_size, config.vocab_size or 0)
     generation_config, ends, extra_generation_config = _generation(folder)
     # some ids are beyond the vocabulary
@@ -137,6 +138,17 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
         if "has no tokenizer" not in str(e):
             raise
         raise DataError(f"{e}, or name one for gptjax import with --tokenizer PATH|byte|NAME") from None
+
+
+def _without_unused_ids(folder: Path, tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """Leaves out special tokens for which the model has no embedding, often one for padding: no text has them."""
+    beyond = sorted(word for word, i in tokenizer.special_tokens.items() if i >= rows)
+    roles = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    is_tail = bool(beyond) and len(beyond) == tokenizer.vocab_size - rows and all(i < rows for i in roles)
+    if not is_tail or not isinstance(tokenizer, EngineTokenizer):
+        return tokenizer
+    warn(f"{folder}: {', '.join(beyond)} of the tokenizer is left out: the model has only {rows:,} embeddings")
+    return tokenizer.without(beyond)
 
 
 def _check_tokenizer(folder: Path, ids: int, rows: int) -> None:

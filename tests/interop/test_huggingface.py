@@ -245,6 +245,24 @@ def test_bfloat16_weights(tmp_path, quiet):
     assert_same_bits(load_folder(tmp_path / "again").params, read.params)
 
 
+def test_special_tokens_without_an_embedding_are_left_out(tmp_path, capfd):
+    """A token for padding that was added to the tokenizer, and never to the model."""
+    ours = made({"vocab_size": 257})
+    save_folder(ours, tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    pad = spec["added_tokens"][-1] | {"id": 257, "content": "<pad>", "special": True}
+    for added, message in (([pad], None), ([pad | {"special": False}], "it is the wrong tokenizer")):
+        edit(tmp_path / "tokenizer.json", added_tokens=[*spec["added_tokens"], *added])
+        if message:
+            with pytest.raises(ExchangeError, match=message):
+                load_folder(tmp_path)
+            continue
+        read = load_folder(tmp_path)
+        assert "<pad> of the tokenizer is left out: the model has only 257 embeddings" in capfd.readouterr().err
+        assert read.tokenizer.vocab_size == 257 and "<pad>" not in read.tokenizer.special_tokens
+        np.testing.assert_array_equal(read.tokenizer.encode("a <pad> b"), ours.tokenizer.encode("a <pad> b"))
+
+
 def test_weights_with_nan_are_refused_by_their_name(tmp_path):
     save_folder(made({}), tmp_path)
 

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,6 +51,12 @@ class EngineTokenizer(Tokenizer):
         super().__init__(id_to_bytes, eos_id)
         self.adds_prefix_space = self.decode_bytes(self.encode("a")).startswith(b" ")
         self.caveat = self._caveat(spec, vocab)
+
+    def without(self, words: Collection[str]) -> "EngineTokenizer":
+        """The tokenizer without some of its special tokens."""
+        spec = json.loads(self.tokenizer_json)
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in words]
+        return type(self)(json.dumps(spec, ensure_ascii=False), self.bos_id, self.eos_id)
 
     def _piece_decoder(self, spec: dict[str, Any]) -> Callable[[str, bool], bytes]:
         """A function from (piece, is an added token) to bytes; the name of an added token is its text."""
