@@ -150,6 +150,26 @@ def test_sentencepiece_training_is_reproducible_and_compresses():
         SentencePieceTokenizer.train(["".join(map(chr, range(0x4E00, 0x5000)))], 400)
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPTNeoXTokenizerFast", "CodeGenTokenizerFast", "TokenizersBackend"])
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("in_config", [False, True, None])
+def test_a_leading_space_is_that_of_transformers(tmp_path, kind, in_file, in_config):
+    """add_prefix_space is in tokenizer.json and in tokenizer_config.json, and the class decides which one counts."""
+    transformers = pytest.importorskip("transformers")
+    spec = json.loads(LOSSLESS["bpe"].tokenizer_json)
+    assert spec["pre_tokenizer"]["type"] == "ByteLevel"
+    spec["pre_tokenizer"]["add_prefix_space"] = in_file
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    end = "<|endoftext|>"
+    settings = {"tokenizer_class": kind, "bos_token": end, "eos_token": end, "unk_token": end}
+    if in_config is not None:
+        settings["add_prefix_space"] = in_config
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = from_huggingface(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Speak", " Speak", "a\nb", "", "née 12 €", "x  y"):
+        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
 def test_the_dropout_of_a_tokenizer_is_switched_off_and_this_is_said(capfd):
     engine._say_dropout_is_off.cache_clear()
     spec = json.loads(LOSSLESS["bpe"].tokenizer_json)

@@ -28,6 +28,9 @@ from gptjax.data.tokenizer.tokenizer_json import (
 )
 from gptjax.errors import DataError
 
+# classes of transformers that set the option of their byte-level pre-tokenizer, whatever tokenizer.json says
+PREFIX_SPACE_CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer")
+
 
 def from_huggingface(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder, with its begin and end tokens.
@@ -47,7 +50,8 @@ def from_huggingface(folder: Path) -> Tokenizer:
         if all((folder / name).is_file() for name in names):
             where = folder / names[0]
             try:
-                return _from_json(_with_added_tokens(make(folder, config), folder, config), config)
+                text = _with_prefix_space(_with_added_tokens(make(folder, config), folder, config), config)
+                return _from_json(text, config)
             except DataError as e:
                 raise e if str(folder) in str(e) else DataError(f"{where}: {e}") from None
             except Exception as e:  # the engine has no error class; damaged files cause any error
@@ -56,6 +60,27 @@ def from_huggingface(folder: Path) -> Tokenizer:
         f"{folder}: has no tokenizer; looked for {', then '.join(' with '.join(names) for names in makers)}; "
         "copy the tokenizer's files into the folder of the weights"
     )
+
+
+def _with_prefix_space(tokenizer_json: str, config: dict[str, Any]) -> str:
+    """A tokenizer.json whose `add_prefix_space` is that of tokenizer_config.json, as these classes of transformers do.
+
+    Raises `DataError` where a class does more with it.
+    """
+    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    wanted = config.get("add_prefix_space", False)
+    if kind == "Qwen2Tokenizer" and wanted:
+        raise DataError(f"tokenizer_config.json: add_prefix_space = {wanted!r} of a {kind} is not supported")
+    if kind not in PREFIX_SPACE_CLASSES:
+        return tokenizer_json
+    if not isinstance(wanted, bool):
+        raise DataError(f"tokenizer_config.json: add_prefix_space = {wanted!r}: must be true or false")
+    spec = json.loads(tokenizer_json)
+    first = spec.get("pre_tokenizer")
+    for part in [first, *((first or {}).get("pretokenizers") or [])]:
+        if isinstance(part, dict) and part.get("type") == "ByteLevel":
+            part["add_prefix_space"] = wanted
+    return json.dumps(spec, ensure_ascii=False)
 
 
 def _from_json(tokenizer_json: str, config: dict[str, Any]) -> Tokenizer:
