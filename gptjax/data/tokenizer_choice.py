@@ -65,8 +65,9 @@ def _saved_tokenizer(data: DataConfig) -> Tokenizer | None:
 
 
 def _content_hash(given: Tokenizer) -> str:
-    """A hash of everything that `Tokenizer.save` writes."""
-    digest = hashlib.sha256(json.dumps([given.kind, given.description()]).encode())
+    """A hash of everything that `Tokenizer.save` writes and that decides ids."""
+    described = {name: value for name, value in given.description().items() if name != "roles"}
+    digest = hashlib.sha256(json.dumps([given.kind, described]).encode())
     for name, content in sorted(given.files().items()):
         digest.update(name.encode() + content)
     return digest.hexdigest()

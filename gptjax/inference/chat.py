@@ -106,14 +106,14 @@ def _render(template: str, messages: list[Message], tokenizer: Tokenizer) -> str
     """The text of a chat template, which is untrusted: it runs in a process with bounded time and memory."""
     if importlib.util.find_spec("jinja2") is None:
         raise PromptError("the model's chat template needs jinja2; pip install 'gptjax[chat]'")
-    words = {i: word for word, i in tokenizer.special_tokens.items()}
+    words: dict[int | None, str] = {i: word for word, i in tokenizer.special_tokens.items()}
     variables = {
         "messages": messages,
         "tools": None,
         "documents": None,
         "add_generation_prompt": True,
-        "bos_token": "" if tokenizer.bos_id is None else words.get(tokenizer.bos_id, ""),
-        "eos_token": "" if tokenizer.eos_id is None else words.get(tokenizer.eos_id, ""),
+        "bos_token": tokenizer.roles.get("bos_token") or words.get(tokenizer.bos_id, ""),
+        "eos_token": tokenizer.roles.get("eos_token") or words.get(tokenizer.eos_id, ""),
     }
     script = Path(__file__).with_name("render_template.py")
     try:

@@ -27,7 +27,9 @@ from gptjax.data.tokenizer.builtin import _training_lines
 from gptjax.data.tokenizer.engine import byte_characters, make_engine
 from gptjax.data.tokenizer.huggingface_read import from_huggingface
 from gptjax.data.tokenizer.huggingface_write import spec_of, to_huggingface
+from gptjax.data.tokenizer.roles import token_roles
 from gptjax.data.tokenizer.tokenizer_json import PROBES, same_unigram_score
+from gptjax.data.tokenizer_choice import _content_hash
 from gptjax.errors import DataError
 
 CORPUS = "".join(f"the {i} quick brown foxes jumped, over 字 and élan!\n\n  indent\tTab {i % 7}\n" for i in range(300))
@@ -168,6 +170,37 @@ def test_a_leading_space_is_that_of_transformers(tmp_path, kind, in_file, in_con
     ours, theirs = from_huggingface(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("Speak", " Speak", "a\nb", "", "née 12 €", "x  y"):
         assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_every_role_that_comes_in_goes_out(tmp_path):
+    """Through a saved run too: without its token for padding transformers cannot pad a batch."""
+    transformers = pytest.importorskip("transformers")
+    words = ("<|endoftext|>", "<s>", "<|my_pad|>", "<|user|>")
+    made = make_engine(LOSSLESS["bpe"].tokenizer_json)
+    made.add_special_tokens(list(words))
+    for name in ("in", "run", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "in" / "tokenizer.json").write_text(made.to_str())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": words[0],
+                "pad_token": "<|my_pad|>", "padding_side": "left", "model_max_length": 64,
+                "additional_special_tokens": ["<|user|>"]}  # fmt: skip
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(settings))
+    imported = from_huggingface(tmp_path / "in")
+    imported.save(tmp_path / "run")
+    without = BPETokenizer(imported.tokenizer_json, imported.bos_id, imported._given["end_of_text"])
+    assert _content_hash(imported) == _content_hash(without), "a store of a version that knew no roles is found again"
+    to_huggingface(tokenizer.load(tmp_path / "run"), tmp_path / "out")
+    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("in", "out"))
+    for name in ("bos_token", "eos_token", "pad_token", "padding_side", "model_max_length", "all_special_tokens"):
+        assert getattr(before, name) == getattr(after, name), name
+    batches = [t(["Speak", "Speak, speak"], padding=True)["input_ids"] for t in (before, after)]
+    assert batches[0] == batches[1] and batches[0][0][0] == before.pad_token_id
+
+
+def test_roles_of_a_stranger_are_those_of_its_tokens():
+    strange = {"bos_token": 3, "eos_token": "nowhere", "pad_token": {"content": "a"}, "padding_side": ["left"]}
+    strange |= {"model_max_length": 10**30, "additional_special_tokens": [1, "a", {"content": None}], "more": "x"}
+    assert token_roles(strange, {"a"}) == {"pad_token": "a", "additional_special_tokens": ["a"]}
 
 
 def test_the_dropout_of_a_tokenizer_is_switched_off_and_this_is_said(capfd):

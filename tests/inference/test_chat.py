@@ -110,6 +110,16 @@ def test_an_answer_begins_with_its_first_visible_character():
     assert any(" " in a for a in answers) and not any(a.startswith(" ") for a in answers)
 
 
+def test_the_template_has_the_first_token_that_the_tokenizer_itself_does_not_put_there():
+    """As transformers: bos_token is a name for templates, whether or not the tokenizer begins texts with it."""
+    pytest.importorskip("jinja2")
+    plain = chat_tokenizer()
+    tokenizer = BPETokenizer(plain.tokenizer_json, bos_id=None, eos_id=258)
+    tokenizer.roles = {"bos_token": "<|begin|>"}
+    ids = Chat(generator_of(tokenizer, TEMPLATE), new_tokens=8).prompt([{"role": "user", "content": "Hi"}])
+    assert ids[0] == 256 and (ids == 256).sum() == 1
+
+
 def test_marks_for_training_change_no_text():
     """As in transformers: the templates of SmolLM3 and Phi-4 have {% generation %}."""
     pytest.importorskip("jinja2")

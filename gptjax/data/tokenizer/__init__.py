@@ -20,6 +20,7 @@ from gptjax.data.tokenizer.engine import (
     PieceTokenizer,
     WordPieceTokenizer,
 )
+from gptjax.data.tokenizer.roles import token_roles
 from gptjax.errors import DataError
 
 __all__ = [
@@ -39,7 +40,9 @@ __all__ = [
 def _engine_kind(kind: type[EngineTokenizer]) -> Callable[[Path, dict[str, Any]], Tokenizer]:
     def make(folder: Path, spec: dict[str, Any]) -> Tokenizer:
         text = _plain_bytes(folder / "tokenizer.json").decode()
-        return kind(text, spec.get("begin_of_text"), spec.get("end_of_text"))  # missing in older descriptions
+        tokenizer = kind(text, spec.get("begin_of_text"), spec.get("end_of_text"))  # missing in older descriptions
+        tokenizer.roles = token_roles(spec.get("roles", {}), tokenizer.special_tokens)
+        return tokenizer
 
     return make
 

@@ -26,6 +26,8 @@ class Tokenizer:
     bos_id: int | None = None  # the token before every text in training; None: no token
     adds_prefix_space: bool = False  # encoding puts a space before a text; decoding from the start drops it
     special_tokens: dict[str, int] = {}  # noqa: RUF012 (replaced, never mutated); text -> id
+    # of an imported tokenizer: the tokens that have a role, such as bos_token, and how to pad (see roles.py)
+    roles: dict[str, Any] = {}  # noqa: RUF012 (replaced, never mutated)
 
     def __init__(self, id_to_bytes: list[bytes], eos_id: int | None):
         self.id_to_bytes = id_to_bytes

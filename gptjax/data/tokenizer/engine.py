@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gptjax.data.tokenizer.base import BYTE_PIECE, SPACE, Ids, Tokenizer, utf8
+from gptjax.data.tokenizer.roles import token_roles
 from gptjax.data.tokenizer.word_cache import WordCache, pattern_of
 from gptjax.errors import DataError, warn
 
@@ -56,7 +57,9 @@ class EngineTokenizer(Tokenizer):
         """The tokenizer without some of its special tokens."""
         spec = json.loads(self.tokenizer_json)
         spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in words]
-        return type(self)(json.dumps(spec, ensure_ascii=False), self.bos_id, self.eos_id)
+        tokenizer = type(self)(json.dumps(spec, ensure_ascii=False), self.bos_id, self.eos_id)
+        tokenizer.roles = token_roles(self.roles, tokenizer.special_tokens)
+        return tokenizer
 
     def _piece_decoder(self, spec: dict[str, Any]) -> Callable[[str, bool], bytes]:
         """A function from (piece, is an added token) to bytes; the name of an added token is its text."""
@@ -75,7 +78,8 @@ class EngineTokenizer(Tokenizer):
         return {"tokenizer.json": self.tokenizer_json.encode()}
 
     def description(self) -> dict[str, Any]:
-        return {name: i for name, i in self._given.items() if i is not None}
+        given: dict[str, Any] = {name: i for name, i in self._given.items() if i is not None}
+        return given | ({"roles": self.roles} if self.roles else {})
 
     def encode(self, text: str) -> Ids:
         utf8(text)

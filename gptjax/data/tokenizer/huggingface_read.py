@@ -16,6 +16,7 @@ from gptjax.data.tokenizer.engine import (
     gpt2_json,
     make_engine,
 )
+from gptjax.data.tokenizer.roles import ROLE_TOKENS, token_roles, token_text
 from gptjax.data.tokenizer.sentencepiece_json import sentencepiece_spec
 from gptjax.data.tokenizer.tokenizer_json import (
     END,
@@ -51,7 +52,9 @@ def from_huggingface(folder: Path) -> Tokenizer:
             where = folder / names[0]
             try:
                 text = _with_prefix_space(_with_added_tokens(make(folder, config), folder, config), config)
-                return _from_json(text, config)
+                tokenizer = _from_json(text, config)
+                tokenizer.roles = token_roles(config, tokenizer.special_tokens)
+                return tokenizer
             except DataError as e:
                 raise e if str(folder) in str(e) else DataError(f"{where}: {e}") from None
             except Exception as e:  # the engine has no error class; damaged files cause any error
@@ -106,7 +109,7 @@ def _from_json(tokenizer_json: str, config: dict[str, Any]) -> Tokenizer:
     begin, _ = frame_of(made)
     if len(begin) > 1:
         raise DataError(f"begins every text with {len(begin)} tokens ({begin}); gptjax supports at most one")
-    end = _token_text(config.get("eos_token"))
+    end = token_text(config.get("eos_token"))
     return kind(tokenizer_json, begin[0] if begin else None, None if end is None else made.token_to_id(end))
 
 
@@ -117,12 +120,6 @@ def _char_tokenizer(spec: dict[str, Any]) -> CharTokenizer:
     if len(characters) != len(names) or ends not in ([], [len(names)]):
         raise DataError("is a WordLevel tokenizer of single characters that gptjax did not write")
     return CharTokenizer(characters, has_eos=bool(ends))
-
-
-def _token_text(token: Any) -> str | None:
-    """The text of a token in a configuration: a string, or an object with `content`."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
 
 
 def _with_added_tokens(tokenizer_json: str, folder: Path, config: dict[str, Any]) -> str:
@@ -144,7 +141,7 @@ def _with_added_tokens(tokenizer_json: str, folder: Path, config: dict[str, Any]
                 f"{folder}: the added token {word!r} should have the id {i}, and has {made.token_to_id(word)}"
             )
         changed = True
-    roles = [_token_text(config.get(f"{role}_token")) for role in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+    roles = [token_text(config.get(name)) for name in ROLE_TOKENS]
     for word in dict.fromkeys(filter(None, roles)):
         token = known.get(word)
         if made.token_to_id(word) is not None and (token is None or not token.special):
@@ -158,7 +155,7 @@ def _read_gpt2(folder: Path, config: dict[str, Any]) -> str:
         _check_size(folder / name)
     made = gpt2_json(folder / "vocab.json", folder / "merges.txt")
     config.setdefault("eos_token", END)
-    begin = make_engine(made).token_to_id(_token_text(config.setdefault("bos_token", END)) or END)
+    begin = make_engine(made).token_to_id(token_text(config.setdefault("bos_token", END)) or END)
     if not config.get("add_bos_token") or begin is None:
         return made
     return json.dumps(with_frame(json.loads(made), [begin], []), ensure_ascii=False)
@@ -168,7 +165,7 @@ def _read_wordpiece(folder: Path, config: dict[str, Any]) -> str:
     from tokenizers import Tokenizer as Engine
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    words = {role: _token_text(config.setdefault(role, choices[-1])) or choices[-1] for role, choices in ROLES.items()}
+    words = {role: token_text(config.setdefault(role, choices[-1])) or choices[-1] for role, choices in ROLES.items()}
     lines = _read_text(folder / "vocab.txt").split("\n")
     vocab = {line.rstrip("\r"): i for i, line in enumerate(lines) if line or i < len(lines) - 1}
     unknown, first, last = (words[role] for role in ("unk_token", "cls_token", "sep_token"))

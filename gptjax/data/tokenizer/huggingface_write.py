@@ -36,12 +36,13 @@ def to_huggingface(tokenizer: Tokenizer, folder: Path) -> None:
         content = tokenizer.tokenizer_json  # unchanged, byte for byte
     made = make_engine(content)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for role, i in [("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)]:
-        if i is not None:
-            config[role] = made.id_to_token(i)
     for role, choices in ROLES.items():
         if found := [word for word in choices if word in tokenizer.special_tokens]:
             config[role] = found[0]
+    config |= tokenizer.roles
+    for role, i in [("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)]:
+        if i is not None:
+            config[role] = made.id_to_token(i)
     if frame_of(made)[1] == []:  # transformers rebuilds the post-processor from it, with these two tokens only
         config["add_bos_token"] = tokenizer.bos_id is not None
     write_atomic(folder / "tokenizer.json", content)
