@@ -72,7 +72,8 @@ def start_run(
             f"{folder}: holds another experiment; use the same values, choose another --run-dir, or resume with the "
             "new values with --allow-changes:\n" + "\n".join(format_changes(changes))
         )
-    _note_environment(run)
+    if changes or run.result() is None:
+        _note_environment(run)
     private = any(e.optim.noise_multiplier is not None for e in (run.experiment, experiment))
     changed = [path for path in PRIVACY_FIELDS if path in changes]
     if private and changed:
