@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from string import Formatter
 
 from gptjax.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, printable
 from gptjax.objectives import make_objective, name_problems, objective_problems
 from gptjax.schema import replace_at, type_problems, value_at
 
@@ -89,7 +89,8 @@ def _rule_problems(e: Experiment, num_devices: int | None) -> list[str]:
 
     need(e.seed < 2**63, f"seed = {e.seed}: must be below 2**63")
     need(bool(e.name.strip(".")) and "/" not in e.name, f"name = {e.name[:80]!r}: must name a folder under runs/")
-    need(e.name.isprintable(), f"name = {e.name[:80]!r}: has characters that cannot be printed; leave them out")
+    is_plain = printable(e.name) == e.name and not set("\n\t") & set(e.name)
+    need(is_plain, f"name = {e.name[:80]!r}: has characters that cannot be printed; leave them out")
     size = len(e.name.encode(errors="surrogatepass"))
     need(size <= MAX_NAME, f"name = {e.name[:20] + '...'!r}: has {size:,} bytes; at most {MAX_NAME} are allowed")
     need(

@@ -5,7 +5,9 @@ a traceback; anything that is not a `GptjaxError` is a bug and keeps its traceba
 """
 
 import sys
+import unicodedata
 
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they make a text look like another one
 EXIT_DONE = 0  # the command succeeded
 EXIT_BUG = 1  # an unexpected exception, with its traceback
 EXIT_BAD_INPUT = 2  # invalid config, data, path or prompt
@@ -14,8 +16,16 @@ EXIT_INTERRUPTED = 75  # Ctrl-C or SIGTERM: state saved, the same command resume
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: control characters, escape sequences and halves of surrogate pairs are written out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """A text for a terminal: control characters, halves of surrogate pairs and changes of direction are written out.
+
+    Spaces of other scripts (U+3000) and joiners of emoji stay.
+    """
+
+    def shown(c: str) -> str:
+        is_control = unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"
+        return c.encode("unicode_escape").decode() if is_control or c in BIDI else c
+
+    return "".join(map(shown, text))
 
 
 def warn(message: str) -> None:

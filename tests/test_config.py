@@ -19,7 +19,7 @@ from gptjax.config import (
     grid,
     names_of_format_1,
 )
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, printable
 from gptjax.loading import load_experiment
 from gptjax.schema import leaves, type_problems, value_at
 
@@ -312,4 +312,8 @@ def test_a_name_is_a_folders_name_that_can_be_printed(name, message):
     with pytest.raises(ConfigError, match=message) as caught:
         check(Experiment(name=name))
     assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
+    check(Experiment(name="实验\u3000一"))
+    assert printable("一\u3000二 \U0001f469\u200d\U0001f52c\n\x1b[31m\r\u202e") == (
+        "一\u3000二 \U0001f469\u200d\U0001f52c\n\\x1b[31m\\r\\u202e"
+    )
     check(Experiment(name="lr $\\frac{$ 实验 é"))
